@@ -203,7 +203,10 @@ class ImageTextModel:
 
     def loss_fn(self, params: Any, batch: Batch, dropout_rng: jax.Array | None):
         """(sum of token losses, metrics): training mode."""
-        params = freezing.stop_frozen_gradients(params, self.frozen)
+        # T5X keeps parameters in a FrozenDict.
+        params = freezing.stop_frozen_gradients(
+            flax.core.unfreeze(params), self.frozen
+        )
         return self._loss(params, batch, dropout_rng)
 
     def eval_fn(self, params: Any, batch: Batch):
@@ -308,6 +311,6 @@ class ImageTextModel:
         the layer at every token.
         """
         text = dataclasses.replace(self.module.text, scan_layers=False)
-        decoder = stacking.unstack_layers(params["decoder"])
+        decoder = stacking.unstack_layers(flax.core.unfreeze(params["decoder"]))
         variables = {"token_embedder": params["token_embedder"], "decoder": decoder}
         return self.module.clone(text=text), {"params": variables}
