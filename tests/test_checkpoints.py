@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_models
 import tiny_runs
@@ -86,6 +87,28 @@ def test_a_checkpoint_has_the_layout_of_t5x(saved):
     assert "target/decoder/kernel" in names and "state/step" in names
     states = {name for name in names if name.startswith("state/param_states/")}
     assert states and all("encoder/tower/kernel" not in name for name in states)
+
+
+def test_parts_of_the_optimizer_state_without_arrays_leave_no_trace():
+    params = {"x": jnp.zeros((2,))}
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale(0.1))
+    before = state.TrainState(jnp.int32(3), params, optimizer.init(params))
+    written = state.to_checkpoint_tree(before)
+    assert set(written["state"]) == {"step"}
+    assert state.from_checkpoint_tree(written, before) == before
+
+
+def test_checkpoints_that_still_have_those_parts_are_read(tmp_path):
+    arrays, abstract, _ = tree()
+    states = {"inner_states": {"frozen": {"inner_state": {}}}}
+    inner = arrays["state"]["param_states"]["inner_states"]
+    states["inner_states"]["train"] = {
+        "inner_state": {"0": {}} | inner["train"]["inner_state"]
+    }
+    older = arrays | {"state": {**arrays["state"], "param_states": states}}
+    path = save(tmp_path, older)
+    restored = checkpoints.restore_tree(path, abstract)
+    tiny_runs.assert_same_bits(restored, arrays)
 
 
 def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import serialization
+from flax import serialization, traverse_util
 
 from vit22b_transfer.partitioning.rules import Partitioning
 
@@ -91,18 +91,25 @@ def fresh_state(
 
 
 def to_checkpoint_tree(state: TrainState) -> dict[str, Any]:
-    """Nested dicts in the layout and under the names of a T5X checkpoint."""
+    """Nested dicts in the layout and under the names of a T5X checkpoint.
+
+    Parts of the optimizer state without arrays (of a clipping, of frozen parameters)
+    are left out, as T5X leaves them out.
+    """
     param_states = serialization.to_state_dict(state.opt_state)
-    return {
-        "target": state.params,
-        "state": {"step": state.step, "param_states": param_states},
-    }
+    tree = {"step": state.step, "param_states": param_states}
+    without_empty = traverse_util.unflatten_dict(traverse_util.flatten_dict(tree))
+    return {"target": state.params, "state": without_empty}
 
 
 def from_checkpoint_tree(tree: Mapping[str, Any], abstract: TrainState) -> TrainState:
     """The inverse of `to_checkpoint_tree`."""
+    flat = traverse_util.flatten_dict(
+        serialization.to_state_dict(abstract.opt_state), keep_empty_nodes=True
+    )
+    flat |= traverse_util.flatten_dict(tree["state"].get("param_states", {}))
     opt_state = serialization.from_state_dict(
-        abstract.opt_state, tree["state"]["param_states"]
+        abstract.opt_state, traverse_util.unflatten_dict(flat)
     )
     return TrainState(tree["state"]["step"], tree["target"], opt_state)
 
