@@ -50,7 +50,8 @@ def module_of(tower, text):
     overrides = [MACROS["t5"]]
     if tower.stem.startswith("vit_"):
         overrides.append(MACROS["vit"])
-    return installed(multimodal.ImageTextModule, [tower, text], *overrides)()
+    paths = [tower, text, CONFIGS / "models/image_text.gin"]
+    return installed(multimodal.ImageTextModule, paths, *overrides)()
 
 
 @pytest.mark.parametrize("path", TOWERS, ids=stem)
@@ -82,7 +83,8 @@ def test_every_text_model_file_builds(path):
     "name, expected", [("t5_small", 77), ("t5_base", 248), ("t5_large", 783)]
 )
 def test_text_models_have_the_published_sizes(name, expected):
-    paths = [CONFIGS / "models/no_tower.gin", CONFIGS / f"models/{name}.gin"]
+    names = ("no_tower", name, "image_text")
+    paths = [CONFIGS / f"models/{name}.gin" for name in names]
     overrides = ["VOCAB_SIZE=32128", "T5Config.scan_layers=True"]
     module = installed(multimodal.ImageTextModule, paths, *overrides)()
     tokens = jax.ShapeDtypeStruct((1, 4), "int32")
