@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.linen.partitioning import param_with_axes, with_sharding_constraint
+from flax.linen import partitioning as flax_partitioning
+from flax.linen.partitioning import param_with_axes
 from jaxtyping import Array, Bool, Float, Int
 
 Initializer = Callable[..., jax.Array]
@@ -20,6 +21,19 @@ MASKED_LOGIT = -1e10
 
 xavier_uniform = nn.initializers.xavier_uniform()
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def with_sharding_constraint(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`x`, laid out by the logical names of its axes; as it is where no rules are set.
+
+    flax's function of this name silently does nothing under `with mesh:`, which is how
+    T5X sets its mesh.
+    """
+    rules = flax_partitioning.get_axis_rules()
+    if not rules:
+        return x
+    spec = flax_partitioning.logical_to_mesh_axes(axes, rules)
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def _promote(array: jax.Array, rank: int) -> jax.Array:

@@ -204,9 +204,7 @@ class ImageTextModel:
     def loss_fn(self, params: Any, batch: Batch, dropout_rng: jax.Array | None):
         """(sum of token losses, metrics): training mode."""
         # T5X keeps parameters in a FrozenDict.
-        params = freezing.stop_frozen_gradients(
-            flax.core.unfreeze(params), self.frozen
-        )
+        params = freezing.stop_frozen_gradients(flax.core.unfreeze(params), self.frozen)
         return self._loss(params, batch, dropout_rng)
 
     def eval_fn(self, params: Any, batch: Batch):

@@ -13,7 +13,6 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.partitioning import with_sharding_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from vit22b_transfer.models import layers, stacking
@@ -151,7 +150,7 @@ class _EncoderBlock(nn.Module):
         x = x + self.dropout(y, deterministic=not train)
         y = self.mlp(self.pre_mlp_layer_norm(x), train=train)
         x = x + self.dropout(y, deterministic=not train)
-        return with_sharding_constraint(x, ("batch", "length", "embed")), None
+        return layers.with_sharding_constraint(x, ("batch", "length", "embed")), None
 
 
 class TextEncoder(nn.Module):
@@ -207,7 +206,7 @@ class _DecoderBlock(nn.Module):
         x = x + self.dropout(y, deterministic=not train)
         y = self.mlp(self.pre_mlp_layer_norm(x), train=train)
         x = x + self.dropout(y, deterministic=not train)
-        return with_sharding_constraint(x, ("batch", "length", "embed")), None
+        return layers.with_sharding_constraint(x, ("batch", "length", "embed")), None
 
     def cross_key_values(self, encoded) -> CrossKeyValues:
         """This layer's keys and values of the encoded input."""

@@ -14,7 +14,6 @@ import flax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.linen.partitioning import with_sharding_constraint
 from jaxtyping import Array, Float, UInt8
 
 from vit22b_transfer.models import layers, stacking
@@ -217,7 +216,7 @@ class _Block(nn.Module):
         else:
             y = self.norm(x)
             x = x + (self.attention(y, y) + self.mlp(y))
-        x = with_sharding_constraint(x, ("batch", "length", "embed"))
+        x = layers.with_sharding_constraint(x, ("batch", "length", "embed"))
         return x, (x if self.keep else None)
 
     def _fused(self, y: Float[Array, "batch length embed"]):
@@ -420,7 +419,7 @@ class VisionTower(nn.Module):
         )
         table = resample_position_embeddings(table, grid, (rows, columns))
         x = x + table.astype(x.dtype)[None]
-        return with_sharding_constraint(x, ("batch", "length", "embed"))
+        return layers.with_sharding_constraint(x, ("batch", "length", "embed"))
 
     def _blocks(self, x, keep: bool):
         """All blocks; the second result indexes the kept residual streams by depth."""

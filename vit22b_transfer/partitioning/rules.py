@@ -237,7 +237,7 @@ class Partitioning:
     def activate(self) -> Iterator[None]:
         """Context in which model code is traced and run: the mesh and the rules.
 
-        Only here do the models' `with_logical_constraint` calls take effect.
+        Only here do the models' `with_sharding_constraint` calls take effect.
         """
         # flax looks for the mesh of jax.set_mesh; under `with mesh:` it skips silently.
         with jax.set_mesh(self.mesh), flax_partitioning.axis_rules(self.rules):
