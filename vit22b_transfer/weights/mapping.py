@@ -1,0 +1,422 @@
+"""Tables of weights: which of their tensors is which of our parameters, and how.
+
+A family's file holds a list of `Row(ours, theirs, transform)`. Names are '/'-joined
+paths on our side (`encoder/tower/layers_{i}/attention/query/kernel`) and whatever the
+files say on theirs; `{i}` is the number of a layer, and `per_layer(depth, rows)` says
+how many there are. A tuple of names on one side is a tensor that is fused on the other.
+
+    rows = [
+        Row("encoder/tower/encoder_norm/scale", "vision_model.post_layernorm.weight"),
+        *per_layer(depth, [
+            Row(f"{block}/norm/scale", f"{layer}.layer_norm1.weight"),
+            Row(f"{block}/mlp/wi/kernel", f"{layer}.mlp.fc1.weight", TRANSPOSE),
+            Row([f"{block}/attention/{x}/kernel" for x in ("query", "key", "value")],
+                f"{layer}.attn.qkv.weight", then(split(3, axis=0), TRANSPOSE)),
+        ]),
+    ]
+
+Layers that are stacked on a leading axis are no concern of a table: where a name
+without its `_{i}` exists in a file (big_vision's `encoderblock`), or scanned layers are
+wanted on our side (`layers`), the engine takes slices.
+
+A transform is two functions, one for each direction, over tuples of NumPy arrays. It
+moves values and changes none, so import and then export gives every byte back.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Arrays = tuple[np.ndarray, ...]
+Shape = tuple[int, ...]
+# Lines of an error that lists names.
+SHOWN = 20
+
+
+# --- Transforms ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """Their tensors to ours and back; each function undoes the other."""
+
+    to_ours: Callable[[Arrays], Arrays]
+    to_theirs: Callable[[Arrays], Arrays]
+
+
+def each(
+    to_ours: Callable[[np.ndarray], np.ndarray],
+    to_theirs: Callable[[np.ndarray], np.ndarray],
+) -> Transform:
+    """The transform that treats every tensor of a row alike."""
+    return Transform(
+        lambda arrays: tuple(map(to_ours, arrays)),
+        lambda arrays: tuple(map(to_theirs, arrays)),
+    )
+
+
+def then(first: Transform, second: Transform) -> Transform:
+    """On the way in `first` and then `second`, on the way out the other way round."""
+    return Transform(
+        lambda arrays: second.to_ours(first.to_ours(arrays)),
+        lambda arrays: first.to_theirs(second.to_theirs(arrays)),
+    )
+
+
+SAME = each(lambda x: x, lambda x: x)
+# [out, in] of torch's Linear <-> [in, out] of a kernel.
+TRANSPOSE = each(lambda x: x.T, lambda x: x.T)
+
+
+def reshape(ours: Sequence[int], theirs: Sequence[int]) -> Transform:
+    """Equal elements in equal order; one size of each shape may be -1."""
+    return each(lambda x: x.reshape(ours), lambda x: x.reshape(theirs))
+
+
+def leading_ones(ours: int, theirs: int) -> Transform:
+    """As many leading axes of size one as said, before the axes that both have."""
+
+    def change(old: int, new: int):
+        def apply(x: np.ndarray) -> np.ndarray:
+            if x.shape[:old] != (1,) * old:
+                raise ValueError(f"shape {x.shape} does not begin with {old} ones.")
+            return x.reshape((1,) * new + x.shape[old:])
+
+        return apply
+
+    return each(change(theirs, ours), change(ours, theirs))
+
+
+def join_heads(num_heads: int, *, axis: int) -> Transform:
+    """Theirs [..., N, H, ...] with N at `axis`, ours [..., N*H, ...].
+
+    axis=1 for the query, key and value kernels of flax, axis=0 for its out kernel
+    [N, H, E] and for biases [N, H].
+    """
+
+    def join(x: np.ndarray) -> np.ndarray:
+        if x.shape[axis] != num_heads:
+            raise ValueError(f"axis {axis} of {x.shape} is not {num_heads} heads.")
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    def part(x: np.ndarray) -> np.ndarray:
+        return x.reshape(*x.shape[:axis], num_heads, -1, *x.shape[axis + 1 :])
+
+    return each(join, part)
+
+
+def split(parts: int | Sequence[int], *, axis: int) -> Transform:
+    """One tensor of theirs is several of ours, one after the other along `axis`.
+
+    parts: how many equal ones, or the size of each (the last may be -1: the rest).
+    """
+
+    def cut(arrays: Arrays) -> Arrays:
+        (whole,) = arrays
+        if isinstance(parts, int):
+            return tuple(np.split(whole, parts, axis=axis))
+        return tuple(np.split(whole, np.cumsum(parts[:-1]), axis=axis))
+
+    return Transform(cut, lambda arrays: (_concatenate(arrays, axis),))
+
+
+def unstack(axis: int = 0) -> Transform:
+    """One tensor of theirs is several of ours, stacked along a new `axis`."""
+
+    def take(arrays: Arrays) -> Arrays:
+        (whole,) = arrays
+        return tuple(np.moveaxis(whole, axis, 0))
+
+    def stack(arrays: Arrays) -> Arrays:
+        return (_concatenate([np.expand_dims(x, axis) for x in arrays], axis),)
+
+    return Transform(take, stack)
+
+
+def conv_kernel_oihw(patch_size: int) -> Transform:
+    """torch's patch convolution [E, 3, p, p] <-> our kernel [p*p*3, E]."""
+    p = patch_size
+    return each(
+        lambda x: x.transpose(2, 3, 1, 0).reshape(p * p * 3, -1),
+        lambda x: x.reshape(p, p, 3, -1).transpose(3, 2, 0, 1),
+    )
+
+
+def conv_kernel_hwio(patch_size: int) -> Transform:
+    """flax's patch convolution [p, p, 3, E] <-> our kernel [p*p*3, E]."""
+    p = patch_size
+    return reshape((p * p * 3, -1), (p, p, 3, -1))
+
+
+def _concatenate(arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    if all(not any(x.strides) for x in arrays):  # shapes alone: see `abstract`
+        shape = list(arrays[0].shape)
+        shape[axis] = sum(x.shape[axis] for x in arrays)
+        return abstract(tuple(shape))
+    return np.concatenate(arrays, axis)
+
+
+def abstract(shape: Sequence[int]) -> np.ndarray:
+    """An array that has a shape and takes no memory, to run transforms on."""
+    return np.broadcast_to(np.zeros((), np.int8), tuple(shape))
+
+
+# --- Tables ---
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Row:
+    """One line of a table; `depth` is set by `per_layer`."""
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    transform: Transform
+    depth: int | None
+
+    def __init__(
+        self,
+        ours: str | Sequence[str],
+        theirs: str | Sequence[str],
+        transform: Transform = SAME,
+        depth: int | None = None,
+    ):
+        def names(given):
+            return (given,) if isinstance(given, str) else tuple(given)
+
+        object.__setattr__(self, "ours", names(ours))
+        object.__setattr__(self, "theirs", names(theirs))
+        object.__setattr__(self, "transform", transform)
+        object.__setattr__(self, "depth", depth)
+
+
+def per_layer(depth: int, rows: Iterable[Row]) -> list[Row]:
+    """The same rows for each of `depth` layers."""
+    return [dataclasses.replace(row, depth=depth) for row in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """All that a family reads from a source's config and tensor names.
+
+    tower, text: our configurations; None if the source has no such part.
+    rows: the table.
+    copies: their name -> their name that it repeats; such a tensor may be there or not,
+      and must be equal if it is.
+    dropped: pattern over whole names of theirs -> why we have no use for them.
+    vocabulary: our name -> the axis that `vocab_size` counts.
+    positions: our tables [rows * columns, E] over the patch grid.
+    resample: (table [rows * columns, E], old grid, new grid) -> table, as the source's
+      own code changes the resolution.
+    facts: lines on preprocessing that our configurations have no field for (resize
+      method, tokenizer, lower-casing); printed, and comments of the gin file.
+    """
+
+    rows: tuple[Row, ...]
+    tower: Any = None
+    text: Any = None
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    vocabulary: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    positions: tuple[str, ...] = ()
+    resample: Callable[..., np.ndarray] | None = None
+    facts: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of public weights; `families.FAMILIES` lists them all.
+
+    name: of `--family`, and of `--format` at export: `hf-...`, `big_vision-...`, `t5x`.
+    recognises: (config.json as a dict, empty if there is none; their name -> tensor
+      with `.shape` and `.dtype`) -> whether a source is of this family.
+    read: the same two -> `Model`. Raises ValueError for what our models cannot compute.
+    shapes: (tower, text) -> our parameters' unrolled names and shapes.
+    module: (gin import line, class name) whose `tower` and `text` the gin file binds.
+    file_format: what export writes, `safetensors` or `npz`.
+    """
+
+    name: str
+    recognises: Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], Model]
+    shapes: Callable[[Any, Any], dict[str, Shape]]
+    module: tuple[str, str] = ("multimodal", "ImageTextModule")
+    file_format: str = "safetensors"
+
+
+# --- The engine ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A tensor, or one layer of a tensor in which layers are stacked on axis 0."""
+
+    name: str
+    layer: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One application of a row."""
+
+    ours: tuple[Slot, ...]
+    theirs: tuple[Slot, ...]
+    transform: Transform
+
+
+def stacked_name(name: str) -> str:
+    """`layers/norm` for `layers_{i}/norm`."""
+    return name.replace("_{i}", "")
+
+
+def steps(
+    rows: Iterable[Row], their_names: Iterable[str], our_names: Iterable[str]
+) -> list[Step]:
+    """What to do, layer by layer, for names that are unrolled or stacked."""
+    known = frozenset(their_names), frozenset(our_names)
+
+    def slot(name: str, i: int | None, names: frozenset[str]) -> Slot:
+        if i is None:
+            return Slot(name)
+        if (stacked := stacked_name(name)) != name and stacked in names:
+            return Slot(stacked, i)
+        return Slot(name.format(i=i))
+
+    return [
+        Step(
+            tuple(slot(name, i, known[1]) for name in row.ours),
+            tuple(slot(name, i, known[0]) for name in row.theirs),
+            row.transform,
+        )
+        for row in rows
+        for i in ([None] if row.depth is None else range(row.depth))
+    ]
+
+
+def stack_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Shapes of scanned parameters for those of unrolled ones."""
+    depths: dict[str, int] = {}
+    for name in shapes:
+        stacked = re.sub(r"\blayers_\d+\b", "layers", name)
+        depths[stacked] = depths.get(stacked, 0) + 1
+    return {
+        stacked: shapes[stacked]
+        if stacked in shapes
+        else (depth, *shapes[re.sub(r"\blayers\b", "layers_0", stacked)])
+        for stacked, depth in depths.items()
+    }
+
+
+def expected_shapes(
+    plan: Iterable[Step], our_shapes: Mapping[str, Shape]
+) -> dict[str, Shape]:
+    """The shapes that their tensors have, from ours by the inverse transforms.
+
+    Raises:
+      ValueError: if the table and our model do not cover each other.
+    """
+    expected: dict[str, Shape] = {}
+    seen: dict[Slot, Step] = {}
+    for step in plan:
+        inputs = []
+        for slot in step.ours:
+            if slot.name not in our_shapes:
+                raise ValueError(
+                    f"the table has a row for {slot.name}, which the model has not; "
+                    + nearest(slot.name, our_shapes)
+                )
+            if slot in seen:
+                raise ValueError(f"the table has two rows for {slot.name}.")
+            seen[slot] = step
+            shape = our_shapes[slot.name]
+            inputs.append(abstract(shape if slot.layer is None else shape[1:]))
+        outputs = step.transform.to_theirs(tuple(inputs))
+        for slot, output in zip(step.theirs, outputs, strict=True):
+            shape = output.shape
+            if slot.layer is not None:
+                shape = (
+                    max(slot.layer + 1, *expected.get(slot.name, (0,))[:1]),
+                    *shape,
+                )
+            expected[slot.name] = shape
+    done = {slot.name for slot in seen}
+    if left := [name for name in our_shapes if name not in done]:
+        raise ValueError(
+            f"the table has no row for {len(left)} parameters of the model: "
+            f"{', '.join(left[:8])}."
+        )
+    return expected
+
+
+def misfits(
+    expected: Mapping[str, Shape], found: Mapping[str, Any], model: Model
+) -> list[str]:
+    """What is missing, left over or of a wrong shape in a source, one line each.
+
+    found: their name -> anything with a `.shape`.
+    """
+    lines: list[str] = []
+
+    def hint(name: str, names: Iterable[str]) -> str:
+        # Comparing every name with every other takes minutes in a large model.
+        return f"; {nearest(name, names)}" if len(lines) < SHOWN else ""
+
+    for name, shape in expected.items():
+        if name not in found:
+            left = [n for n in found if n not in expected]
+            lines.append(f"{name}: missing, expected shape {shape}{hint(name, left)}")
+        elif tuple(found[name].shape) != tuple(shape):
+            got = tuple(found[name].shape)
+            turned = " (it is transposed)" if got == tuple(shape)[::-1] else ""
+            lines.append(f"{name}: shape {got}, expected {shape}{turned}")
+    for name, tensor in found.items():
+        if name in expected or any(re.fullmatch(p, name) for p in model.dropped):
+            continue
+        if name not in model.copies:
+            missing = [n for n in expected if n not in found]
+            lines.append(
+                f"{name}: not expected, shape {tuple(tensor.shape)}"
+                + hint(name, missing)
+            )
+        elif tuple(tensor.shape) != tuple(expected[model.copies[name]]):
+            lines.append(
+                f"{name}: shape {tuple(tensor.shape)}, but it repeats "
+                f"{model.copies[name]} of shape {expected[model.copies[name]]}"
+            )
+    return lines
+
+
+def check_layout(
+    family: Family, config: Mapping[str, Any], shapes: Mapping[str, Shape]
+):
+    """The `Model` of a published config whose tensors have these shapes.
+
+    For layouts of any size: nothing is allocated.
+
+    Raises:
+      ValueError: naming every tensor that does not map, and every one left over.
+    """
+    found = {name: abstract(shape) for name, shape in shapes.items()}
+    model = family.read(config, found)
+    ours = family.shapes(model.tower, model.text)
+    plan = steps(model.rows, found, ours)
+    if lines := misfits(expected_shapes(plan, ours), found, model):
+        raise ValueError(
+            f"{family.name} does not fit:\n  " + "\n  ".join(lines[:SHOWN])
+        )
+    return model
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`nearest: a, b`, or that there is nothing like it."""
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
+    return f"nearest: {', '.join(near)}" if near else "nothing is called similarly"
+
+
+def num_bytes(shape: Sequence[int], dtype: Any) -> int:
+    """Size of a dense tensor."""
+    return math.prod(shape) * np.dtype(dtype).itemsize
