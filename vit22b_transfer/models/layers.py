@@ -16,8 +16,9 @@ from flax.linen import partitioning as flax_partitioning
 from flax.linen.partitioning import param_with_axes
 from jaxtyping import Array, Bool, Float, Int
 
+from vit22b_transfer.models.attention import attend, attend_cached, rotate
+
 Initializer = Callable[..., jax.Array]
-MASKED_LOGIT = -1e10
 
 xavier_uniform = nn.initializers.xavier_uniform()
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -168,6 +169,26 @@ class Norm(nn.Module):
         return y.astype(self.dtype)
 
 
+class LayerScale(nn.Module):
+    """A learned factor per feature of what a block adds (Touvron et al. 2021)."""
+
+    features: int
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*batch features"]
+    ) -> Float[Array, "*batch features"]:
+        scale = param_with_axes(
+            "scale",
+            nn.initializers.constant(1e-5),
+            (self.features,),
+            jnp.dtype(self.param_dtype),
+            axes=("embed",),
+        )
+        return x * _promote(scale.astype(x.dtype), x.ndim)
+
+
 class Embedding(nn.Module):
     """Token table [V, E]; `__call__` looks ids up, `attend` gives tied logits."""
 
@@ -265,69 +286,23 @@ class RelativePositionBias(nn.Module):
         return buckets + np.where(distance < exact, distance, far)
 
 
-def attend(
-    query: Float[Array, "batch queries heads kv"],
-    key: Float[Array, "batch keys heads kv"],
-    value: Float[Array, "batch keys heads kv"],
-    *,
-    mask: Bool[Array, "#batch 1 #queries keys"] | None = None,
-    bias: Float[Array, "1 heads #queries keys"] | None = None,
-    scale: float = 1.0,
-) -> Float[Array, "batch queries heads kv"]:
-    """softmax(scale * query key^T + bias) value; mask True = may attend.
-
-    The softmax runs in float32. Einsum form: on a CPU it beats every other form tried.
-    """
-    query = query * jnp.asarray(scale, query.dtype)
-    logits = jnp.einsum("BQNH,BKNH->BNQK", query, key)
-    weights = _attention_weights(logits, mask, bias).astype(value.dtype)
-    # In this order of operands XLA's CPU fusion is 2.5 times faster than in the other.
-    return jnp.einsum("BKNH,BNQK->BQNH", value, weights)
-
-
-def attend_cached(
-    query: Float[Array, "batch queries heads kv"],
-    key: Float[Array, "batch heads kv keys"],
-    value: Float[Array, "batch heads keys kv"],
-    *,
-    mask: Bool[Array, "#batch 1 #queries keys"] | None = None,
-    bias: Float[Array, "1 heads #queries keys"] | None = None,
-    scale: float = 1.0,
-) -> Float[Array, "batch queries heads kv"]:
-    """`attend` over keys and values that lie as the matmuls read them.
-
-    In any other layout a decoding loop copies all of them at every step.
-    """
-    query = query.swapaxes(1, 2) * jnp.asarray(scale, query.dtype)
-    logits = jnp.einsum("BNQH,BNHK->BNQK", query, key)
-    weights = _attention_weights(logits, mask, bias).astype(value.dtype)
-    return jnp.einsum("BNQK,BNKH->BNQH", weights, value).swapaxes(1, 2)
-
-
-def _attention_weights(logits, mask, bias):
-    """Softmax over the keys in float32."""
-    logits = logits.astype(jnp.float32)
-    if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.float32(MASKED_LOGIT))
-    return jax.nn.softmax(logits, axis=-1)
-
-
 class MultiHeadAttention(nn.Module):
     """Attention with separate 2-D kernels (T5X's joined layout), optional QK-norm.
 
     `scale=None` means 1/sqrt(head_dim); T5 folds it into its weights and passes 1.
     QK-norm (ViT-22B eq. 3) normalises each head over head_dim with one scale of shape
-    [H] for all heads, before the scaling.
+    [H] for all heads, before the scaling; without `qk_norm_per_head` all heads together
+    with a scale of shape [N*H]. With `qkv_bias`, keys may still have none.
     """
 
     width: int
     num_heads: int
     head_dim: int
     qkv_bias: bool = False
+    key_bias: bool = True
     out_bias: bool = False
     qk_norm: bool = False
+    qk_norm_per_head: bool = True
     norm_centering: bool = False
     norm_epsilon: float = 1e-6
     scale: float | None = None
@@ -344,12 +319,13 @@ class MultiHeadAttention(nn.Module):
             self.width,
             joined,
             ("embed", "joined_kv"),
-            use_bias=self.qkv_bias,
             **types,
         )
-        self.query = into(kernel_init=self.query_init or self.kernel_init)
-        self.key = into(kernel_init=self.kernel_init)
-        self.value = into(kernel_init=self.kernel_init)
+        bias, key_bias = self.qkv_bias, self.qkv_bias and self.key_bias
+        query_init = self.query_init or self.kernel_init
+        self.query = into(kernel_init=query_init, use_bias=bias)
+        self.key = into(kernel_init=self.kernel_init, use_bias=key_bias)
+        self.value = into(kernel_init=self.kernel_init, use_bias=bias)
         self.out = Dense(
             joined,
             self.width,
@@ -361,10 +337,10 @@ class MultiHeadAttention(nn.Module):
         if self.qk_norm:
             norm = functools.partial(
                 Norm,
-                self.head_dim,
+                self.head_dim if self.qk_norm_per_head else joined,
                 self.norm_centering,
                 epsilon=self.norm_epsilon,
-                axis="kv",
+                axis="kv" if self.qk_norm_per_head else "joined_kv",
                 **types,
             )
             self.query_norm, self.key_norm = norm(), norm()
@@ -379,26 +355,35 @@ class MultiHeadAttention(nn.Module):
         x = x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
         return with_sharding_constraint(x, ("batch", "length", "heads", "kv"))
 
+    def _normalized(self, norm: "Norm", x):
+        """[B, L, N, H] normalised, each head or all of them together."""
+        if self.qk_norm_per_head:
+            return norm(x)
+        return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+
     def normalize(self, query, key):
         """QK-norm where configured; the arguments unchanged otherwise."""
         if self.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query = self._normalized(self.query_norm, query)
+            key = self._normalized(self.key_norm, key)
         return query, key
 
-    def project_query(self, x: Float[Array, "batch queries embed"]):
-        """Queries [B, Q, N, H], normalised."""
+    def project_query(self, x: Float[Array, "batch queries embed"], angles=None):
+        """Queries [B, Q, N, H], normalised, then rotated."""
         query = self.split_heads(self.query(x))
-        return self.query_norm(query) if self.qk_norm else query
+        query = self._normalized(self.query_norm, query) if self.qk_norm else query
+        return query if angles is None else rotate(query, angles)
 
-    def project_key_value(self, x: Float[Array, "batch keys embed"]):
-        """Keys (normalised) and values, each [B, K, N, H]."""
+    def project_key_value(self, x: Float[Array, "batch keys embed"], angles=None):
+        """Keys (normalised, then rotated) and values, each [B, K, N, H]."""
         key = self.split_heads(self.key(x))
-        key = self.key_norm(key) if self.qk_norm else key
+        key = self._normalized(self.key_norm, key) if self.qk_norm else key
+        key = key if angles is None else rotate(key, angles)
         return key, self.split_heads(self.value(x))
 
-    def attend_projected(self, x, key, value, *, mask=None, bias=None):
+    def attend_projected(self, x, key, value, *, mask=None, bias=None, angles=None):
         """Attention of x [B, Q, E] over keys and values projected earlier."""
-        query = self.project_query(x)
+        query = self.project_query(x, angles)
         y = attend(query, key, value, mask=mask, bias=bias, scale=self.attention_scale)
         return self.out(y.reshape(*y.shape[:2], -1))
 
@@ -417,9 +402,10 @@ class MultiHeadAttention(nn.Module):
         *,
         mask: Bool[Array, "#batch 1 #queries keys"] | None = None,
         bias: Float[Array, "1 heads queries keys"] | None = None,
+        angles: Float[Array, "queries half"] | None = None,
     ) -> Float[Array, "batch queries embed"]:
-        key, value = self.project_key_value(kv)
-        return self.attend_projected(x, key, value, mask=mask, bias=bias)
+        key, value = self.project_key_value(kv, angles)
+        return self.attend_projected(x, key, value, mask=mask, bias=bias, angles=angles)
 
 
 class Mlp(nn.Module):
