@@ -200,7 +200,7 @@ def test_map_pooling_equals_hugging_face_siglips_head(classic):
 @torch.no_grad()
 def test_class_token_tower_with_exact_gelu_equals_hugging_face_vit():
     params, output = run_tower(
-        classic_tower_config(pooling="cls", gelu_approximate=False)
+        classic_tower_config(pooling="cls", activation="gelu_erf")
     )
     model = transformers.ViTModel(
         transformers.ViTConfig(hidden_act="gelu", **SIZES), add_pooling_layer=False
@@ -262,7 +262,7 @@ def test_parallel_blocks_equal_timms_fused_and_unfused(qkv_bias):
 
 @torch.no_grad()
 def test_vit22b_tower_equals_timms_parallel_tower():
-    params, output = run_tower(tower_config(pooling="gap", gelu_approximate=False))
+    params, output = run_tower(tower_config(pooling="gap", activation="gelu_erf"))
     model = timm_vit.VisionTransformer(
         img_size=16,
         patch_size=8,
