@@ -37,7 +37,9 @@ FENCES = {
     "orbax": ("vit22b_transfer/training/checkpoints.py", "vit22b_transfer/weights/"),
     "tensorstore": (
         "vit22b_transfer/training/checkpoints.py",
+        "vit22b_transfer/training/legacy_checkpoints.py",
         "vit22b_transfer/weights/",
+        "tests/test_legacy_checkpoints.py",
     ),
     "t5x": ("vit22b_transfer/t5x_adapter.py", "tests/"),
     "torch": ("tests/", "benchmarks/"),

@@ -3,7 +3,8 @@
 `model_dir/checkpoint_<step>/state` holds `{'target': params, 'state': {'step',
 'param_states'}}`, so that T5X restores what we write and the other way round. Beside it
 `run` (which T5X does not read) holds what else a run needs: the fingerprints of the
-vocabularies and the metrics of an unfinished logging window.
+vocabularies and the metrics of an unfinished logging window. The older format of T5X
+(see `legacy_checkpoints`) is read wherever a checkpoint is, and never written.
 """
 
 import difflib
@@ -20,6 +21,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import traverse_util
+
+from vit22b_transfer.training import legacy_checkpoints
 
 Tree = Any
 
@@ -71,10 +74,12 @@ def checkpoint_path(model_dir: str, step: int) -> str:
 
 def is_complete(path: str) -> bool:
     """Whether `path` is a checkpoint that was written to its end."""
-    # Orbax renames a directory into place when all is written; a partial copy of one
-    # lacks some of these.
-    needed = ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt")
-    return all(os.path.isfile(os.path.join(path, name)) for name in needed)
+    # Both formats are renamed into place when all is written; a partial copy lacks some
+    # of these.
+    needed = ("state/_METADATA", "state/manifest.ocdbt")
+    return legacy_checkpoints.is_legacy(path) or all(
+        os.path.isfile(os.path.join(path, name)) for name in needed
+    )
 
 
 def resolve(path: str) -> str:
@@ -239,10 +244,22 @@ def check_fit(
         more = [f"and {rest} more"] if rest > 0 else []
         lines = "\n  ".join(problems[:_SHOWN] + more)
         raise ValueError(
-            f"checkpoint {path} does not fit the model:\n  {lines}\nUse the model that "
-            "it was written with, or an initial checkpoint with rules (and cast=True "
-            "for other dtypes)."
+            f"checkpoint {path} does not fit the model:\n  {lines}\n{_advice(problems)}"
         )
+
+
+def _advice(problems):
+    if all(problem.startswith("state/param_states/") for problem in problems):
+        return (
+            "Its parameters fit; its optimizer state is of another optimizer or of "
+            "other frozen parameters. Train on with those, or load the parameters "
+            "alone into a new model_dir: an initial checkpoint "
+            "(gin_configs/runs/from_checkpoint.gin)."
+        )
+    return (
+        "Use the model that it was written with, or an initial checkpoint with rules "
+        "(and cast=True for other dtypes)."
+    )
 
 
 def read_arrays(path: str, abstract: Tree) -> Tree:
@@ -250,6 +267,8 @@ def read_arrays(path: str, abstract: Tree) -> Tree:
 
     Orbax neither refuses another shape nor another dtype: call `check_fit` before.
     """
+    if legacy_checkpoints.is_legacy(path):
+        return legacy_checkpoints.read_arrays(path, abstract)
     arguments = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(
             sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
@@ -267,6 +286,8 @@ def read_arrays(path: str, abstract: Tree) -> Tree:
 
 def saved_arrays(path: str) -> dict[str, Any]:
     """Shape and dtype of every array in a checkpoint, by '/'-joined name."""
+    if legacy_checkpoints.is_legacy(path):
+        return legacy_checkpoints.saved_arrays(path)
     # Not a Checkpointer: it warns that `state` alone is not a whole checkpoint.
     handler = ocp.PyTreeCheckpointHandler()
     try:
