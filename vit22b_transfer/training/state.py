@@ -43,19 +43,35 @@ def abstract_state(
     Optimizer state that is shaped like its parameter is sharded like it. The rest
     (counts, rows and columns of a factored second moment) is small and replicated.
     """
-    by_path = {_keys(path): leaf for path, leaf in _leaves(params)}
+    opt_state = jax.eval_shape(optimizer.init, params)
+    replicated = partitioning.replicated
+    shardings = like_parameters(
+        opt_state, params, shardings_of(params), default=replicated
+    )
+    opt_state = jax.tree.map(_with_sharding, opt_state, shardings)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(step, params, opt_state)
 
-    def shard(path, leaf):
+
+def like_parameters(opt_state: Tree, params: Tree, values: Tree, default: Any) -> Tree:
+    """For each array of an optimizer state the value of the parameter it is shaped like.
+
+    `values` has one value per parameter. Arrays with no parameter's name at the end of
+    their path, or of another shape (counts, factored moments), get `default`.
+    """
+    paths = [_keys(path) for path, _ in _leaves(params)]
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(values), strict=True)
+    by_path = dict(zip(paths, leaves, strict=True))
+
+    def value_of(path, leaf):
         keys = _keys(path)
         for start in range(len(keys)):
-            param = by_path.get(keys[start:])
+            param, value = by_path.get(keys[start:], (None, None))
             if param is not None and param.shape == leaf.shape:
-                return _with_sharding(leaf, param.sharding)
-        return _with_sharding(leaf, partitioning.replicated)
+                return value
+        return default
 
-    opt_state = jax.eval_shape(optimizer.init, params)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated)
-    return TrainState(step, params, jax.tree_util.tree_map_with_path(shard, opt_state))
+    return jax.tree_util.tree_map_with_path(value_of, opt_state)
 
 
 def init_params(

@@ -4,7 +4,7 @@ Metrics are dicts of `clu.metrics` as the model returns them. They are merged on
 device over a window of steps, so that the loop need not wait for any single step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,19 +55,10 @@ def make_update(
         else:
             parts = _microbatches(batch, num_microbatches, partitioning)
             grads, metrics = _accumulate(gradients, parts, rng, num_microbatches)
-        weight = metrics["loss"].count.astype(jnp.float32)
-        # A batch of nothing but skipped examples has zero gradients, not 0 / 0.
-        weight = jnp.where(weight > 0, weight, jnp.ones_like(weight))
-        grads = jax.tree.map(lambda g: g / weight, grads)
-
-        # The frozen part of the updates is neither read nor computed.
-        placeholders = jax.tree.map(jnp.zeros_like, frozen)
-        updates, opt_state = optimizer.update(
-            freezing.merge_frozen(grads, placeholders), state.opt_state, state.params
+        grads = mean_gradients(grads, metrics)
+        params, opt_state = apply_gradients(
+            optimizer, grads, state.opt_state, state.params, model.frozen
         )
-        if frozen:
-            updates, _ = freezing.split_frozen(updates, model.frozen)
-        params = freezing.merge_frozen(optax.apply_updates(trainable, updates), frozen)
 
         one = jnp.ones((), jnp.float32)
         norm = optax.tree.norm(grads)
@@ -79,6 +70,36 @@ def make_update(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return update
+
+
+def mean_gradients(grads: Any, metrics: Metrics) -> Any:
+    """Gradients of a sum of losses, in float32 divided by the weight of its tokens."""
+    weight = metrics["loss"].count.astype(jnp.float32)
+    # A batch of nothing but skipped examples has zero gradients, not 0 / 0.
+    weight = jnp.where(weight > 0, weight, jnp.ones_like(weight))
+    return jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation,
+    grads: Any,
+    opt_state: Any,
+    params: Any,
+    frozen_patterns: Sequence[str],
+) -> tuple[Any, Any]:
+    """(new parameters, new optimizer state); frozen parameters are passed through.
+
+    `grads` need hold nothing for the frozen ones; what it holds of them is not read.
+    """
+    trainable, frozen = freezing.split_frozen(params, frozen_patterns)
+    placeholders = jax.tree.map(jnp.zeros_like, frozen)
+    updates, opt_state = optimizer.update(
+        freezing.merge_frozen(grads, placeholders), opt_state, params
+    )
+    if frozen:
+        updates, _ = freezing.split_frozen(updates, frozen_patterns)
+    updated = optax.apply_updates(trainable, updates)
+    return freezing.merge_frozen(updated, frozen), opt_state
 
 
 def make_train_step(update: Update, window_steps: int):
