@@ -1,6 +1,6 @@
 """T5-family encoder-decoder text model (Raffel et al. 2020; v1.1: Shazeer 2020).
 
-RMS norms, no biases, one relative position bias for the layers of a stack, gated GELU.
+RMS norms, no biases, one relative position bias for the layers of a stack, gated MLP.
 Parameter names and shapes are those of T5X's minimal T5, so its checkpoints fit. The
 encoder takes embeddings, so that image tokens can stand before the text.
 """
@@ -17,7 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vit22b_transfer.models import layers, stacking
 
-gelu = functools.partial(nn.gelu, approximate=True)
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=True),
+    "silu": nn.silu,
+    "relu": nn.relu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,8 @@ class T5Config:
     """Sizes of one text model; `vocab_size` is the table's, at least the vocabulary's.
 
     `num_encoder_layers=0` leaves a pure cross-attending decoder: the encoder then only
-    normalises what it is given.
+    normalises what it is given. T5 v1.1, mT5 and ByT5 have a gated gelu, UL2 a gated
+    silu; the first T5 has relu without a gate, and tied logits.
     """
 
     vocab_size: int
@@ -36,6 +41,8 @@ class T5Config:
     head_dim: int
     mlp_dim: int
     tied_logits: bool = False
+    activation: Literal["gelu", "silu", "relu"] = "gelu"
+    gated_mlp: bool = True
     dropout_rate: float = 0.0
     scan_layers: bool = False
     remat: Literal["none", "dots", "block"] = "none"
@@ -45,6 +52,11 @@ class T5Config:
     def __post_init__(self):
         if self.remat not in ("none", "dots", "block"):
             raise ValueError(f"remat is {self.remat!r}; valid are none, dots, block.")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation is {self.activation!r}; "
+                f"valid are {', '.join(ACTIVATIONS)}."
+            )
 
 
 @flax.struct.dataclass
@@ -96,8 +108,8 @@ def _mlp(cfg: T5Config) -> layers.Mlp:
     return layers.Mlp(
         cfg.width,
         cfg.mlp_dim,
-        gelu,
-        gated=True,
+        ACTIVATIONS[cfg.activation],
+        gated=cfg.gated_mlp,
         use_bias=False,
         dropout_rate=cfg.dropout_rate,
         dtype=cfg.dtype,

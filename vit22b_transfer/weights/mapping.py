@@ -236,7 +236,8 @@ class Family:
       with `.shape` and `.dtype`) -> whether a source is of this family.
     read: the same two -> `Model`. Raises ValueError for what our models cannot compute.
     shapes: (tower, text) -> our parameters' unrolled names and shapes.
-    module: (gin import line, class name) whose `tower` and `text` the gin file binds.
+    text_binding: MODULE.CLASS.PARAMETER below `models` that the gin file binds to the
+      text configuration. (Towers are bound by the macro TOWER.)
     file_format: what export writes, `safetensors` or `npz`.
     """
 
@@ -244,7 +245,7 @@ class Family:
     recognises: Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], Model]
     shapes: Callable[[Any, Any], dict[str, Shape]]
-    module: tuple[str, str] = ("multimodal", "ImageTextModule")
+    text_binding: str = "multimodal.ImageTextModule.text"
     file_format: str = "safetensors"
 
 
