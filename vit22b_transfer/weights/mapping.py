@@ -226,6 +226,11 @@ class Model:
     resample: Callable[..., np.ndarray] | None = None
     facts: tuple[str, ...] = ()
 
+    def drops(self, name: str) -> str | None:
+        """Why their tensor is not used; None if it is, or is not known."""
+        matching = (why for p, why in self.dropped.items() if re.fullmatch(p, name))
+        return next(matching, None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -375,7 +380,7 @@ def misfits(
             turned = " (it is transposed)" if got == tuple(shape)[::-1] else ""
             lines.append(f"{name}: shape {got}, expected {shape}{turned}")
     for name, tensor in found.items():
-        if name in expected or any(re.fullmatch(p, name) for p in model.dropped):
+        if name in expected or model.drops(name):
             continue
         if name not in model.copies:
             missing = [n for n in expected if n not in found]

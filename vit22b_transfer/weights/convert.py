@@ -1,0 +1,356 @@
+"""Import: public weights to a checkpoint in our layout, tensor by tensor.
+
+Everything that headers and configs can tell is checked before anything is written. The
+checkpoint is written under another name and renamed when it is complete; an import that
+was interrupted goes on where it was, and one that meets a damaged tensor leaves
+nothing.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vit22b_transfer.weights import blocks, gin_files, mapping, sources
+from vit22b_transfer.weights.checkpoint_output import CheckpointOutput
+from vit22b_transfer.weights.mapping import SHOWN, Family, Model, Shape, Slot, Step
+from vit22b_transfer.weights.progress import Progress
+from vit22b_transfer.weights.sources import Source
+from vit22b_transfer.weights.stored_tensors import StoredTensor
+
+# What an import writes beside a source's own files, for the export.
+RECORD = "import.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportOptions:
+    """What an import changes, each thing only if it is asked for.
+
+    dtype: of all parameters; None keeps the source's.
+    image_size: (height, width) whose grid the position tables are resampled to.
+    vocab_size: rows of the token table; new ones are the mean of the old.
+    scan_layers: whether layers are stacked on a leading axis.
+    """
+
+    dtype: str | None = None
+    image_size: tuple[int, int] | None = None
+    vocab_size: int | None = None
+    scan_layers: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One source and what becomes of it.
+
+    model: as the source has it; `resized` as it is written.
+    shapes: of our parameters as they are written; `read_shapes` before resizing.
+    """
+
+    source: Source
+    model: Model
+    resized: Model
+    plan: tuple[Step, ...]
+    read_shapes: Mapping[str, Shape]
+    shapes: Mapping[str, Shape]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors that are read."""
+        names = {slot.name for step in self.plan for slot in step.theirs}
+        return sum(self.source.tensors[name].nbytes for name in names)
+
+
+def import_weights(
+    names: Sequence[str],
+    out: str,
+    families: Sequence[Family],
+    *,
+    family: str | None = None,
+    options: ImportOptions | None = None,
+) -> list[str]:
+    """Imports sources into `OUT/checkpoint_0`; the result are lines to show.
+
+    names: files or directories; several make one checkpoint, such as a tower and a text
+      model. `family` is for the case that a source does not say what it is.
+    Besides the checkpoint, OUT gets `model.gin`, which a recipe includes, and for each
+    family a directory with the config, preprocessing and tokenizer files.
+
+    Raises:
+      ValueError: if a source is damaged or does not fit; then OUT has no checkpoint.
+    """
+    out = os.path.abspath(os.path.expanduser(out))
+    if os.path.exists(os.path.join(out, "checkpoint_0")):
+        raise ValueError(
+            f"{out} has a checkpoint_0 already; give another --out, or remove it."
+        )
+    options = options or ImportOptions()
+    opened = [sources.open_source(name, families, family) for name in names]
+    parts = [_part(source, options) for source in opened]
+    _check_options(parts, options)
+    arrays = {}
+    for part in parts:
+        if both := sorted(arrays.keys() & part.shapes.keys()):
+            raise ValueError(
+                f"two sources have {both[0]} (and {len(both) - 1} more); import them "
+                "into different directories."
+            )
+        arrays |= {name: (shape, part.dtype) for name, shape in part.shapes.items()}
+    output = CheckpointOutput(out, arrays, _origin(parts, options))
+    try:
+        with Progress("importing", sum(part.nbytes for part in parts)) as progress:
+            for part in parts:
+                _write(part, output, progress)
+    except ValueError:
+        output.discard()
+        raise
+    _write_companions(parts, out)
+    return _report(parts, out, output.finish())
+
+
+# --- Checks before anything is written ---
+
+
+def _part(source: Source, options: ImportOptions) -> _Part:
+    family, model = source.family, source.model
+    shapes = family.shapes(model.tower, model.text)
+    if options.scan_layers:
+        shapes = mapping.stack_shapes(shapes)
+    plan = mapping.steps(model.rows, source.tensors, shapes)
+    expected = mapping.expected_shapes(plan, shapes)
+    problems = mapping.misfits(expected, source.tensors, model)
+    used = {name: source.tensors[name] for name in expected if name in source.tensors}
+    dtype, wrong = _dtype(used, options)
+    if problems := problems + wrong:
+        more = len(problems) - SHOWN
+        lines = problems[:SHOWN] + ([f"and {more} more"] if more > 0 else [])
+        raise ValueError(
+            f"{source.name} does not fit {family.name} with the sizes that its config "
+            "and headers say:\n  "
+            + "\n  ".join(lines)
+            + "\nFetch the files again, all "
+            "of one model, or name another --family."
+        )
+    for copy, of in model.copies.items():
+        _check_copy(source, copy, of)
+    resized = _resized(model, options, dtype)
+    written = family.shapes(resized.tower, resized.text)
+    if options.scan_layers:
+        written = mapping.stack_shapes(written)
+    return _Part(source, model, resized, tuple(plan), shapes, written, dtype)
+
+
+def _dtype(
+    tensors: Mapping[str, StoredTensor], options: ImportOptions
+) -> tuple[np.dtype, list[str]]:
+    """The dtype to write, and a line for each tensor whose dtype is wrong."""
+    wanted = options.dtype and np.dtype(options.dtype)
+    counts: dict[np.dtype, int] = {}
+    for tensor in tensors.values():
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + 1
+    usual = max(counts, key=lambda dtype: counts[dtype], default=np.dtype(np.float32))
+    convertible = (*blocks.FLOATS, np.dtype(np.float64))
+    names = ", ".join(dtype.name for dtype in blocks.FLOATS)
+    lines = []
+    for name, tensor in tensors.items():
+        if tensor.dtype not in convertible:
+            lines.append(
+                f"{name}: dtype {tensor.dtype}, expected one of {names}; quantised "
+                "weights are not supported, take the original ones"
+            )
+        elif not wanted and tensor.dtype not in blocks.FLOATS:
+            lines.append(
+                f"{name}: dtype {tensor.dtype}, expected one of {names}; convert it "
+                "with --dtype float32"
+            )
+        elif not wanted and tensor.dtype != usual:
+            lines.append(
+                f"{name}: dtype {tensor.dtype}, but most tensors are {usual}; convert "
+                "all with --dtype"
+            )
+    return np.dtype(wanted or usual), lines
+
+
+def _check_copy(source: Source, copy: str, of: str) -> None:
+    if copy in source.tensors:
+        one, other = source.tensors[copy].read(), source.tensors[of].read()
+        if one.tobytes() != other.tobytes():
+            raise ValueError(
+                f"{source.name}: {copy} differs from {of}, which it must repeat in a "
+                f"{source.family.name} with this config. Fetch the files again, all of "
+                "one model."
+            )
+
+
+def _check_options(parts: Sequence[_Part], options: ImportOptions) -> None:
+    """Raises ValueError for an option that nothing takes."""
+    if options.image_size and not any(part.model.positions for part in parts):
+        raise ValueError("--image_size: no source has position tables to resample.")
+    if options.vocab_size and not any(part.model.vocabulary for part in parts):
+        raise ValueError("--vocab_size: no source has a vocabulary.")
+
+
+def _resized(model: Model, options: ImportOptions, dtype: np.dtype) -> Model:
+    """The model whose configurations say what is written."""
+    tower, text = model.tower, model.text
+    fields: dict[str, Any] = {}
+    if dtype != np.float32:
+        fields["param_dtype"] = dtype.name
+    if options.scan_layers:
+        fields["scan_layers"] = True
+    if tower is not None:
+        size = {"image_size": options.image_size} if options.image_size else {}
+        tower = dataclasses.replace(tower, **fields, **size)
+    if text is not None:
+        size = {"vocab_size": options.vocab_size} if options.vocab_size else {}
+        text = dataclasses.replace(text, **fields, **size)
+    return dataclasses.replace(model, tower=tower, text=text)
+
+
+def _origin(parts: Sequence[_Part], options: ImportOptions) -> str:
+    """A text that changes with the files and with what is made of them."""
+    files = sorted({t.file for part in parts for t in part.source.tensors.values()})
+    stats = [(file, os.stat(file)) for file in files]
+    return json.dumps(
+        [
+            [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats],
+            [part.source.family.name for part in parts],
+            dataclasses.asdict(options),
+        ]
+    )
+
+
+# --- Writing ---
+
+
+def _write(part: _Part, output: CheckpointOutput, progress: Progress) -> None:
+    for step in part.plan:
+        tensors = [part.source.tensors[slot.name] for slot in step.theirs]
+        names = " and ".join(_shown(slot) for slot in step.theirs)
+        if not all(output.has(slot) for slot in step.ours):
+            found = tuple(
+                tensor.read(slot.layer)
+                for tensor, slot in zip(tensors, step.theirs, strict=True)
+            )
+            ours = step.transform.to_ours(found)
+            for slot, array in zip(step.ours, ours, strict=True):
+                expected = part.read_shapes[slot.name]
+                assert array.shape == (
+                    expected if slot.layer is None else expected[1:]
+                ), (slot, array.shape, expected)
+                if array.dtype == np.float64:
+                    array = array.astype(np.float32)
+                output.write(slot, _resize(part, slot.name, array), names)
+        progress.add(
+            sum(
+                tensor.nbytes // (1 if slot.layer is None else tensor.shape[0])
+                for tensor, slot in zip(tensors, step.theirs, strict=True)
+            )
+        )
+
+
+def _shown(slot: Slot) -> str:
+    return slot.name if slot.layer is None else f"{slot.name}[{slot.layer}]"
+
+
+def _resize(part: _Part, name: str, array: np.ndarray) -> np.ndarray:
+    """The array for the image or vocabulary size that was asked for."""
+    old, new = part.model, part.resized
+    if name in old.positions and old.tower.image_size != new.tower.image_size:
+        assert old.resample is not None, f"{name} has no way to be resampled"
+        grids = (t.grid_of(*t.image_size) for t in (old.tower, new.tower))
+        return np.asarray(old.resample(array, *grids)).astype(array.dtype)
+    if name in old.vocabulary and old.text.vocab_size != new.text.vocab_size:
+        axis, count = old.vocabulary[name], new.text.vocab_size
+        rows = np.moveaxis(array, axis, 0)
+        added = max(0, count - len(rows))
+        mean = rows.mean(axis=0, dtype=np.float32, keepdims=True).astype(array.dtype)
+        rows = np.concatenate([rows[:count], np.repeat(mean, added, axis=0)])
+        return np.moveaxis(rows, 0, axis)
+    return array
+
+
+def _write_companions(parts: Sequence[_Part], out: str) -> None:
+    comments = []
+    for part in parts:
+        folder = os.path.join(out, part.source.family.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.source.copy_companions(folder)
+        _record_sizes(part, folder)
+        if tokenizer := part.source.tokenizer():
+            path = os.path.join(folder, tokenizer)
+            comments.append(f"Vocabulary: export VIT22B_VOCABULARY={path}")
+    models = [(part.source.family, part.resized) for part in parts]
+    origins = [os.path.basename(os.path.normpath(part.source.name)) for part in parts]
+    text = gin_files.gin_text(models, origins, comments)
+    with open(os.path.join(out, "model.gin"), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _record_sizes(part: _Part, folder: str) -> None:
+    """Writes what the export needs: config.json and the tensors' shapes, as resized."""
+    resized = {}
+    if part.model.positions and part.model.tower != part.resized.tower:
+        height, width = part.resized.tower.image_size
+        resized["image_size"] = height if height == width else [height, width]
+    if part.model.vocabulary and part.model.text != part.resized.text:
+        resized["vocab_size"] = part.resized.text.vocab_size
+    path = os.path.join(folder, sources.CONFIG)
+    if resized and os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(_replaced(config, resized), file, indent=2)
+    shapes = {name: tensor.shape for name, tensor in part.source.tensors.items()}
+    shapes |= mapping.expected_shapes(part.plan, part.shapes)
+    shapes |= {n: shapes[of] for n, of in part.model.copies.items() if n in shapes}
+    kept = {name: shape for name, shape in shapes.items() if not part.model.drops(name)}
+    with open(os.path.join(folder, RECORD), "w", encoding="utf-8") as file:
+        json.dump({"family": part.source.family.name, "tensors": kept}, file)
+
+
+def _replaced(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the values at every place that has their names."""
+    return {
+        name: _replaced(value, values)
+        if isinstance(value, dict)
+        else values.get(name, value)
+        for name, value in config.items()
+    }
+
+
+def _report(parts: Sequence[_Part], out: str, checkpoint: str) -> list[str]:
+    lines = []
+    for part in parts:
+        count = sum(int(np.prod(shape)) for shape in part.shapes.values())
+        lines.append(
+            f"{part.source.name}: {part.source.family.name}, {count:,} parameters in "
+            f"{part.dtype}"
+        )
+        lines += [f"  {line}" for line in _facts(part)]
+    lines.append(f"wrote {checkpoint}")
+    lines.append(f"wrote {os.path.join(out, 'model.gin')}, for a recipe to include")
+    return lines
+
+
+def _facts(part: _Part) -> Iterator[str]:
+    tower = part.resized.tower
+    if tower is not None:
+        height, width = tower.image_size
+        yield (
+            f"images {height}x{width}, pixel mean {tower.pixel_mean}, "
+            f"std {tower.pixel_std}"
+        )
+    yield from part.model.facts
+    dropped: dict[str, int] = {}
+    for name in part.source.tensors:
+        if why := part.model.drops(name):
+            dropped[why] = dropped.get(why, 0) + 1
+    for why, count in dropped.items():
+        yield f"not imported: {count} tensors, {why}"
+    if tokenizer := part.source.tokenizer():
+        yield f"tokenizer {tokenizer}"

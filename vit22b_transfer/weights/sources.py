@@ -1,0 +1,133 @@
+"""A source of weights: where it lies, its config, its family, what travels with it."""
+
+import dataclasses
+import difflib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vit22b_transfer.weights import tensor_files
+from vit22b_transfer.weights.mapping import Family, Model
+from vit22b_transfer.weights.stored_tensors import StoredTensor, refuse_other_content
+
+CONFIG = "config.json"
+# Small files beside the weights: sizes, preprocessing, tokenizer.
+_COMPANIONS = (
+    CONFIG,
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_TOKENIZER = ".model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights that were opened and understood; nothing is read yet.
+
+    config: config.json, with preprocessor_config.json under its name if there is
+      one; empty without either.
+    """
+
+    name: str
+    folder: str | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    family: Family
+    model: Model
+
+    def companions(self) -> list[str]:
+        """Names of the files that travel with the weights."""
+        if self.folder is None:
+            return []
+        names = sorted(os.listdir(self.folder))
+        return [n for n in names if n in _COMPANIONS or n.endswith(_TOKENIZER)]
+
+    def tokenizer(self) -> str | None:
+        """The name of the SentencePiece file, if there is one."""
+        found = [name for name in self.companions() if name.endswith(_TOKENIZER)]
+        return found[0] if found else None
+
+    def copy_companions(self, to: str) -> None:
+        """Copies config, preprocessing and tokenizer files into the directory `to`."""
+        os.makedirs(to, exist_ok=True)
+        for name in self.companions():
+            assert self.folder is not None
+            path = os.path.join(self.folder, name)
+            if name.endswith(_TOKENIZER):
+                refuse_other_content(path)
+            shutil.copyfile(path, os.path.join(to, name))
+
+
+def open_source(
+    name: str, families: Sequence[Family], family: str | None = None
+) -> Source:
+    """The weights at `name`, of the family called `family` or the one that fits.
+
+    Raises:
+      ValueError: if they cannot be read, or are of no family we know.
+    """
+    tensors = tensor_files.open_tensors(name)
+    path = os.path.abspath(os.path.expanduser(name))
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    config = read_config(folder)
+    # A file of another kind may lie beside configs of something else.
+    if path.endswith(".npz"):
+        folder, config = None, {}
+    found = choose(families, config, tensors, family, name)
+    return Source(name, folder, config, tensors, found, found.read(config, tensors))
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    """config.json of a directory, with preprocessor_config.json as
+    `preprocessor_config`."""
+    config = tensor_files.read_json(folder, CONFIG)
+    if preprocessor := tensor_files.read_json(folder, "preprocessor_config.json"):
+        config["preprocessor_config"] = preprocessor
+    return config
+
+
+def by_name(families: Sequence[Family], name: str) -> Family:
+    """The family called `name`; an unknown name is a ValueError."""
+    for family in families:
+        if family.name == name:
+            return family
+    names = [family.name for family in families]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+    raise ValueError(
+        f"there is no family {name!r}; nearest: {', '.join(near)}; "
+        f"all: {', '.join(sorted(names))}."
+    )
+
+
+def choose(
+    families: Sequence[Family],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    family: str | None,
+    source: str,
+) -> Family:
+    """The family called `family`, or the only one that recognises the source."""
+    if family is not None:
+        return by_name(families, family)
+    found = [each for each in families if each.recognises(config, tensors)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"{source} may be of several families: "
+            f"{', '.join(each.name for each in found)}; say which with --family."
+        )
+    first = ", ".join(list(tensors)[:3])
+    kind = config.get("model_type")
+    raise ValueError(
+        f"{source} is of no family that can be imported: "
+        + (f"its config.json says model_type {kind!r}" if kind else "no config.json")
+        + f", its tensors are called {first}, ... Families: "
+        f"{', '.join(sorted(each.name for each in families))}; say which with --family."
+    )
