@@ -47,10 +47,15 @@ def attend_cached(
 
 
 def rotate(
-    x: Float[Array, "batch length heads kv"], angles: Float[Array, "length half"]
+    x: Float[Array, "batch length heads kv"],
+    angles: Float[Array, "*#batch #length half"],
 ) -> Float[Array, "batch length heads kv"]:
-    """Rotary positions (Su et al. 2021): element i turns with element i + H/2."""
-    cos, sin = (f(angles)[None, :, None] for f in (jnp.cos, jnp.sin))
+    """Rotary positions (Su et al. 2021): element i turns with element i + H/2.
+
+    Angles may be those of all rows, or of each one.
+    """
+    angles = angles.reshape(-1, angles.shape[-2], 1, angles.shape[-1])
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

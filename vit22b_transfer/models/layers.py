@@ -136,6 +136,7 @@ class Norm(nn.Module):
 
     `centering=False` is RMS normalisation (no mean subtracted; ViT-22B section 2, T5);
     `centering=True` is LayerNorm. The scale is learned; the bias only if `use_bias`.
+    With `scale_from_one` the parameter is what the scale exceeds one by (Gemma).
     """
 
     features: int
@@ -143,6 +144,7 @@ class Norm(nn.Module):
     use_bias: bool = False
     epsilon: float = 1e-6
     axis: str = "embed"
+    scale_from_one: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -161,8 +163,9 @@ class Norm(nn.Module):
             axes=(self.axis,),
         )
         shape, dtype = (self.features,), jnp.dtype(self.param_dtype)
-        scale = create("scale", nn.initializers.ones_init(), shape, dtype)
-        y = y * _promote(scale.astype(jnp.float32), y.ndim)
+        first = nn.initializers.zeros if self.scale_from_one else nn.initializers.ones
+        scale = create("scale", first, shape, dtype).astype(jnp.float32)
+        y = y * _promote(scale + 1.0 if self.scale_from_one else scale, y.ndim)
         if self.use_bias:
             bias = create("bias", nn.initializers.zeros_init(), shape, dtype)
             y = add_bias(y, bias)
@@ -190,17 +193,22 @@ class LayerScale(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token table [V, E]; `__call__` looks ids up, `attend` gives tied logits."""
+    """Token table [V, E]; `__call__` looks ids up, `attend` gives tied logits.
+
+    T5 divides the tied logits by sqrt(width); with `scaled_inputs` the embeddings are
+    multiplied by it instead, and the table starts that much smaller (Gemma).
+    """
 
     vocab_size: int
     width: int
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    scaled_inputs: bool = False
 
     def setup(self):
         self.embedding = param_with_axes(
             "embedding",
-            nn.initializers.normal(1.0),
+            nn.initializers.normal(self.width**-0.5 if self.scaled_inputs else 1.0),
             (self.vocab_size, self.width),
             jnp.dtype(self.param_dtype),
             axes=("vocab", "embed"),
@@ -210,15 +218,19 @@ class Embedding(nn.Module):
     def __call__(
         self, tokens: Int[Array, "batch length"]
     ) -> Float[Array, "batch length embed"]:
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        return x * self._scale(0.5) if self.scaled_inputs else x
 
     def attend(
         self, x: Float[Array, "batch length embed"]
     ) -> Float[Array, "batch length vocab"]:
-        """Logits in float32, scaled by 1/sqrt(width) as T5 does for a tied table."""
-        table = self.embedding.astype(self.dtype)
-        x = x.astype(self.dtype) * jnp.asarray(self.width**-0.5, self.dtype)
+        """Logits in float32."""
+        table, x = self.embedding.astype(self.dtype), x.astype(self.dtype)
+        x = x if self.scaled_inputs else x * self._scale(-0.5)
         return linear(x, table.T, jnp.float32)
+
+    def _scale(self, power):
+        return jnp.asarray(self.width**power, self.dtype)
 
 
 class LearnedTable(nn.Module):

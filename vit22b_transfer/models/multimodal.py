@@ -3,7 +3,8 @@
 PaLI-X's pattern (arXiv 2305.18565): patch tokens before pooling go through one linear
 projection and stand before the text embeddings at the encoder's input; the decoder
 cross-attends and generates. `ImageTextModel` satisfies T5X's model contract by duck
-typing; the names of its methods and arguments are T5X's.
+typing; the names of its methods and arguments are T5X's. The decoder-only counterpart
+of the module here is `prefix_lm.PrefixLMModule`.
 """
 
 import dataclasses
@@ -18,10 +19,18 @@ from clu import metrics as clu_metrics
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from vit22b_transfer.models import freezing, layers, losses, stacking, t5, vit
+from vit22b_transfer.models import (
+    freezing,
+    layers,
+    losses,
+    prefix_lm,
+    stacking,
+    t5,
+    vit,
+)
 
 Batch = Mapping[str, jax.Array | np.ndarray]
-EOS_ID = 1
+EOS_ID = prefix_lm.EOS_ID
 
 
 @flax.struct.dataclass
@@ -127,6 +136,32 @@ class ImageTextModule(nn.Module):
             return self.token_embedder.attend(x)
         return self.decoder.logits(x)
 
+    @nn.nowrap
+    def start_decoding(self, params: Any, images, tokens, max_decode_length: int):
+        """(init_cache, step_fn) for a function of `inference.decoding`.
+
+        The image and the prompt are encoded here, once. Layers are unrolled: reading a
+        stacked array layer by layer inside the decoding loop costs a copy of the layer
+        at every token.
+        """
+        encoded = self.apply({"params": params}, images, tokens, method="encode")
+        text = dataclasses.replace(self.text, scan_layers=False)
+        module = self.clone(text=text)
+        decoder = stacking.unstack_layers(params["decoder"])
+        variables = {"token_embedder": params["token_embedder"], "decoder": decoder}
+        variables = {"params": variables}
+        cross = module.apply(variables, encoded, method="cross_key_values")
+
+        def init_cache(num_beams: int):
+            batch = encoded.mask.shape[0]
+            return t5.empty_cache(text, batch, num_beams, max_decode_length)
+
+        def step_fn(tokens, cache, index, ancestry):
+            arguments = tokens, cache, cross, encoded.mask, index, ancestry
+            return module.apply(variables, *arguments, method="decode_step")
+
+        return init_cache, step_fn
+
 
 def _inputs(batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Images and prompt tokens of a batch."""
@@ -141,7 +176,7 @@ def _targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 class ImageTextModel:
-    """T5X's model contract over an `ImageTextModule`.
+    """T5X's model contract over an `ImageTextModule` or a `PrefixLMModule`.
 
     optimizer_def: an optax transformation in our runtime, a T5X one under T5X.
     decode_fn: one of `inference.decoding`, its options bound.
@@ -152,7 +187,7 @@ class ImageTextModel:
 
     def __init__(
         self,
-        module: ImageTextModule,
+        module: ImageTextModule | prefix_lm.PrefixLMModule,
         input_vocabulary: Any,
         output_vocabulary: Any,
         optimizer_def: Any = None,
@@ -267,48 +302,17 @@ class ImageTextModel:
                 "this model has no decode_fn; pass one of inference.decoding "
                 "(greedy, sample, beam_search) to predict."
             )
-        encoded = self.module.apply(
-            {"params": params},
-            *_inputs(batch),
-            method="encode",
-        )
-        module, variables = self._decoder(params)
-        cross = module.apply(variables, encoded, method="cross_key_values")
-        batch_size = encoded.mask.shape[0]
+        images, tokens = _inputs(batch)
         time = self.max_decode_length or batch["decoder_target_tokens"].shape[1]
-
-        def init_cache(num_beams: int):
-            return t5.empty_cache(module.text, batch_size, num_beams, time)
-
-        def step_fn(tokens, cache, index, ancestry):
-            return module.apply(
-                variables,
-                tokens,
-                cache,
-                cross,
-                encoded.mask,
-                index,
-                ancestry,
-                method="decode_step",
-            )
-
+        # T5X keeps parameters in a FrozenDict.
+        params = flax.core.unfreeze(params)
+        init_cache, step_fn = self.module.start_decoding(params, images, tokens, time)
         decoded = self.decode_fn(
             init_cache,
             step_fn,
-            batch_size=batch_size,
+            batch_size=tokens.shape[0],
             max_decode_length=time,
             eos_id=EOS_ID,
             rng=rng,
         )
         return decoded.tokens, {"scores": decoded.scores}
-
-    def _decoder(self, params) -> tuple[ImageTextModule, dict]:
-        """The module with an unrolled decoder, and the parameters decoding needs.
-
-        Reading a stacked array layer by layer inside the decoding loop costs a copy of
-        the layer at every token.
-        """
-        text = dataclasses.replace(self.module.text, scan_layers=False)
-        decoder = stacking.unstack_layers(flax.core.unfreeze(params["decoder"]))
-        variables = {"token_embedder": params["token_embedder"], "decoder": decoder}
-        return self.module.clone(text=text), {"params": variables}

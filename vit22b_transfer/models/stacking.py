@@ -40,17 +40,20 @@ def stack_layers(params: dict) -> dict:
     return out
 
 
-def scan_blocks(block: type[nn.Module], length: int, num_broadcast: int):
+def scan_blocks(
+    block: type[nn.Module], length: int, num_broadcast: int, num_scanned: int = 0
+):
     """`block` applied `length` times with parameters stacked on axis 0.
 
-    `block.__call__(carry, *broadcast)` must return `(carry, output)`; outputs are
-    stacked. The stacked axis is named `layers`.
+    `block.__call__(carry, *scanned, *broadcast)` must return `(carry, output)`; it gets
+    row i of what is scanned the i-th time; outputs are stacked. The stacked axis is
+    named `layers`.
     """
     return scan_with_axes(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast,) * num_broadcast,
+        in_axes=(0,) * num_scanned + (nn.broadcast,) * num_broadcast,
         length=length,
         axis_name="layers",
     )
