@@ -263,7 +263,8 @@ class VisionTower(nn.Module):
         if cfg.has_class_token:
             token = self._table("cls", (1, 1, cfg.width), axes)
             if cfg.class_position:
-                token = token + self._table("cls_position", (1, 1, cfg.width), axes)
+                shape, names = (1, cfg.width), ("abspos_buckets", "embed")
+                token = token + self._table("cls_position", shape, names)[None]
             tokens.append(token)
         if cfg.num_registers:
             shape = (1, cfg.num_registers, cfg.width)

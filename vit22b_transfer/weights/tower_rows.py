@@ -17,14 +17,17 @@ TOWER = "encoder/tower"
 BLOCK = f"{TOWER}/layers_{{i}}"
 POSITIONS = f"{TOWER}/position_embedding/embedding"
 
-IMAGENET = dict(pixel_mean=(0.485, 0.456, 0.406), pixel_std=(0.229, 0.224, 0.225))
-CLIP_PIXELS = dict(
-    pixel_mean=(0.48145466, 0.4578275, 0.40821073),
-    pixel_std=(0.26862954, 0.26130258, 0.27577711),
+# Mean and deviation of pixels in [0, 1], per channel.
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
 )
-HALF = dict(pixel_mean=(0.5, 0.5, 0.5), pixel_std=(0.5, 0.5, 0.5))
+# PIL's numbers, which preprocessor_config.json uses.
+FILTERS = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
 # What every public tower but ViT-22B's relatives has.
-SEQUENTIAL = dict(
+SEQUENTIAL: dict[str, Any] = dict(
     parallel=False, qk_norm=False, qkv_bias=True, norm_centering=True, norm_bias=True
 )
 
@@ -70,6 +73,14 @@ def norm(ours: str, theirs: str, *, bias: bool = True) -> list[Row]:
     return rows + [Row(f"{ours}/bias", f"{theirs}.bias")] * bias
 
 
+def layer_scales(attention: str, mlp: str) -> list[Row]:
+    """Rows of a sequential block's two LayerScales."""
+    return [
+        Row(f"{BLOCK}/layer_scale/scale", attention),
+        Row(f"{BLOCK}/mlp_layer_scale/scale", mlp),
+    ]
+
+
 def attention(ours: str, theirs: Sequence[str], tower: vit.ViTConfig) -> list[Row]:
     """Rows of query, key, value and out projections; `theirs` names them."""
     names = ("query", "key", "value", "out")
@@ -86,6 +97,35 @@ def attention(ours: str, theirs: Sequence[str], tower: vit.ViTConfig) -> list[Ro
     ]
 
 
+def pixels(config: Mapping[str, Any], usual: tuple) -> dict[str, Any]:
+    """Mean and deviation: those of the source's image processor, or the usual ones."""
+    processor = config.get("preprocessor", {})
+    mean = processor.get("image_mean", usual[0])
+    deviation = processor.get("image_std", usual[1])
+    return dict(pixel_mean=tuple(mean), pixel_std=tuple(deviation))
+
+
+def resizing(config: Mapping[str, Any], usual: str, tower: vit.ViTConfig) -> tuple:
+    """Facts on how the source's images are resized."""
+    processor = config.get("preprocessor", {})
+    said = usual
+    if "size" in processor:
+        said = f"to {processor['size']}"
+        if processor.get("resample") in FILTERS:
+            said += f", {FILTERS[processor['resample']]}"
+        if processor.get("do_center_crop"):
+            said += f", then the centre {processor.get('crop_size')}"
+    facts = [f"images were resized {said}"]
+    if "image_size" in config:
+        full = pair(config["image_size"])
+        if full != tower.image_size:
+            facts.append(
+                f"its images are {full[0]}x{full[1]}, of which the tower sees the top "
+                f"left {tower.image_size[0]}x{tower.image_size[1]}: crop, do not resize"
+            )
+    return tuple(facts)
+
+
 def square(positions: int, source: str) -> int:
     """Side of a square grid with so many positions."""
     side = math.isqrt(positions)
@@ -95,6 +135,12 @@ def square(positions: int, source: str) -> int:
             "with another grid cannot be imported."
         )
     return side
+
+
+def whole_patches(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    """The part of an image that whole patches cover: a convolution drops the rest."""
+    height, width = pair(size)
+    return height // patch_size * patch_size, width // patch_size * patch_size
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -118,6 +164,15 @@ def refuse(config: Mapping[str, Any], **computed: Any) -> None:
             )
 
 
+def need_tensors(tensors: Mapping[str, Any], what: str) -> None:
+    """Raises ValueError if there are no tensors to read the sizes from."""
+    if not tensors:
+        raise ValueError(
+            f"the sizes of {what} are read from its tensors; name with --config the "
+            "directory that `vit22b import` wrote."
+        )
+
+
 def choose(config: Mapping[str, Any], name: str, values: Mapping[Any, Any]) -> Any:
     """What stands for `config[name]` in `values`."""
     got = config[name]
@@ -130,7 +185,12 @@ def choose(config: Mapping[str, Any], name: str, values: Mapping[Any, Any]) -> A
 
 
 def prefix_of(names: Mapping[str, Any], anchor: str, prefixes: Sequence[str]) -> str:
-    """Which of the prefixes the tower's names have; `anchor` is one of these names."""
+    """Which of the prefixes the tower's names have; `anchor` is one of these names.
+
+    Without any names (an export by a config alone) it is the first prefix.
+    """
+    if not names:
+        return prefixes[0]
     for prefix in prefixes:
         if prefix + anchor in names:
             return prefix
