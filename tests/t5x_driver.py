@@ -6,6 +6,7 @@ Read from T5X at cc342d4: `utils.TrainStateInitializer`, `train_state`, `trainer
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import warnings
 
@@ -13,9 +14,34 @@ import clu.metrics
 import flax
 import jax
 import jax.numpy as jnp
-import tiny_models
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh
+from tiny_models import (
+    batch,
+    classic_tower_config,
+    image_text_model,
+    jit,
+    text_config,
+    tower_config,
+)
+
+BATCH = batch(8, inputs=4, targets=5)
+SHAPES = {name: array.shape for name, array in BATCH.items()}
+
+MODELS = {
+    "parallel": dict(),
+    "classic": dict(tower=classic_tower_config(pooling="cls")),
+    "fused": dict(tower=tower_config(fused_projections=True)),
+    "tied": dict(text=text_config(tied_logits=True)),
+    "blind": dict(blind=True),
+    "scanned": dict(
+        tower=tower_config(scan_layers=True), text=text_config(scan_layers=True)
+    ),
+    "bfloat16": dict(
+        tower=tower_config(scan_layers=True, param_dtype=jnp.bfloat16),
+        frozen=("encoder/tower/.*",),
+    ),
+}
 
 # t5x.partitioning.standard_logical_axis_rules at cc342d4 by (activation, parameter)
 # partitioning dims, in its order; D = data, M = model, - = replicated.
@@ -56,6 +82,14 @@ def initialize(model, input_shapes, rng, input_types=None):
     others, params = flax.core.frozen_dict.pop(variables, "params")
     others, params_axes = flax.core.frozen_dict.pop(others, "params_axes")
     return others, params, params_axes
+
+
+@functools.cache
+def abstract(name):
+    """(model, other collections, params, params_axes) of one of `MODELS`."""
+    model = image_text_model(**MODELS[name])
+    init = functools.partial(initialize, model, SHAPES)
+    return model, *jax.eval_shape(init, jax.random.PRNGKey(0))
 
 
 def merged(a, b):
@@ -121,4 +155,4 @@ def infer_step(function):
             return indices, function(params, batch, rng)
         return indices, function(params, batch)
 
-    return tiny_models.jit(step)
+    return jit(step)

@@ -19,11 +19,9 @@ import pytest
 import t5x_driver
 from flax.linen import partitioning as flax_partitioning
 from flax.traverse_util import flatten_dict
-from t5x_driver import accumulate, infer_step
+from t5x_driver import BATCH, MODELS, SHAPES, abstract, accumulate, infer_step
 from tiny_models import (
     assert_within,
-    batch,
-    classic_tower_config,
     image_text_model,
     jit,
     model_params,
@@ -36,31 +34,7 @@ from vit22b_transfer.inference import decoding
 from vit22b_transfer.models import t5
 from vit22b_transfer.partitioning.rules import LOGICAL_AXES, Partitioning
 
-BATCH = batch(8, inputs=4, targets=5)
-SHAPES = {name: array.shape for name, array in BATCH.items()}
 FROZEN = ("encoder/tower/.*",)
-
-MODELS = {
-    "parallel": dict(),
-    "classic": dict(tower=classic_tower_config(pooling="cls")),
-    "fused": dict(tower=tower_config(fused_projections=True)),
-    "tied": dict(text=text_config(tied_logits=True)),
-    "blind": dict(blind=True),
-    "scanned": dict(
-        tower=tower_config(scan_layers=True), text=text_config(scan_layers=True)
-    ),
-    "bfloat16": dict(
-        tower=tower_config(scan_layers=True, param_dtype=jnp.bfloat16), frozen=FROZEN
-    ),
-}
-
-
-@functools.cache
-def abstract(name):
-    """(model, other collections, params, params_axes) of one of `MODELS`."""
-    model = image_text_model(**MODELS[name])
-    init = functools.partial(t5x_driver.initialize, model, SHAPES)
-    return model, *jax.eval_shape(init, jax.random.PRNGKey(0))
 
 
 def model_of(decode_fn=None, **arguments):
