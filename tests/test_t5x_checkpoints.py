@@ -55,7 +55,7 @@ RUNS = {
 
 @functools.cache
 def partitioner():
-    return t5x_partitioning.PjitPartitioner(model_parallel_submesh=(1, 1, 1, 2))
+    return t5x_partitioning.PjitPartitioner(model_parallel_submesh=(1, 2, 1, 1))
 
 
 class Run:
@@ -198,8 +198,9 @@ def test_a_step_after_the_checkpoint_of_t5x_is_the_step_of_t5x(run, tmp_path):
     theirs = jax.jit(lambda state, grads: state.apply_gradient(grads, 0.0))(
         run.state, freeze(jax.tree.map(np.asarray, grads))
     )
+    # Parameters and updates are up to 40 large: an ulp of those is 4e-6.
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-6),
+        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6),
         jax.tree.map(lambda x: np.asarray(x, np.float32), params),
         jax.tree.map(lambda x: np.asarray(x, np.float32), unfreeze(theirs.params)),
     )
