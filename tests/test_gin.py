@@ -1,5 +1,6 @@
 """Every shipped gin file parses, finalizes, and builds what it describes."""
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -112,7 +113,7 @@ RECIPES = files("recipes")
 COMMANDS = [
     ("training.train", "train"),
     ("evaluation.evaluate", "evaluate"),
-    ("inference.infer", "infer"),
+    ("inference.infer", "infer_split"),
 ]
 SETTINGS = {
     "MODEL_DIR": "MODEL_DIR='/nowhere'",
@@ -191,10 +192,30 @@ def test_recipes_stay_short_and_say_what_to_expect(path):
     assert len(body) <= 30
 
 
+# Run only where T5X is installed (tests/test_t5x_runs.py); this holds anywhere.
+T5X_RUNS = sorted((CONFIGS / "runs").glob("t5x_*.gin"))
+
+
+@pytest.mark.parametrize("path", T5X_RUNS, ids=stem)
+def test_t5x_run_files_bind_what_the_adapter_has(path):
+    tree = ast.parse((ROOT / "vit22b_transfer/t5x_adapter.py").read_text())
+    arguments = {
+        node.name: {a.arg for a in node.args.args + node.args.kwonlyargs}
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+    }
+    text = path.read_text()
+    for function in re.findall(r"@t5x_adapter\.(\w+)", text):
+        assert function in arguments
+    for function, name in re.findall(r"^t5x_adapter\.(\w+)\.(\w+) =", text, re.M):
+        assert name in arguments[function]
+    assert re.search(r"include 't5x/configs/runs/\w+\.gin'", text)
+
+
 def test_every_gin_file_is_built_by_a_test():
     included = set()
     for path in RECIPES:
         included |= set(re.findall("^include '(.*)'", path.read_text(), re.MULTILINE))
-    tested = {*TOWERS, *TEXT_MODELS, *files("meshes"), *RECIPES}
+    tested = {*TOWERS, *TEXT_MODELS, *files("meshes"), *RECIPES, *T5X_RUNS}
     tested |= {ROOT / name for name in included} | {CONFIGS / "models/no_tower.gin"}
     assert set(CONFIGS.rglob("*.gin")) == tested

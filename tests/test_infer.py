@@ -430,7 +430,7 @@ def test_another_model_or_setting_is_refused_and_harms_nothing(
 
 
 def test_infer_takes_the_latest_checkpoint_and_any_mesh(checkpoint, complete, tmp_path):
-    result = infer.infer(
+    result = infer.infer_split(
         tiny_captions.model(),
         partitioning=Partitioning(data=4, model=2),
         checkpoint=os.path.dirname(checkpoint),
@@ -501,7 +501,7 @@ def test_an_output_that_cannot_be_written_is_refused(restored, tmp_path):
 
 def test_a_batch_that_does_not_divide_by_the_mesh_is_refused(checkpoint, tmp_path):
     with refused("batch_size 4 does not divide by 8"):
-        infer.infer(
+        infer.infer_split(
             tiny_captions.model(),
             partitioning=Partitioning(data=8, model=1),
             checkpoint=checkpoint,

@@ -23,7 +23,7 @@ _SEARCH_PATHS = ("", _ROOT)
 _RUNS = {
     "train": ("vit22b_transfer.training.train", "train"),
     "eval": ("vit22b_transfer.evaluation.evaluate", "evaluate"),
-    "infer": ("vit22b_transfer.inference.infer", "infer"),
+    "infer": ("vit22b_transfer.inference.infer", "infer_split"),
 }
 
 # The last is said on a machine without a GPU.

@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, UInt8
 
 from vit22b_transfer.data import preprocessors
 from vit22b_transfer.inference.decoding import PAD_ID, Decoded, InitCache, StepFn
 from vit22b_transfer.partitioning import rules
-from vit22b_transfer.training import optimizers, state, steps
+from vit22b_transfer.training import checkpoints, optimizers, state, steps
 
+# pyright: reportMissingImports=false
 try:
     from t5x import adafactor as t5x_adafactor
     from t5x import decoding as t5x_decoding
@@ -59,6 +60,11 @@ def absolute_path(path: str) -> str:
     With a relative one T5X fails after data, initialisation and the first evaluation.
     """
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def latest_checkpoint(model_dir: str) -> str:
+    """The newest finished checkpoint in `model_dir`, of our runtime or T5X's."""
+    return checkpoints.resolve(model_dir)
 
 
 # --- Training ---

@@ -48,7 +48,7 @@ def evaluate(
 ) -> dict[str, Scores]:
     """The scores of a checkpoint by task; a mixture stands for its tasks.
 
-    Predicts as `infer.infer` does, into `output_dir`, or takes the predictions that are
+    Predicts as `infer.infer_split` does, into `output_dir`, or takes the predictions that are
     there. Beside the tasks' own metrics stand the loss and its like on the targets, as
     `token/...`. Prints a table and enters the scores as `TASK/SPLIT` in
     `output_dir/metrics.json`.

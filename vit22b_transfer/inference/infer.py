@@ -95,7 +95,7 @@ class SplitToRead:
     batch_size: int
 
 
-def infer(
+def infer_split(
     model: Any,
     *,
     partitioning: Partitioning,

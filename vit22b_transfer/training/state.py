@@ -54,7 +54,7 @@ def abstract_state(
 
 
 def like_parameters(opt_state: Tree, params: Tree, values: Tree, default: Any) -> Tree:
-    """For each array of an optimizer state the value of the parameter it is shaped like.
+    """For each array of an optimizer state the value of the parameter it belongs to.
 
     `values` has one value per parameter. Arrays with no parameter's name at the end of
     their path, or of another shape (counts, factored moments), get `default`.
