@@ -167,8 +167,9 @@ def shapes(tower: None, text: t5.T5Config) -> dict[str, Shape]:
     module = multimodal.ImageTextModule(tower, text)
     init = functools.partial(module.init, jax.random.key(0), None)
     params = jax.eval_shape(init, tokens, tokens)["params"]
-    flat: Mapping[str, Any] = traverse_util.flatten_dict(params, sep="/")
-    return {name: tuple(leaf.shape) for name, leaf in flat.items()}
+    flat = traverse_util.flatten_dict(params, sep="/")
+    # type: flax declares leaves to be dicts.
+    return {name: tuple(leaf.shape) for name, leaf in flat.items()}  # type: ignore
 
 
 HUGGING_FACE = Family("hf-t5", _recognises, _read, shapes)
