@@ -14,6 +14,7 @@ import clu.metrics
 import flax
 import jax
 import jax.numpy as jnp
+import tiny_gemma
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import Mesh
 from tiny_models import (
@@ -28,19 +29,29 @@ from tiny_models import (
 BATCH = batch(8, inputs=4, targets=5)
 SHAPES = {name: array.shape for name, array in BATCH.items()}
 
+FROZEN = ("encoder/tower/.*",)
+
+
+def prefix_lm_model(family, **overrides):
+    return tiny_gemma.prefix_lm_model(
+        tiny_gemma.prefix_lm_module(family, **overrides), frozen=FROZEN
+    )
+
+
 MODELS = {
-    "parallel": dict(),
-    "classic": dict(tower=classic_tower_config(pooling="cls")),
-    "fused": dict(tower=tower_config(fused_projections=True)),
-    "tied": dict(text=text_config(tied_logits=True)),
-    "blind": dict(blind=True),
-    "scanned": dict(
-        tower=tower_config(scan_layers=True), text=text_config(scan_layers=True)
+    "parallel": image_text_model,
+    "classic": lambda: image_text_model(classic_tower_config(pooling="cls")),
+    "fused": lambda: image_text_model(tower_config(fused_projections=True)),
+    "tied": lambda: image_text_model(text=text_config(tied_logits=True)),
+    "blind": lambda: image_text_model(blind=True),
+    "scanned": lambda: image_text_model(
+        tower_config(scan_layers=True), text_config(scan_layers=True)
     ),
-    "bfloat16": dict(
-        tower=tower_config(scan_layers=True, param_dtype=jnp.bfloat16),
-        frozen=("encoder/tower/.*",),
+    "bfloat16": lambda: image_text_model(
+        tower_config(scan_layers=True, param_dtype=jnp.bfloat16), frozen=FROZEN
     ),
+    "gemma": lambda: prefix_lm_model("gemma", scan_layers=True),
+    "gemma3": lambda: prefix_lm_model("gemma3"),
 }
 
 # t5x.partitioning.standard_logical_axis_rules at cc342d4 by (activation, parameter)
@@ -87,7 +98,7 @@ def initialize(model, input_shapes, rng, input_types=None):
 @functools.cache
 def abstract(name):
     """(model, other collections, params, params_axes) of one of `MODELS`."""
-    model = image_text_model(**MODELS[name])
+    model = MODELS[name]()
     init = functools.partial(initialize, model, SHAPES)
     return model, *jax.eval_shape(init, jax.random.PRNGKey(0))
 

@@ -19,7 +19,7 @@ import pytest
 import t5x_driver
 from flax.linen import partitioning as flax_partitioning
 from flax.traverse_util import flatten_dict
-from t5x_driver import BATCH, MODELS, SHAPES, abstract, accumulate, infer_step
+from t5x_driver import BATCH, FROZEN, MODELS, SHAPES, abstract, accumulate, infer_step
 from tiny_models import (
     assert_within,
     image_text_model,
@@ -31,10 +31,7 @@ from tiny_models import (
 )
 
 from vit22b_transfer.inference import decoding
-from vit22b_transfer.models import t5
 from vit22b_transfer.partitioning.rules import LOGICAL_AXES, Partitioning
-
-FROZEN = ("encoder/tower/.*",)
 
 
 def model_of(decode_fn=None, **arguments):
@@ -98,14 +95,16 @@ def test_stored_types_are_those_of_the_configuration():
         assert leaf.dtype == (jnp.bfloat16 if tower else jnp.float32), path
 
 
-def test_t5x_leaves_the_module_of_scanned_layers_alone():
-    model, *_ = abstract("scanned")
-    assert model.module.tower.scan_layers and model.module.text.scan_layers
+@pytest.mark.parametrize("name", ["scanned", "gemma"])
+def test_t5x_leaves_the_module_of_scanned_layers_alone(name):
+    model, *_ = abstract(name)
+    assert model.module.text.scan_layers
     assert not getattr(model.module, "scan_layers", False)
 
 
 def test_parameters_are_made_in_place_under_the_mesh_of_t5x():
-    model = model_of()
+    text = text_config(num_encoder_layers=0, num_decoder_layers=1)
+    model = image_text_model(tower_config(depth=1), text)
     _, params, axes = jax.eval_shape(
         functools.partial(t5x_driver.initialize, model, SHAPES), jax.random.PRNGKey(0)
     )
@@ -295,23 +294,30 @@ def test_sampling_without_a_key_says_so(params):
         step(params, BATCH, None, np.arange(8))
 
 
-def test_plain_and_frozen_dicts_of_parameters_give_the_same_program(params):
-    model = model_of(decoding.greedy)
+@pytest.mark.parametrize("make", [model_of, MODELS["gemma"]], ids=["t5", "gemma"])
+def test_plain_and_frozen_dicts_of_parameters_give_the_same_program(make):
+    model = make()  # scanned and with a frozen tower
+    model.decode_fn = decoding.greedy
+    params = flax.core.freeze(model_params(model))
     for function in (
         lambda p: accumulate(model, p, BATCH, None, 1),
-        lambda p: model.eval_fn(p, BATCH),
-        lambda p: model.score_batch(p, BATCH),
         lambda p: model.predict_batch_with_aux(p, BATCH),
     ):
         frozen, plain = map(jax.make_jaxpr(function), (params, params.unfreeze()))
         assert str(frozen) == str(plain)
 
 
-def test_every_leaf_of_the_decoding_cache_has_the_batch_in_front():
+@pytest.mark.parametrize("name", ["scanned", "gemma"])
+def test_every_leaf_of_the_decoding_cache_has_the_batch_in_front(name):
     """T5X's beam search knows no other layout."""
-    config = text_config()
-    cache = jax.eval_shape(lambda: t5.empty_cache(config, 3, 2, 7))
-    assert cache and all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(cache))
+    model, _, params, _ = abstract(name)
+
+    def cache(params, images, tokens):
+        return model.module.start_decoding(params, images, tokens, 7)[0](2)
+
+    inputs = BATCH["encoder_input_images"], BATCH["encoder_input_tokens"]
+    leaves = jax.tree.leaves(jax.eval_shape(cache, params.unfreeze(), *inputs))
+    assert leaves and all(leaf.shape[0] == 8 for leaf in leaves)
 
 
 def test_images_that_do_not_fit_the_tower_are_refused_naming_both_sizes():
