@@ -15,15 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from vit22b_transfer.weights import blocks, gin_files, mapping, sources
+from vit22b_transfer.weights import (
+    blocks,
+    gin_files,
+    mapping,
+    sources,
+    tensor_writing,
+)
 from vit22b_transfer.weights.checkpoint_output import CheckpointOutput
 from vit22b_transfer.weights.mapping import SHOWN, Family, Model, Shape, Slot, Step
 from vit22b_transfer.weights.progress import Progress
 from vit22b_transfer.weights.sources import Source
 from vit22b_transfer.weights.stored_tensors import StoredTensor
+from vit22b_transfer.weights.tensor_writing import LazyTensor
 
 # What an import writes beside a source's own files, for the export.
 RECORD = "import.json"
+CARRIED = "carried"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +289,7 @@ def _write_companions(parts: Sequence[_Part], out: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         part.source.copy_companions(folder)
         _record_sizes(part, folder)
+        _carry(part, os.path.join(folder, CARRIED))
         if tokenizer := part.source.tokenizer():
             path = os.path.join(folder, tokenizer)
             comments.append(f"Vocabulary: export VIT22B_VOCABULARY={path}")
@@ -311,6 +320,20 @@ def _record_sizes(part: _Part, folder: str) -> None:
     kept = {name: shape for name, shape in shapes.items() if not part.model.drops(name)}
     with open(os.path.join(folder, RECORD), "w", encoding="utf-8") as file:
         json.dump({"family": part.source.family.name, "tensors": kept}, file)
+
+
+def _carry(part: _Part, folder: str) -> None:
+    """Keeps the tensors that only their class has."""
+    tensors = [
+        LazyTensor(name, tensor.shape, tensor.dtype, tensor.read)
+        for name, tensor in part.source.tensors.items()
+        if part.model.carries(name)
+    ]
+    if tensors:
+        os.makedirs(folder)
+        tensor_writing.write_safetensors(
+            folder, tensors, max_shard_bytes=2**40, done=lambda count: None
+        )
 
 
 def _replaced(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from vit22b_transfer.weights import (
     tensor_files,
     tensor_writing,
 )
-from vit22b_transfer.weights.convert import RECORD
+from vit22b_transfer.weights.convert import CARRIED, RECORD
 from vit22b_transfer.weights.mapping import SHOWN, Family, Model, Slot, Step
 from vit22b_transfer.weights.progress import Progress
 from vit22b_transfer.weights.stored_tensors import StoredTensor
@@ -57,6 +57,7 @@ def export_weights(
     model = found.read(config, theirs)
     plan = _plan(found, model, theirs, params, checkpoint)
     tensors = _tensors(plan, model, theirs, params)
+    tensors += _carried(folder, tensors[0].dtype)
     out = os.path.abspath(os.path.expanduser(out))
     with tensor_writing.whole_directory(out) as folder_to_be:
         total = sum(tensor.nbytes for tensor in tensors)
@@ -192,6 +193,17 @@ def _check_equal(
             "in the files that were imported, but differ in the checkpoint. To write "
             f"them apart, name a --config directory without {RECORD}."
         )
+
+
+def _carried(folder: str, dtype: np.dtype) -> list[LazyTensor]:
+    """What the import kept of what only their class has."""
+    path = os.path.join(folder, CARRIED)
+    if not os.path.isdir(path):
+        return []
+    return [
+        LazyTensor(name, kept.shape, dtype, lambda kept=kept: kept.read().astype(dtype))
+        for name, kept in tensor_files.open_tensors(path).items()
+    ]
 
 
 def _tensor(

@@ -208,6 +208,8 @@ class Model:
     copies: their name -> their name that it repeats; such a tensor may be there or not,
       and must be equal if it is.
     dropped: pattern over whole names of theirs -> why we have no use for them.
+    carried: patterns of dropped ones that their class has all the same (DINO's mask
+      token): the import keeps them beside the checkpoint, the export adds them again.
     vocabulary: our name -> the axis that `vocab_size` counts.
     positions: our tables [rows * columns, E] over the patch grid.
     resample: (table [rows * columns, E], old grid, new grid) -> table, as the source's
@@ -221,6 +223,7 @@ class Model:
     text: Any = None
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    carried: tuple[str, ...] = ()
     vocabulary: Mapping[str, int] = dataclasses.field(default_factory=dict)
     positions: tuple[str, ...] = ()
     resample: Callable[..., np.ndarray] | None = None
@@ -230,6 +233,10 @@ class Model:
         """Why their tensor is not used; None if it is, or is not known."""
         matching = (why for p, why in self.dropped.items() if re.fullmatch(p, name))
         return next(matching, None)
+
+    def carries(self, name: str) -> bool:
+        """Whether their tensor is kept for the export."""
+        return any(re.fullmatch(pattern, name) for pattern in self.carried)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,6 +322,19 @@ def stack_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         else (depth, *shapes[re.sub(r"\blayers\b", "layers_0", stacked)])
         for stacked, depth in depths.items()
     }
+
+
+def unstack_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The inverse of `stack_shapes`: a scanned model is traced much faster."""
+    unrolled = {}
+    for name, shape in shapes.items():
+        before, stacked, after = name.partition("layers/")
+        if not stacked:
+            unrolled[name] = shape
+            continue
+        for i in range(shape[0]):
+            unrolled[f"{before}layers_{i}/{after}"] = shape[1:]
+    return unrolled
 
 
 def expected_shapes(

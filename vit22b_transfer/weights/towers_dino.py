@@ -121,13 +121,15 @@ def _read_dinov2(config: Config, tensors: Config) -> Model:
             ],
         ),
     ]
+    mask_token = rf"{prefix}embeddings\.mask_token"
     return Model(
         tuple(rows),
         tower,
         dropped={
-            rf"{prefix}embeddings\.mask_token": "used in pretraining only",
+            mask_token: "used in pretraining only",
             r"classifier\..*": "the classifier",
         },
+        carried=(mask_token,),
         positions=(tr.POSITIONS,),
         resample=tr.resample(resampling),
         facts=tr.resizing(
@@ -204,13 +206,15 @@ def _read_dinov3(config: Config, tensors: Config) -> Model:
             ],
         ),
     ]
+    mask_token = rf"{prefix}embeddings\.mask_token"
     return Model(
         tuple(rows),
         tower,
         dropped={
-            rf"{prefix}embeddings\.mask_token": "used in pretraining only",
+            mask_token: "used in pretraining only",
             r".*rope_embeddings\.inv_freq": "computed, not learned",
         },
+        carried=(mask_token,),
         facts=tr.resizing(config, "to the tower's size, bilinear", tower),
     )
 

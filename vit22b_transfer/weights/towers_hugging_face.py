@@ -154,14 +154,16 @@ def _read_vit(config: Config, tensors: Config) -> Model:
             ],
         ),
     ]
+    head, mask_token = rf"{prefix}pooler\..*", rf"{prefix}embeddings\.mask_token"
     return Model(
         tuple(rows),
         tower,
         dropped=_CLASSIFIER
         | {
-            rf"{prefix}pooler\..*": "a classifier's layer after the class token",
-            rf"{prefix}embeddings\.mask_token": "used in pretraining only",
+            head: "a classifier's layer after the class token",
+            mask_token: "used in pretraining only",
         },
+        carried=(head, mask_token),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic"),
         facts=tr.resizing(config, "to the tower's size, bilinear", tower),

@@ -52,12 +52,13 @@ PUBLISHED_DEFAULTS = dict(
     patch_size=14,
     num_channels=3,
 )
+_MASK_TOKEN = r".*embeddings\.mask_token"
 _OTHER_PARTS = {
     r"(model\.)?language_model\..*": "the text model",
     r"(model\.)?multi_modal_projector\..*": "the projection to the text model",
     r"mlp1\..*": "the projection to the text model",
     r"lm_head\.weight": "the text model",
-    r".*embeddings\.mask_token": "used in pretraining only",
+    _MASK_TOKEN: "used in pretraining only",
 }
 _NORMS = {
     "rms_norm": dict(norm_centering=False, norm_bias=False),
@@ -92,6 +93,7 @@ def _model(config: Config, tower: vit.ViTConfig, rows: list[Row]) -> Model:
         tuple(rows),
         tower,
         dropped=_OTHER_PARTS,
+        carried=(_MASK_TOKEN,),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic"),
         facts=tr.resizing(config, "to the tower's size, bicubic", tower),
