@@ -2,14 +2,13 @@
 
 `gin_configs/runs/t5x_*.gin` bind what is here; nothing else imports this file. T5X's
 trainer adds gradients up and knows nothing of an optax schedule, its optimizer wrapper
-knows the state of some optax parts only, its `with mesh:` no longer reaches flax, and
-its interactive model takes text only: each has its small answer here.
+knows the state of some optax parts only, and its interactive model takes text only:
+each has its small answer here.
 """
 
 import copy
-import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -31,7 +30,6 @@ try:
     from t5x import interactive_model as t5x_interactive
     from t5x import models as t5x_models
     from t5x import optimizers as t5x_optimizers
-    from t5x import partitioning as t5x_partitioning
     from t5x import trainer as t5x_trainer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -132,7 +130,7 @@ def mean_gradient_trainer(
     model: Any,
     train_state: Any,
     partitioner: Any,
-    eval_names: Sequence[str],
+    eval_names: Collection[str],
     summary_dir: str | None,
     train_state_axes: Any,
     rng: Any,
@@ -182,27 +180,6 @@ def mean_gradient_trainer(
         donate_argnums=(0,),
     )
     return made
-
-
-def with_activation_sharding(
-    partitioner: t5x_partitioning.PjitPartitioner,
-) -> t5x_partitioning.PjitPartitioner:
-    """The same partitioner, under which activation constraints take effect.
-
-    flax looks for the mesh of `jax.set_mesh`; T5X's `with mesh:` it skips in silence.
-    """
-    partition = partitioner.partition
-
-    def partition_with_mesh(fn, *args, **kwargs):
-        @functools.wraps(fn)
-        def with_mesh(*fn_args, **fn_kwargs):
-            with jax.sharding.use_abstract_mesh(partitioner.mesh.abstract_mesh):
-                return fn(*fn_args, **fn_kwargs)
-
-        return partition(with_mesh, *args, **kwargs)
-
-    partitioner.partition = partition_with_mesh
-    return partitioner
 
 
 def adafactor_rules() -> Mapping[str, Any]:

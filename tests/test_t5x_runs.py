@@ -1,0 +1,430 @@
+"""Whole runs under real T5X: its launchers on our recipes, and runs that change hands.
+
+Needs T5X beside the project; `test_t5x_contract.py` needs none. The launchers take
+about fifteen minutes on two cores: `-m "not slow"` leaves them out.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+import tiny_runs
+from flax.core import unfreeze
+from flax.traverse_util import unflatten_dict
+
+from vit22b_transfer.data import scenes, vocabularies
+from vit22b_transfer.data.converters import ImageTextFeatureConverter
+from vit22b_transfer.training import checkpoints, optimizers
+from vit22b_transfer.training.train import Periods
+
+_REASON = "T5X is not importable: pip install --no-deps -r requirements-t5x.txt"
+t5x_train = pytest.importorskip("t5x.train", reason=_REASON)
+t5x_adapter = pytest.importorskip("vit22b_transfer.t5x_adapter", reason=_REASON)
+
+import tensorflow as tf  # noqa: E402
+from t5x import partitioning as t5x_partitioning  # noqa: E402
+from t5x import trainer as t5x_trainer  # noqa: E402
+from t5x import utils as t5x_utils  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+FROZEN = ("encoder/tower/.*",)
+
+
+@pytest.fixture(autouse=True)
+def settings_of_t5x():
+    """JAX's default promotion, as T5X adds arrays of different types and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+# --- Runs of some steps, in either runtime ---
+
+
+def model_of(*, frozen=()):
+    """A tiny image-text model with dropout; a frozen tower is in bfloat16."""
+    schedule = optimizers.cosine(3e-3, total_steps=100, warmup_steps=2)
+    return tiny_models.image_text_model(
+        tiny_models.tower_config(
+            depth=1, param_dtype=jnp.bfloat16 if frozen else jnp.float32
+        ),
+        tiny_models.text_config(
+            num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.1
+        ),
+        optimizer_def=optimizers.adamw(schedule, weight_decay=0.1),
+        frozen=frozen,
+        feature_converter_cls=ImageTextFeatureConverter,
+    )
+
+
+def train_in_ours(model_dir, model, total_steps, **arguments):
+    tiny_runs.run(
+        model_dir,
+        model,
+        total_steps=total_steps,
+        eval_data=None,
+        periods=Periods(log=1, evaluate=100, checkpoint=100),
+        keep=None,
+        **arguments,
+    )
+    return {
+        line["step"]: line["train/loss"]
+        for line in tiny_runs.logged(model_dir)
+        if "train/loss" in line
+    }
+
+
+def train_in_t5x(model_dir, model, start_step, total_steps, *, microbatches=None):
+    """T5X's own train loop on the batches of `tiny_runs.Data`; losses by step."""
+
+    def batches(config, shard_id, num_shards, converter):
+        drawn = [
+            tiny_models.batch(tiny_runs.BATCH_SIZE, seed=step)
+            for step in range(start_step, total_steps)
+        ]
+        for batch in drawn:
+            batch["decoder_loss_weights"] = batch["decoder_loss_weights"].astype(
+                np.float32
+            )
+        return tf.data.Dataset.from_tensor_slices(
+            {name: np.stack([b[name] for b in drawn]) for name in drawn[0]}
+        ).repeat()
+
+    class Recorder(t5x_trainer.Trainer):
+        def train(self, batch_iter, num_steps, start_step=None):
+            summary = super().train(batch_iter, num_steps, start_step)
+            values = summary.result()
+            step = int(self.train_state.step)
+            losses[step] = float(values["loss"].value)
+            rates[step] = float(values["learning_rate"].value)
+            return summary
+
+    losses, rates = {}, {}
+    t5x_train.train(
+        model=t5x_adapter.for_t5x(model),
+        model_dir=t5x_adapter.absolute_path(str(model_dir)),
+        train_dataset_cfg=t5x_utils.DatasetConfig(
+            mixture_or_task_name="none",
+            task_feature_lengths={},
+            split="train",
+            batch_size=tiny_runs.BATCH_SIZE,
+            shuffle=False,
+            seed=None,
+            pack=False,
+        ),
+        train_eval_dataset_cfg=None,
+        infer_eval_dataset_cfg=None,
+        checkpoint_cfg=t5x_utils.CheckpointConfig(
+            save=t5x_utils.SaveCheckpointConfig(period=100, dtype=None),
+            restore=None,
+        ),
+        partitioner=t5x_partitioning.PjitPartitioner(model_parallel_submesh=(1, 2)),
+        trainer_cls=functools.partial(
+            t5x_adapter.mean_gradient_trainer,
+            trainer_cls=functools.partial(
+                Recorder, learning_rate_fn=None, num_microbatches=microbatches
+            ),
+        ),
+        total_steps=total_steps,
+        eval_steps=1,
+        eval_period=0,
+        stats_period=1,
+        random_seed=0,
+        summarize_config_fn=lambda *arguments: None,
+        get_dataset_fn=batches,
+        verify_matching_vocabs_fn=None,  # the batches are of no task
+    )
+    for step, rate in rates.items():
+        expected = model.optimizer_def.learning_rate(step - 1)
+        np.testing.assert_allclose(rate, expected, rtol=1e-6)
+    return losses
+
+
+def arrays_of(model_dir, step):
+    """Every array of a checkpoint, parameters and optimizer state, by name."""
+    path = checkpoints.checkpoint_path(str(model_dir), step)
+    abstract = {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=tiny_runs.ONE_DEVICE.replicated
+        )
+        for name, leaf in checkpoints.saved_arrays(path).items()
+    }
+    tree = unflatten_dict(abstract, sep="/")
+    return checkpoints.flatten(
+        jax.tree.map(np.asarray, checkpoints.read_arrays(path, tree))
+    )
+
+
+def assert_same_curve(actual, expected):
+    assert actual.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert abs(actual[step] - loss) <= 1e-5 * abs(loss), step
+
+
+def assert_same_arrays(actual, expected, *, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        scale = max(np.abs(value.astype(np.float32)).max(), 1e-6)
+        difference = np.abs(
+            actual[name].astype(np.float32) - value.astype(np.float32)
+        ).max()
+        assert difference <= tolerance * scale, name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Ten steps in our runtime, per frozen patterns: (directory, loss by step)."""
+
+    @functools.cache
+    def run(frozen):
+        model_dir = tmp_path_factory.mktemp("ours")
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return model_dir, train_in_ours(model_dir, model_of(frozen=frozen), 10)
+
+    return run
+
+
+@pytest.mark.parametrize("microbatches", [None, 2])
+def test_ten_steps_in_t5x_are_ten_steps_in_ours(uninterrupted, tmp_path, microbatches):
+    """Dropout included: both derive its keys from seed and step in the same way."""
+    ours, losses = uninterrupted(())
+    model = model_of()
+    if microbatches:
+        # Dropout differs by microbatch, so this is against our full batch without it.
+        text = dataclasses.replace(model.module.text, dropout_rate=0.0)
+        model.module = model.module.clone(text=text)
+        ours = tmp_path / "ours"
+        losses = train_in_ours(ours, model, 10)
+    theirs = train_in_t5x(tmp_path / "t5x", model, 0, 10, microbatches=microbatches)
+    assert_same_curve(theirs, losses)
+    assert losses[10] < losses[1]
+    assert_same_arrays(
+        arrays_of(tmp_path / "t5x", 10), arrays_of(ours, 10), tolerance=1e-4
+    )
+
+
+@pytest.mark.parametrize("frozen", [(), FROZEN], ids=["trained", "frozen-bfloat16"])
+def test_a_run_goes_from_t5x_to_ours_and_back(uninterrupted, tmp_path, frozen):
+    ours, losses = uninterrupted(frozen)
+    model = model_of(frozen=frozen)
+    curve = train_in_t5x(tmp_path, model, 0, 4)
+    before = arrays_of(tmp_path, 0)
+    curve |= train_in_ours(tmp_path, model, 7)
+    curve |= train_in_t5x(tmp_path, model, 7, 10)
+    assert_same_curve(curve, losses)
+    after = arrays_of(tmp_path, 10)
+    assert_same_arrays(after, arrays_of(ours, 10), tolerance=1e-4)
+    assert int(after["state/step"]) == 10
+    tower = [name for name in after if name.startswith("target/encoder/tower/")]
+    assert tower
+    for name in tower:
+        same = after[name].tobytes() == before[name].tobytes()
+        assert same == bool(frozen), name
+        assert after[name].dtype == (jnp.bfloat16 if frozen else jnp.float32)
+    moments = [name for name in after if "/mu/" in name]
+    assert any("decoder" in name for name in moments)
+    assert any("/tower/" in name for name in moments) == (not frozen)
+
+
+def test_a_frozen_parameter_keeps_its_negative_zeros():
+    """Adding the zero of `set_to_zero` would make them positive."""
+    params = {"a": jnp.asarray([-0.0, 1.0]), "b": jnp.ones(2)}
+    optimizer = t5x_adapter.Optimizer(optimizers.sgd(0.1), ("a",)).create(params)
+    stepped = optimizer.apply_gradient(params, learning_rate=0.0)
+    assert np.asarray(stepped.target["a"]).tobytes() == (
+        np.asarray(params["a"]).tobytes()
+    )
+    assert not np.array_equal(stepped.target["b"], params["b"])
+
+
+def test_t5x_compares_the_vocabulary_of_our_models():
+    model = t5x_adapter.for_t5x(model_of())
+    assert isinstance(model, t5x_adapter.t5x_models.BaseTransformerModel)
+    assert isinstance(model.optimizer_def, t5x_adapter.Optimizer)
+
+
+def test_adafactor_of_t5x_takes_every_axis_of_ours():
+    from t5x import adafactor
+
+    model = model_of()
+    model.optimizer_def = None
+    model = t5x_adapter.for_t5x(model)
+    definition = adafactor.Adafactor(
+        1e-3, logical_factor_rules=t5x_adapter.adafactor_rules()
+    )
+    shapes = {k: v.shape for k, v in tiny_models.batch(8).items()}
+    initializer = t5x_utils.TrainStateInitializer(
+        optimizer_def=definition,
+        init_fn=model.get_initial_variables,
+        input_shapes=shapes,
+        partitioner=t5x_partitioning.PjitPartitioner(model_parallel_submesh=(1, 2)),
+    )
+    state = initializer.global_train_state_shape
+    assert jax.tree.leaves(state.param_states)
+
+
+# --- The launchers ---
+
+RECIPES = ("scenes_vqa", "scenes_captioning")
+SPLIT_BOTH_WAYS = [
+    "--gin.partitioning.standard_logical_axis_rules.activation_partitioning_dims=2",
+    "--gin.partitioning.standard_logical_axis_rules.parameter_partitioning_dims=2",
+]
+MESH = ["--gin.partitioning.PjitPartitioner.model_parallel_submesh=(1,2)"]
+SETTINGS = {
+    "one-device": (1, []),
+    "eight-devices": (8, MESH),
+    "eight-devices-2d": (8, [*MESH, *SPLIT_BOTH_WAYS]),
+}
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Drawn scenes and a vocabulary, as environment variables."""
+    folder = tmp_path_factory.mktemp("scenes")
+    sizes = {"train": 64, "validation": 16, "test": 16}
+    paths = scenes.write_scenes(folder / "data", seed=3, sizes=sizes)
+    annotations = paths["train"].captions.parent
+    files = [
+        str(annotations / f"{kind}_train.json")
+        for kind in ("captions", "questions", "answers")
+    ]
+    vocabulary = str(folder / "scenes.model")
+    vocabularies.train(files, vocabulary, vocab_size=200)
+    return {"VIT22B_DATA_DIR": str(folder / "data"), "VIT22B_VOCABULARY": vocabulary}
+
+
+def command(environment, devices, *arguments):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment | {"XLA_FLAGS": flags, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_launchers_train_evaluate_and_infer(drawn, tmp_path, recipe, setting):
+    devices, overrides = SETTINGS[setting]
+    files = [f"--gin_file=gin_configs/recipes/{recipe}.gin"]
+    common = [
+        *files,
+        f"--gin.MODEL_DIR={str(tmp_path)!r}",
+        "--gin.BATCH_SIZE=16",
+        "--gin.TRAIN_STEPS=30",
+        "--gin.WARMUP_STEPS=5",
+    ]
+    runs = "--gin_file=gin_configs/runs/t5x_"
+    command(
+        drawn,
+        devices,
+        "t5x.train",
+        f"{runs}train.gin",
+        *common,
+        *overrides,
+        "--gin.train_script.train.stats_period=10",
+        "--gin.train_script.train.eval_period=30",
+        "--gin.utils.SaveCheckpointConfig.period=30",
+        "--gin.train_script.train.eval_steps=1",
+    )
+    losses = logged_losses(tmp_path / "train")
+    assert losses[STEPS] < 0.8 * losses[10]
+
+    command(drawn, devices, "t5x.eval", f"{runs}eval.gin", *common, *overrides)
+    scored = (tmp_path / f"inference_eval/{recipe}-metrics.jsonl").read_text()
+    theirs = json.loads(scored.splitlines()[-1])
+    command(drawn, devices, "vit22b_transfer.cli", "eval", *common)
+    ours = json.loads((tmp_path / "metrics.json").read_text())[f"{recipe}/test"]
+    expected = {k: v for k, v in ours["metrics"].items() if not k.startswith("token/")}
+    assert theirs == {"step": STEPS} | expected
+
+    command(drawn, devices, "t5x.infer", f"{runs}infer.gin", *common, *overrides)
+    (written,) = tmp_path.glob(f"{recipe}-predict.jsonl-00000-of-00001")
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
+    own = [json.loads(x) for x in Path(ours["predictions"]).read_text().splitlines()]
+    assert [line["prediction"] for line in lines] == [x["prediction"] for x in own]
+    for line in lines:
+        assert line.keys() == {"inputs", "prediction"}
+        assert line["inputs"].keys() == {"inputs_pretokenized", "targets_pretokenized"}
+        assert all(isinstance(value, str) for value in line["inputs"].values())
+
+
+def logged_losses(folder):
+    """Loss by step, from the summaries that T5X writes for TensorBoard."""
+    from tensorboard.backend.event_processing import event_accumulator
+
+    events = event_accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        e.step: float(tf.make_ndarray(e.tensor_proto)) for e in events.Tensors("loss")
+    }
+
+
+@pytest.mark.slow
+def test_the_finetune_file_starts_from_the_parameters_of_a_checkpoint(drawn, tmp_path):
+    """Of our own runtime here; the steps and the optimizer start anew."""
+    common = [
+        "--gin_file=gin_configs/recipes/scenes_vqa.gin",
+        "--gin.BATCH_SIZE=16",
+        "--gin.WARMUP_STEPS=1",
+    ]
+    first, second = tmp_path / "first", tmp_path / "second"
+    command(
+        drawn,
+        1,
+        "vit22b_transfer.cli",
+        "train",
+        *common,
+        f"--gin.MODEL_DIR={str(first)!r}",
+        "--gin.TRAIN_STEPS=3",
+    )
+    command(
+        drawn,
+        1,
+        "t5x.train",
+        "--gin_file=gin_configs/runs/t5x_finetune.gin",
+        *common,
+        f"--gin.MODEL_DIR={str(second)!r}",
+        f"--gin.INITIAL_CHECKPOINT_PATH={str(first / 'checkpoint_3')!r}",
+        "--gin.TRAIN_STEPS=2",
+        "--gin.train_script.train.eval_period=2",
+        "--gin.utils.SaveCheckpointConfig.period=2",
+        "--gin.EVAL_STEPS=1",
+        "--gin.EVALUATOR_NUM_EXAMPLES=16",
+    )
+    start, source = arrays_of(second, 0), arrays_of(first, 3)
+    for name, value in start.items():
+        if name.startswith("target/"):
+            assert value.tobytes() == source[name].tobytes(), name
+    assert int(start["state/step"]) == 0
+    assert (second / "inference_eval/scenes_vqa-metrics.jsonl").exists()
+
+
+def test_parameters_come_back_as_they_were_given():
+    """T5X keeps them in a FrozenDict; the optimizer must return the same structure."""
+    from flax.core import FrozenDict, freeze
+
+    params = freeze({"a": {"kernel": jnp.ones((2, 2))}, "b": jnp.ones(2)})
+    optimizer = t5x_adapter.Optimizer(optimizers.adamw(0.1), ("a/.*",)).create(params)
+    stepped = optimizer.apply_gradient(params, learning_rate=0.0)
+    assert isinstance(stepped.target, FrozenDict)
+    assert jax.tree.structure(unfreeze(stepped.target)) == (
+        jax.tree.structure(unfreeze(params))
+    )
