@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def json_object(path: str) -> dict[str, Any]:
     return value
 
 
-def read_bytes(file: BinaryIO, path: str, count: int) -> np.ndarray:
+def read_bytes(file: Any, path: str, count: int) -> np.ndarray:
     """The next `count` bytes; a file that ends before is a ValueError."""
     buffer = np.empty(count, np.uint8)
     view, done = memoryview(buffer.data), 0
