@@ -157,6 +157,16 @@ def test_only_the_parameters_are_read_for_inference(saved):
         tiny_runs.assert_same_bits(restored, arrays["target"])
 
 
+def test_files_that_only_newer_versions_of_orbax_write_may_be_absent(saved, tmp_path):
+    path, arrays, abstract, _ = saved
+    copy = shutil.copytree(path, tmp_path / "checkpoint_5")
+    (copy / "_CHECKPOINT_METADATA").unlink()
+    (copy / "state" / "_sharding").unlink()
+    shutil.rmtree(copy / "state" / "array_metadatas")
+    restored = checkpoints.restore_tree(str(tmp_path), abstract)
+    tiny_runs.assert_same_bits(restored, arrays)
+
+
 # --- Directories ---
 
 

@@ -329,14 +329,19 @@ def test_missing_arrays_are_all_named(copied):
     message = str(error.value)
     assert "incomplete or damaged" in message
     assert f"target/{KERNEL}: the directory " in message and "is missing" in message
-    assert "target/decoder/kernel: " in message
+    assert "target.decoder.kernel has no .zarray; some ways to copy" in message
     assert "embedding" not in message
 
 
-def test_a_damaged_chunk_is_an_error_that_names_the_array(copied, saved):
+def test_damaged_arrays_are_errors_that_name_them(copied, saved):
     (copied / "target.decoder.kernel" / "1.1").write_bytes(b"no gzip")
-    with pytest.raises(ValueError, match="target/decoder/kernel cannot be read: "):
+    with pytest.raises(ValueError, match="target/decoder/kernel cannot be read: ") as e:
         restore_params(copied, saved[2])
+    assert "tensorstore_spec" not in str(e.value)
+    (copied / "target.decoder.kernel" / ".zarray").write_text("{")
+    with pytest.raises(ValueError, match="target/decoder/kernel: .*JSON") as e:
+        checkpoints.saved_arrays(str(copied))
+    assert "tensorstore_spec" not in str(e.value)
 
 
 @pytest.mark.parametrize(

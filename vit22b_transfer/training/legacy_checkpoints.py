@@ -188,7 +188,7 @@ def _open(path, names: Collection[str] | None = None) -> dict[str, _SavedArray]:
         try:
             arrays[name] = _opened(future.result(), leaves[name], version)
         except ValueError as error:
-            problems.append(f"{name}: {_first_line(error)}")
+            problems.append(f"{name}: {_message(error)}")
     if problems:
         rest = len(problems) - _SHOWN
         more = [f"and {rest} more"] if rest > 0 else []
@@ -222,6 +222,10 @@ def _spec(root, relative):
         raise ValueError(f"{relative!r} leads out of the checkpoint's directory")
     if not os.path.isdir(directory):
         raise ValueError(f"the directory {directory} is missing")
+    if not os.path.isfile(os.path.join(directory, ".zarray")):
+        raise ValueError(
+            f"{directory} has no .zarray; some ways to copy leave out hidden files"
+        )
     return {"driver": "zarr", "kvstore": {"driver": "file", "path": directory + "/"}}
 
 
@@ -289,9 +293,10 @@ def _named(path, name):
         yield
     except (ValueError, RuntimeError, OSError) as error:
         raise ValueError(
-            f"checkpoint {path}: {name} cannot be read: {_first_line(error)}"
+            f"checkpoint {path}: {name} cannot be read: {_message(error)}"
         ) from error
 
 
-def _first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _message(error):
+    # Without the specification and the source lines that tensorstore adds.
+    return str(error).split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
