@@ -275,15 +275,15 @@ def test_a_vocabulary_file_loaded_twice_is_equal_and_another_is_not(
 # Evaluation
 
 
-@pytest.mark.parametrize("name", SCENES)
-def test_seqios_evaluator_computes_the_metrics_of_our_own_evaluation(name):
+@pytest.mark.parametrize("name, size", [(SCENES[0], 16), (SCENES[1], (16, 16))])
+def test_seqios_evaluator_computes_the_metrics_of_our_own_evaluation(name, size):
     evaluator = Evaluator(
         mixture_or_task_name=name,
         feature_converter=MODEL.FEATURE_CONVERTER_CLS(pack=False),
         eval_split=SPLIT,
         use_cached=False,
         seed=7,
-        sequence_length=LENGTHS,
+        sequence_length=LENGTHS | {"images": size},
         use_memory_cache=False,
         logger_cls=(),
     )
