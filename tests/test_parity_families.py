@@ -6,7 +6,7 @@ on the same pixels at its own resolution and at another one. `pytest -rP` prints
 largest absolute differences.
 """
 
-import functools
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -18,17 +18,12 @@ from flax.traverse_util import unflatten_dict
 from tiny_models import assert_within, images, jit
 from torch_peers import import_peer
 
-from vit22b_transfer.models import vit, vit_positions
+from vit22b_transfer.models import vit
 from vit22b_transfer.weights import (
     convert,
     export,
-    mapping,
     sources,
     tensor_files,
-    towers_big_vision,
-    towers_dino,
-    towers_hugging_face,
-    towers_internvit,
 )
 from vit22b_transfer.weights.families import FAMILIES
 
@@ -87,6 +82,240 @@ HUGGING_FACE = {
 }
 
 
+def flax_part(name, module, heads=None):
+    """A torch module's tensors as flax names and shapes them."""
+    weight, bias = (x.detach().numpy() for x in (module.weight, module.bias))
+    if weight.ndim == 1:
+        return {f"{name}/scale": weight, f"{name}/bias": bias}
+    if weight.ndim == 4:
+        return {f"{name}/kernel": weight.transpose(2, 3, 1, 0), f"{name}/bias": bias}
+    kernel = weight.T
+    if heads == "in":
+        kernel, bias = kernel.reshape(len(kernel), 4, -1), bias.reshape(4, -1)
+    elif heads == "out":
+        kernel = kernel.reshape(4, -1, kernel.shape[-1])
+    return {f"{name}/kernel": kernel, f"{name}/bias": bias}
+
+
+def flax_attention(name, query, key, value, out):
+    parts = {"query": query, "key": key, "value": value, "out": out}
+    tensors = {}
+    for part, module in parts.items():
+        heads = "out" if part == "out" else "in"
+        tensors |= flax_part(f"{name}/{part}", module, heads)
+    return tensors
+
+
+def big_vision_blocks(layers, *, old=False):
+    """Blocks of SigLIP's class as big_vision has them, or of ViT's as the old files."""
+    attention, norm, mlp = ("1", "2", "3") if old else ("0", "1", "0")
+    tensors = {}
+    for i, layer in enumerate(layers):
+        at = f"Transformer/encoderblock_{i}"
+        mha = layer.attention if old else layer.self_attn
+        out = mha.o_proj if old else mha.out_proj
+        norms = (
+            (layer.layernorm_before, layer.layernorm_after)
+            if old
+            else (layer.layer_norm1, layer.layer_norm2)
+        )
+        tensors |= flax_part(f"{at}/LayerNorm_0", norms[0])
+        tensors |= flax_part(f"{at}/LayerNorm_{norm}", norms[1])
+        tensors |= flax_attention(
+            f"{at}/MultiHeadDotProductAttention_{attention}",
+            *(mha.q_proj, mha.k_proj, mha.v_proj, out),
+        )
+        for j, dense in enumerate((layer.mlp.fc1, layer.mlp.fc2)):
+            tensors |= flax_part(f"{at}/MlpBlock_{mlp}/Dense_{j}", dense)
+    return tensors
+
+
+def siglip_as_npz(model):
+    """A SigLIP tower, of fixed resolution or NaFlex, as big_vision's npz has it."""
+    table = model.embeddings.position_embedding.weight.detach().numpy()
+    naflex = type(model).__name__ == "Siglip2VisionModel"
+    mha = model.head.attention
+    stacked = [x.detach().chunk(3) for x in (mha.in_proj_weight, mha.in_proj_bias)]
+    into = [torch.nn.Linear(32, 32) for _ in range(3)]
+    for linear, weight, bias in zip(into, *stacked, strict=True):
+        linear.weight.data, linear.bias.data = weight, bias
+    head = "MAPHead_0"
+    return (
+        {"pos_embedding": table.reshape(3, 3, 32) if naflex else table[None]}
+        | flax_part("embedding", model.embeddings.patch_embedding)
+        | big_vision_blocks(model.encoder.layers)
+        | flax_part("Transformer/encoder_norm", model.post_layernorm)
+        | {f"{head}/probe": model.head.probe.detach().numpy()}
+        | flax_attention(f"{head}/MultiHeadDotProductAttention_0", *into, mha.out_proj)
+        | flax_part(f"{head}/LayerNorm_0", model.head.layernorm)
+        | flax_part(f"{head}/MlpBlock_0/Dense_0", model.head.mlp.fc1)
+        | flax_part(f"{head}/MlpBlock_0/Dense_1", model.head.mlp.fc2)
+    )
+
+
+def old_vit_as_npz(model):
+    """A ViT as the first public files have it: the class token has a position."""
+    patches = model.embeddings
+    return (
+        {
+            "cls": patches.cls_token.detach().numpy(),
+            "Transformer/posembed_input/pos_embedding": (
+                patches.position_embeddings.detach().numpy()
+            ),
+            "head/kernel": np.ones((32, 5), np.float32),
+            "head/bias": np.ones(5, np.float32),
+        }
+        | flax_part("embedding", patches.patch_embeddings.projection)
+        | big_vision_blocks(model.layers, old=True)
+        | flax_part("Transformer/encoder_norm", model.layernorm)
+    )
+
+
+def as_scanned(tensors):
+    """Blocks stacked on a leading axis."""
+    block = "Transformer/encoderblock"
+    return {
+        name.replace(f"{block}_0", block): np.stack([tensors[name], other])
+        if (other := tensors.get(name.replace("block_0", "block_1"))) is not None
+        and f"{block}_0" in name
+        else tensors[name]
+        for name in tensors
+        if f"{block}_1" not in name
+    }
+
+
+def below_img(tensors):
+    """The tensors as a file of both towers has them."""
+    rest = {"params/t": np.ones(1), "params/txt/head/bias": np.ones(3)}
+    return rest | {f"params/img/{name}": value for name, value in tensors.items()}
+
+
+TANH = dict(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+NPZ = {
+    "SigLIP npz": lambda: (
+        model := built("SiglipVision", **MLP, **IMAGE),
+        below_img(siglip_as_npz(model)),
+    ),
+    "SigLIP npz, scanned": lambda: (
+        model := built("SiglipVision", **MLP, **IMAGE),
+        below_img(as_scanned(siglip_as_npz(model))),
+    ),
+    "NaFlex npz": lambda: (
+        model := built("Siglip2Vision", **MLP, num_patches=9),
+        below_img(siglip_as_npz(model)),
+    ),
+    "old ViT npz": lambda: (
+        model := built("ViT", **MLP, **IMAGE, **TANH),
+        old_vit_as_npz(model),
+    ),
+}
+
+
+def published_intern_vit(model, folder):
+    """InternViT's files as they are published: other names, one fused projection."""
+    names = {
+        "cls_token": "class_embedding",
+        "patch_embeddings.projection": "patch_embedding",
+        "position_embeddings": "position_embedding",
+        "encoder.layer.": "encoder.layers.",
+        "attention.projection_layer": "attn.proj",
+        "attention.": "attn.",
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        "lambda_": "ls",
+    }
+    tensors = {}
+    for name, value in model.state_dict().items():
+        for theirs, published in names.items():
+            name = name.replace(theirs, published)
+        tensors[name] = value.numpy()
+    for i in range(2):
+        parts = [f"encoder.layers.{i}.attn.{x}_proj.weight" for x in "qkv"]
+        fused = np.concatenate([tensors.pop(part) for part in parts])
+        tensors[f"encoder.layers.{i}.attn.qkv.weight"] = fused
+    config = SIZES | MLP | IMAGE | dict(model_type="intern_vit_6b")
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def test_the_published_layout_of_intern_vit_gives_the_same_outputs_and_bytes(tmp_path):
+    model = HUGGING_FACE["InternViT 6B"]()
+    folder, imported, out = (tmp_path / x for x in ("published", "imported", "out"))
+    folder.mkdir()
+    tensors = published_intern_vit(model, folder)
+    tower, params = import_(folder, imported)
+    assert_equal_outputs(model, tower, params, OWN, "InternViT 6B, published layout")
+    checkpoint = str(imported / "checkpoint_0")
+    export.export_weights(checkpoint, str(out), FAMILIES, family="hf-internvit")
+    after = safetensors.numpy.load_file(out / "model.safetensors")
+    assert {n: x.tobytes() for n, x in after.items()} == {
+        n: x.tobytes() for n, x in tensors.items()
+    }
+
+
+@torch.no_grad()
+def test_timms_parallel_blocks_give_the_same_outputs_and_bytes(tmp_path):
+    """The one tower of these that has ViT-22B's block, with its stem norm and class."""
+    model = timm.create_model(
+        "vit_base_patch16_xp_224",
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        mlp_ratio=2.0,
+        img_size=24,
+        patch_size=8,
+        num_classes=5,
+    )
+    model = randomised(model)
+    folder, imported, out = (tmp_path / x for x in ("saved", "imported", "out"))
+    timm.models.save_for_hf(model, folder, safe_serialization="both")
+    (folder / "pytorch_model.bin").unlink()
+    tower, params = import_(folder, imported)
+    assert tower.parallel and tower.qk_norm and tower.stem_norm
+    for size in (OWN, OTHER):
+        model.set_input_size(img_size=size)
+        features = model.forward_features(normalised(tower, size))
+        actual = run(tower, params, size)
+        assert_within(MODEL, actual.tokens, features[:, 1:], f"timm {size} tokens")
+        pooled = model.forward_head(features, pre_logits=True)
+        assert_within(MODEL, actual.pooled, pooled, f"timm {size} pooled")
+    family, checkpoint = "timm-parallel-vit", str(imported / "checkpoint_0")
+    export.export_weights(checkpoint, str(out), FAMILIES, family=family)
+    before, after = (
+        safetensors.numpy.load_file(x / "model.safetensors") for x in (folder, out)
+    )
+    assert set(before) - set(after) == {"head.weight", "head.bias"}
+    assert all(after[n].tobytes() == before[n].tobytes() for n in after)
+
+
+@pytest.mark.parametrize("name", ["ViT", "SigLIP 2 NaFlex", "DINOv2 registers"])
+def test_positions_resampled_by_the_import_give_the_references_outputs(name, tmp_path):
+    model = HUGGING_FACE[name]()
+    model.save_pretrained(tmp_path / "source")
+    tower, params = import_(
+        tmp_path / "source", tmp_path / "imported", image_size=OTHER
+    )
+    tower = dataclasses.replace(tower, image_size=OTHER)
+    assert_equal_outputs(model, tower, params, OTHER, f"{name}, resampled")
+
+
+@pytest.mark.parametrize("name", NPZ)
+def test_an_npz_of_big_visions_layout_gives_the_same_outputs_and_bytes(name, tmp_path):
+    model, tensors = NPZ[name]()
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    np.savez(tmp_path / "tower.npz", **tensors)
+    tower, params = import_(tmp_path / "tower.npz", tmp_path / "imported")
+    assert_equal_outputs(model, tower, params, OWN, name)
+    checkpoint, out = tmp_path / "imported" / "checkpoint_0", tmp_path / "out"
+    family = "big_vision-vit"
+    export.export_weights(str(checkpoint), str(out), FAMILIES, family=family)
+    after = np.load(out / f"{family}.npz", allow_pickle=False)
+    others = ("head/", "params/t")
+    assert set(after) == {n for n in tensors if not n.startswith(others)}
+    assert all(after[n].tobytes() == tensors[n].tobytes() for n in after)
+
+
 def import_(source, out, **options):
     """(tower configuration, parameters) of a source, through our import."""
     convert.import_weights(
@@ -111,7 +340,7 @@ def run(tower, params, size):
 
 
 def normalised(tower, size):
-    """The pixels as the reference gets them: channels first, by the tower's own mean."""
+    """The pixels as the reference gets them: channels first, by the same mean."""
     mean, deviation = np.float32(tower.pixel_mean), np.float32(tower.pixel_std)
     pixels = images(2, *size, 3) / np.float32(255)
     return torch.tensor((pixels - mean) / deviation).permute(0, 3, 1, 2)
@@ -140,7 +369,8 @@ def reference(model, tower, size):
 
 
 def assert_equal_outputs(model, tower, params, size, label):
-    out, (tokens, pooled) = run(tower, params, size), reference(model, tower, size)
+    out = run(tower, params, size)
+    tokens, pooled = reference(model, tower, size)
     assert_within(MODEL, out.tokens, tokens, f"{label} {size} tokens")
     assert_within(MODEL, out.pooled, pooled, f"{label} {size} pooled")
 
