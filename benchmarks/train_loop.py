@@ -1,7 +1,7 @@
 """The training loop on real data against its bare compiled step.
 
-Claim: at steps of 50 ms or more, `training.train` takes at most 1.05x the time of the
-same compiled step called in a row on batches that lie on the device.
+Claim: at steps of 50 ms or more, `fine_tune` takes at most 1.05x the time of the same
+compiled step called in a row on batches that lie on the device.
 
 The loop reads drawn scenes (JPEG files, COCO format), decodes, shuffles, converts,
 prefetches, and logs once per block of steps; after each of its blocks it is held up
@@ -161,7 +161,7 @@ def main():
         scenes.write_scenes(f"{directory}/scenes", sizes=sizes)
         import tasks.scenes  # noqa: F401
 
-        train.train(
+        train.fine_tune(
             build_model(),
             model_dir=f"{directory}/model",
             data=types.SimpleNamespace(batches=batches),

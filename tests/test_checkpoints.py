@@ -198,6 +198,14 @@ def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
     assert checkpoints.complete_steps(str(tmp_path)) == left
 
 
+def test_checkpoints_of_other_programs_are_never_removed(tmp_path):
+    theirs = save(tmp_path, {"target": np.ones(3)}, step=1)
+    shutil.rmtree(os.path.join(theirs, "run"))  # T5X writes none
+    save(tmp_path, {"target": np.ones(3)}, step=2)
+    save(tmp_path, {"target": np.ones(3)}, step=3)
+    assert checkpoints.complete_steps(str(tmp_path)) == [1, 3]
+
+
 def test_keeping_no_checkpoint_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="keep=0 must be at least 1"):
         checkpoints.CheckpointWriter(str(tmp_path), 0)

@@ -68,7 +68,7 @@ def checkpoint(tmp_path_factory):
 def run(checkpoint):
     """`evaluate` of the tiny model in a directory."""
     return functools.partial(
-        evaluate.evaluate,
+        evaluate.evaluate_checkpoint,
         tiny_captions.model(),
         partitioning=ONE_DEVICE,
         checkpoint=checkpoint,

@@ -111,8 +111,8 @@ def test_the_mesh_files_cover_all_settings_of_t5x():
 
 RECIPES = files("recipes")
 COMMANDS = [
-    ("training.train", "train"),
-    ("evaluation.evaluate", "evaluate"),
+    ("training.train", "fine_tune"),
+    ("evaluation.evaluate", "evaluate_checkpoint"),
     ("inference.infer", "infer_split"),
 ]
 SETTINGS = {

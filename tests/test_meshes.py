@@ -17,7 +17,7 @@ from vit22b_transfer.evaluation import evaluate
 from vit22b_transfer.partitioning import rules
 from vit22b_transfer.training import checkpoints, optimizers
 from vit22b_transfer.training.state import abstract_variables, shardings_of
-from vit22b_transfer.training.train import EvalData, Periods, TrainData, train
+from vit22b_transfer.training.train import EvalData, Periods, TrainData, fine_tune
 
 ROOT = Path(__file__).parent.parent
 MESHES = sorted((ROOT / "gin_configs" / "meshes").glob("*.gin"))
@@ -48,7 +48,7 @@ def train_and_evaluate(folder, partitioning):
     optimizer = optimizers.sgd(optimizers.constant(0.1))
     model = tiny_captions.model(optimizer_def=optimizer)
     data = dict(feature_lengths=LENGTHS, batch_size=ROWS)
-    result = train(
+    result = fine_tune(
         model,
         model_dir=str(folder),
         data=TrainData(TASK, "train", **data),
@@ -61,7 +61,7 @@ def train_and_evaluate(folder, partitioning):
 
 
 def evaluate_checkpoint(folder, output, partitioning, model):
-    scores = evaluate.evaluate(
+    scores = evaluate.evaluate_checkpoint(
         model,
         partitioning=partitioning,
         checkpoint=str(folder),

@@ -300,7 +300,7 @@ def drawn(tmp_path_factory):
         for kind in ("captions", "questions", "answers")
     ]
     vocabulary = str(folder / "scenes.model")
-    vocabularies.train(files, vocabulary, vocab_size=200)
+    vocabularies.train(files, vocabulary, vocab_size=320)
     return {"VIT22B_DATA_DIR": str(folder / "data"), "VIT22B_VOCABULARY": vocabulary}
 
 
@@ -339,10 +339,10 @@ def test_launchers_train_evaluate_and_infer(drawn, tmp_path, recipe, setting):
         f"{runs}train.gin",
         *common,
         *overrides,
-        "--gin.train_script.train.stats_period=10",
-        "--gin.train_script.train.eval_period=30",
+        "--gin.train.stats_period=10",
+        "--gin.train.eval_period=30",
         "--gin.utils.SaveCheckpointConfig.period=30",
-        "--gin.train_script.train.eval_steps=1",
+        "--gin.train.eval_steps=1",
     )
     losses = logged_losses(tmp_path / "train")
     assert losses[STEPS] < 0.8 * losses[10]
@@ -404,7 +404,7 @@ def test_the_finetune_file_starts_from_the_parameters_of_a_checkpoint(drawn, tmp
         f"--gin.MODEL_DIR={str(second)!r}",
         f"--gin.INITIAL_CHECKPOINT_PATH={str(first / 'checkpoint_3')!r}",
         "--gin.TRAIN_STEPS=2",
-        "--gin.train_script.train.eval_period=2",
+        "--gin.train.eval_period=2",
         "--gin.utils.SaveCheckpointConfig.period=2",
         "--gin.EVAL_STEPS=1",
         "--gin.EVALUATOR_NUM_EXAMPLES=16",

@@ -16,7 +16,7 @@ from tiny_captions import BATCH_SIZE, LENGTHS, ONE_DEVICE
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
 from vit22b_transfer.models import multimodal
 from vit22b_transfer.training import checkpoints, optimizers
-from vit22b_transfer.training.train import EvalData, Periods, TrainData, train
+from vit22b_transfer.training.train import EvalData, Periods, TrainData, fine_tune
 
 TASK = "train_task_test"
 STEPS = 6
@@ -64,7 +64,7 @@ def model(vocabulary=None):
 
 def run(model_dir, data_class=TrainData, the_model=None, **arguments):
     task = dict(feature_lengths=LENGTHS, batch_size=BATCH_SIZE)
-    return train(
+    return fine_tune(
         the_model or model(),
         model_dir=str(model_dir),
         data=data_class(TASK, "train", **task, **arguments),

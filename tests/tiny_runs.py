@@ -16,7 +16,7 @@ from flax.traverse_util import unflatten_dict
 from vit22b_transfer.models import losses
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import checkpoints, optimizers, state
-from vit22b_transfer.training.train import Periods, train
+from vit22b_transfer.training.train import Periods, fine_tune
 
 BATCH_SIZE = 16
 ONE_DEVICE = Partitioning(data=1, model=1)
@@ -199,13 +199,13 @@ def on_device(batch, partitioning):
 
 
 def run(model_dir, model=None, *, data=None, total_steps=12, **arguments):
-    """`train` with short periods that do not divide each other."""
+    """`fine_tune` with short periods that do not divide each other."""
     defaults = {
         "partitioning": ONE_DEVICE,
         "eval_data": EvalData(),
         "periods": Periods(log=4, evaluate=3, checkpoint=5),
     }
-    return train(
+    return fine_tune(
         model or LinearModel(),
         model_dir=str(model_dir),
         data=data or Data(),

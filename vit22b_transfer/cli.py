@@ -21,8 +21,8 @@ _ROOT = os.path.dirname(_PACKAGE)
 _SEARCH_PATHS = ("", _ROOT)
 
 _RUNS = {
-    "train": ("vit22b_transfer.training.train", "train"),
-    "eval": ("vit22b_transfer.evaluation.evaluate", "evaluate"),
+    "train": ("vit22b_transfer.training.train", "fine_tune"),
+    "eval": ("vit22b_transfer.evaluation.evaluate", "evaluate_checkpoint"),
     "infer": ("vit22b_transfer.inference.infer", "infer_split"),
 }
 

@@ -83,7 +83,7 @@ def run(cli: Cli, *, out: str, steps: int | None = None, seed: int = 0) -> None:
         common = [f"--gin_file={recipe}", f"--gin.MODEL_DIR={str(directory)!r}"]
         common += limit
         with _stage(console, f"fine-tuning {name} on captions and questions"):
-            _command(cli, "train", *common, f"--gin.train.train.seed={seed}")
+            _command(cli, "train", *common, f"--gin.train.fine_tune.seed={seed}")
         if directory == paths.model:
             with _stage(console, "inference over the test splits"):
                 # The others are predicted by the evaluation, which reuses these.

@@ -34,7 +34,7 @@ class Scores:
     num_empty: int
 
 
-def evaluate(
+def evaluate_checkpoint(
     model: Any,
     *,
     partitioning: Partitioning,

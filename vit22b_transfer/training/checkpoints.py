@@ -111,7 +111,8 @@ class CheckpointWriter:
 
     `save` returns as soon as the arrays are safe from later steps, and waits only for
     the save before it. After a save has finished, all but the newest `keep` checkpoints
-    in `model_dir` are removed (None keeps all).
+    in `model_dir` are removed (None keeps all), of those that this class wrote: what
+    T5X left there stays.
     """
 
     def __init__(self, model_dir: str, keep: int | None = 1):
@@ -146,8 +147,10 @@ class CheckpointWriter:
         """Returns when nothing is being written any more; raises what went wrong."""
         self._orbax.wait_until_finished()
         if self.keep is not None:
-            old = complete_steps(self.model_dir)[: -self.keep]
-            self._remove(f"checkpoint_{step}" for step in old)
+            steps = complete_steps(self.model_dir)
+            paths = {step: checkpoint_path(self.model_dir, step) for step in steps}
+            own = [step for step in steps if os.path.isfile(_record_file(paths[step]))]
+            self._remove(f"checkpoint_{step}" for step in own[: -self.keep])
 
     def close(self) -> None:
         """Finishes the last save."""
@@ -345,8 +348,12 @@ def _describe(vocabulary):
 
 def read_record(path: str) -> dict[str, Any]:
     """The JSON record of a checkpoint; empty if another program wrote it."""
-    file = os.path.join(resolve(path), "run", "metadata")
+    file = _record_file(resolve(path))
     if not os.path.isfile(file):
         return {}
     with open(file, encoding="utf-8") as stream:
         return json.load(stream)
+
+
+def _record_file(path):
+    return os.path.join(path, "run", "metadata")

@@ -125,7 +125,7 @@ class TrainResult:
     counters: Mapping[str, int]
 
 
-def train(
+def fine_tune(
     model: Any,
     *,
     model_dir: str,
