@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, UInt8
 
-from vit22b_transfer.data import preprocessors
+from vit22b_transfer.data import batches, preprocessors
 from vit22b_transfer.inference.decoding import PAD_ID, Decoded, InitCache, StepFn
 from vit22b_transfer.partitioning import rules
 from vit22b_transfer.training import checkpoints, optimizers, state, steps
@@ -30,6 +30,7 @@ try:
     from t5x import interactive_model as t5x_interactive
     from t5x import models as t5x_models
     from t5x import optimizers as t5x_optimizers
+    from t5x import partitioning as t5x_partitioning
     from t5x import trainer as t5x_trainer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -251,12 +252,57 @@ def beam_search(
 
 
 class InteractiveModel(t5x_interactive.InteractiveModel):
-    """T5X's interactive model, whose examples may be images with prompts."""
+    """T5X's interactive model, whose examples may be images with prompts.
+
+    checkpoint: one of our runtime or of T5X in either format, or a directory of them;
+      T5X's own interactive model reads only its older format.
+    feature_lengths: of `images`, `inputs` and `targets`, as in a task.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        partitioner: t5x_partitioning.PjitPartitioner,
+        *,
+        checkpoint: str,
+        output_dir: str,
+        feature_lengths: Mapping[str, Any],
+        batch_size: int,
+    ):
+        shapes, types = batches.batch_shapes(
+            model.FEATURE_CONVERTER_CLS, feature_lengths, batch_size
+        )
+        super().__init__(
+            batch_size=batch_size,
+            task_feature_lengths=feature_lengths,
+            output_dir=absolute_path(output_dir),
+            partitioner=partitioner,
+            model=for_t5x(model),
+            dtype=None,
+            restore_mode="specific",
+            checkpoint_path="",
+            input_shapes=shapes,
+            input_types=types,
+        )
+        fresh = self._train_state.params
+        params = checkpoints.restore_params(
+            checkpoint,
+            flax.core.unfreeze(fresh),
+            flax.core.unfreeze(state.shardings_of(fresh)),
+            model=model,
+        )
+        self._train_state = self._train_state.replace_params(flax.core.freeze(params))
+        self._trainer.train_state = self._train_state
 
     def predict_images(
         self, images: UInt8[np.ndarray, "examples height width 3"], prompts: list[str]
     ) -> list[str]:
         """The text decoded for each image and its prompt."""
+        if len(images) != len(prompts):
+            raise ValueError(
+                f"there are {len(images)} images and {len(prompts)} prompts; every "
+                "image needs its own prompt."
+            )
         results, _ = self.infer_with_preprocessors(
             t5x_interactive.InferenceType.PREDICT_WITH_AUX,
             [{"input": prompt, "target": ""} for prompt in prompts],
