@@ -6,6 +6,7 @@ another program differently. Where the program is the same, equal means every bi
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from tiny_models import (
     assert_within,
+    batch,
     classic_tower_config,
+    image_text_model,
     images,
     jit,
     random_params,
@@ -95,6 +98,32 @@ def test_scan_and_remat_change_nothing_in_the_classic_form():
     assert relative_difference(other, plain) <= 1e-5
 
 
+# Every option that a public tower needs, none of them the default.
+PUBLIC = dict(
+    qkv_bias=True,
+    key_bias=False,
+    qk_norm_per_head=False,
+    layer_scale=True,
+    activation="quick_gelu",
+    positions="rotary",
+    class_token=True,
+    num_registers=2,
+    stem_norm=True,
+    patch_bias=False,
+    final_norm="pooled",
+)
+
+
+def test_scan_remat_and_fusion_change_nothing_in_the_forms_of_public_towers():
+    plain = outputs_and_gradients(tower_config(**PUBLIC))
+    for options in (
+        dict(scan_layers=True, remat="block"),
+        dict(fused_projections=True, remat="dots"),
+    ):
+        other = outputs_and_gradients(tower_config(**PUBLIC, **options))
+        assert relative_difference(other, plain) <= 1e-5
+
+
 def test_fusion_changes_nothing_where_every_bias_exists_or_none():
     small = dict(depth=1, pooling="none")
     biased = dict(qkv_bias=True, norm_centering=True, norm_bias=True)
@@ -104,6 +133,58 @@ def test_fusion_changes_nothing_where_every_bias_exists_or_none():
         config = tower_config(fused_projections=True, **small, **options)
         fused = outputs_and_gradients(config, ())
         assert relative_difference(fused, plain) <= 1e-5
+
+
+def test_class_token_and_registers_are_seen_by_the_patches_but_not_returned():
+    config = tower_config(
+        depth=1, class_token=True, class_position=True, num_registers=2, pooling="none"
+    )
+    module, params = vit.VisionTower(config), tower_params(config)
+    run = jit(lambda p: module.apply({"params": p}, PIXELS, intermediates=("block_0",)))
+    out = run(params)
+    assert out.tokens.shape == (3, 4, 32) and out.pooled is None
+    assert out.intermediates["block_0"].shape == (3, 4 + 3, 32)
+    for name in ("cls", "cls_position", "registers"):
+        changed = jax.tree.map(lambda x: -x, params[name])
+        other = run(params | {name: changed})
+        assert np.max(np.abs(other.tokens - out.tokens)) > 1e-4, name
+
+
+def test_the_class_token_stays_where_a_text_model_asks_for_no_pooling():
+    tower = tower_config(class_token=True, num_registers=1, pooling="cls")
+    model = image_text_model(tower)
+    sizes = {name: array.shape for name, array in batch().items()}
+    init = functools.partial(model.get_initial_variables, input_shapes=sizes)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    assert {"cls", "registers"} <= set(shapes["params"]["encoder"]["tower"])
+
+
+@pytest.mark.parametrize("final_norm", ["all", "pooled", "none"])
+def test_the_final_norm_is_of_all_tokens_of_the_pooled_vector_or_of_nothing(final_norm):
+    config = tower_config(depth=1, pooling="gap", final_norm=final_norm)
+    module, params = vit.VisionTower(config), tower_params(config)
+    run = jit(lambda p: module.apply({"params": p}, PIXELS, intermediates=("block_0",)))
+    out = run(params)
+    raw = out.intermediates["block_0"]
+    assert ("encoder_norm" in params) == (final_norm != "none")
+
+    def normed(x):
+        return layers.Norm(32).apply({"params": params["encoder_norm"]}, x)
+
+    tokens = normed(raw) if final_norm == "all" else raw
+    pooled = jnp.mean(tokens, axis=1)
+    pooled = normed(pooled) if final_norm == "pooled" else pooled
+    assert_within(1e-5, out.tokens, tokens)
+    assert_within(1e-5, out.pooled, pooled)
+
+
+def test_rotary_positions_tell_rows_apart_and_take_no_parameters():
+    config = tower_config(depth=1, positions="rotary", pooling="none")
+    module, params = vit.VisionTower(config), tower_params(config)
+    assert "position_embedding" not in params
+    tokens = jit(lambda x: module.apply({"params": params}, x).tokens)
+    swapped = tokens(jnp.roll(PIXELS, 8, axis=1))[:, jnp.asarray([2, 3, 0, 1])]
+    assert np.max(np.abs(swapped - tokens(PIXELS))) > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +380,22 @@ def test_fused_projections_and_scan_share_the_parameters_of_the_plain_tower():
             dict(fused_projections=True, mlp_dim=66),
             "mlp_dim 66 is not divisible by num_heads 4",
         ),
+        (dict(fused_projections=True, gated_mlp=True), "has no gated_mlp"),
+        (
+            dict(activation="relu"),
+            "activation is 'relu'; valid are gelu_tanh, gelu_erf",
+        ),
+        (dict(positions="none"), "positions is 'none'; valid are learned, rotary"),
+        (
+            dict(position_resampling="nearest"),
+            "position_resampling is 'nearest'; valid",
+        ),
+        (
+            dict(final_norm="first"),
+            "final_norm is 'first'; valid are all, pooled, none",
+        ),
+        (dict(class_position=True), "class_position needs a class token and learned"),
+        (dict(positions="rotary", num_heads=16), "head_dim 2 is not divisible by 4"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(options, message):
