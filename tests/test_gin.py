@@ -1,6 +1,7 @@
 """Every shipped gin file parses, finalizes, and builds what it describes."""
 
 import ast
+import dataclasses
 import importlib
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import pytest
 
 from vit22b_transfer import recipes
-from vit22b_transfer.models import multimodal, t5, vit
+from vit22b_transfer.models import gemma, multimodal, prefix_lm, t5, vit
 from vit22b_transfer.partitioning import rules
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,8 @@ TOWERS = [
     if path.stem.startswith("vit_") and path.stem != "vit_mini"
 ]
 TEXT_MODELS = [path for path in files("models") if path.stem.startswith("t5_")]
+GEMMAS = [path for path in files("models") if path.stem.startswith("gemma")]
+PALIGEMMAS = [path for path in files("models") if path.stem.startswith("paligemma")]
 MACROS = {"vit": "IMAGE_SIZE=(224, 224)", "t5": "VOCAB_SIZE=512"}
 
 
@@ -92,6 +95,30 @@ def test_text_models_have_the_published_sizes(name, expected):
     params = jax.eval_shape(module.init, jax.random.key(0), None, tokens, tokens)
     count = sum(leaf.size for leaf in jax.tree.leaves(params["params"]))
     assert round(count / 1e6) == expected
+
+
+@pytest.mark.parametrize("path", GEMMAS, ids=stem)
+def test_every_gemma_file_gives_the_size_it_names(path):
+    names = ("no_tower", path.stem, "prefix_lm")
+    paths = [CONFIGS / f"models/{name}.gin" for name in names]
+    module = installed(prefix_lm.PrefixLMModule, paths, MACROS["t5"])()
+    assert module.text.vocab_size == 512
+    if path.stem != "gemma_tiny":
+        variant = gemma.VARIANTS[path.stem.replace("_", "-")]
+        own = dataclasses.asdict(module.text) | {"vocab_size": variant["vocab_size"]}
+        assert variant.items() <= own.items()
+
+
+def test_every_gemma_has_a_file():
+    assert len(GEMMAS) == len(gemma.VARIANTS) + 1
+
+
+@pytest.mark.parametrize("path", PALIGEMMAS, ids=stem)
+def test_every_paligemma_file_builds_with_its_framing(path):
+    module = installed(prefix_lm.PrefixLMModule, [path], MACROS["vit"])()
+    assert (module.bos_id, module.separator_id) == (2, 108)
+    assert module.tower == vit.classic_config("So400m/14")
+    assert module.text.vocab_size == 257_152
 
 
 @pytest.mark.parametrize("path", files("meshes"), ids=stem)
@@ -154,7 +181,8 @@ def test_every_recipe_builds_its_model_on_its_mesh(path):
     from vit22b_transfer.data import batches
 
     # Scanned layers have the same parameters, stacked, and are traced once.
-    recipe = read_recipe(path, "T5Config.scan_layers=True")
+    text = "GemmaConfig" if "paligemma" in path.stem else "T5Config"
+    recipe = read_recipe(path, f"{text}.scan_layers=True")
     model = recipes.install(recipe, multimodal.ImageTextModel, [str(ROOT)])()
     layout = gin.get_configurable(rules.Partitioning)()
     lengths, batch_size = (
@@ -216,6 +244,7 @@ def test_every_gin_file_is_built_by_a_test():
     included = set()
     for path in RECIPES:
         included |= set(re.findall("^include '(.*)'", path.read_text(), re.MULTILINE))
-    tested = {*TOWERS, *TEXT_MODELS, *files("meshes"), *RECIPES, *T5X_RUNS}
+    tested = {*TOWERS, *TEXT_MODELS, *GEMMAS, *PALIGEMMAS}
+    tested |= {*files("meshes"), *RECIPES, *T5X_RUNS}
     tested |= {ROOT / name for name in included} | {CONFIGS / "models/no_tower.gin"}
     assert set(CONFIGS.rglob("*.gin")) == tested
