@@ -14,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from tiny_models import text_config
 
-from vit22b_transfer.models import multimodal, stacking, t5, vit
+from vit22b_transfer.models import gemma, multimodal, prefix_lm, stacking, t5, vit
 
 GOLDENS = pathlib.Path(__file__).parent / "testdata" / "goldens"
 NAMES = (
@@ -161,6 +161,49 @@ def test_a_22b_tower_before_t5_xxl_has_the_golden_parameters(check_golden):
     projection = 6144 * 4096 + 4096
     assert count(variables, "encoder/tower") == 21_750_546_432
     assert count(variables) == 21_750_546_432 + projection + 11_135_332_352
+
+
+# Token tables included; tests/test_parity_gemma.py finds as many in Hugging Face's.
+GEMMAS = {
+    "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "gemma2-2b": 2_614_341_888,
+    "gemma2-9b": 9_241_705_984,
+    "gemma2-27b": 27_227_128_320,
+    "gemma3-270m": 268_098_176,
+    "gemma3-1b": 999_885_952,
+    "gemma3-4b": 3_880_263_168,
+    "gemma3-12b": 11_766_034_176,
+    "gemma3-27b": 27_009_346_304,
+}
+
+
+def abstract_prefix_lm(tower, text):
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    images = tower and jax.ShapeDtypeStruct((1, *tower.image_size, 3), jnp.uint8)
+    return abstract(prefix_lm.PrefixLMModule(tower, text), images, tokens, tokens)
+
+
+def test_every_gemma_has_the_golden_parameters_and_the_published_count(check_golden):
+    trees = {}
+    for name in gemma.VARIANTS:
+        config = gemma.gemma_config(name, scan_layers=True)
+        variables = abstract_prefix_lm(None, config)
+        trees[name] = described(variables)
+        assert count(variables) == GEMMAS[name], name
+    check_golden("gemma", trees)
+
+
+def test_paligemma_3b_has_the_golden_parameters(check_golden):
+    tower = vit.classic_config("So400m/14", scan_layers=True)
+    text = gemma.gemma_config("gemma-2b", vocab_size=257_152, scan_layers=True)
+    variables = abstract_prefix_lm(tower, text)
+    check_golden("paligemma_3b", described(variables))
+    projection = 1152 * 2048 + 2048
+    assert count(variables, "encoder/tower") == 412_442_352
+    new_tokens = (1024 + 128) * 2048
+    text_model = GEMMAS["gemma-2b"] + new_tokens
+    assert count(variables) == 412_442_352 + projection + text_model
 
 
 def test_vit22b_has_the_published_parameter_counts(towers):
