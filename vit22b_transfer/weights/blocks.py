@@ -6,6 +6,7 @@ take no memory to speak of.
 
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -37,14 +38,18 @@ def block_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 def regions(
     shape: tuple[int, ...], blocks: tuple[int, ...]
-) -> Iterator[tuple[slice, ...]]:
-    """The slices that cut an array into blocks, in C order."""
+) -> Iterator[tuple[Any, ...]]:
+    """The slices that cut an array into blocks, in C order.
+
+    Each ends with an ellipsis, or NumPy would make numbers of arrays without axes.
+    """
     counts = [-(-size // block) for size, block in zip(shape, blocks, strict=True)]
     for index in np.ndindex(*counts):
-        yield tuple(
+        slices = (
             slice(i * block, min((i + 1) * block, size))
             for i, block, size in zip(index, blocks, shape, strict=True)
         )
+        yield (*slices, ...)
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:

@@ -6,10 +6,12 @@ was interrupted goes on where it was, and one that meets a damaged tensor leaves
 nothing.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +33,9 @@ from vit22b_transfer.weights.tensor_writing import LazyTensor
 
 # What an import writes beside a source's own files, for the export.
 RECORD = "import.json"
+# Tensors of so many bytes in all are converted beside each other; a larger one alone.
+_BYTES_AT_A_TIME = 256 * 2**20
+_THREADS = 3
 CARRIED = "carried"
 
 
@@ -145,10 +150,11 @@ def _part(source: Source, options: ImportOptions) -> _Part:
         )
     for copy, of in model.copies.items():
         _check_copy(source, copy, of)
-    resized = _resized(model, options, dtype)
-    written = family.shapes(resized.tower, resized.text)
-    if options.scan_layers:
-        written = mapping.stack_shapes(written)
+    resized, written = _resized(model, options, dtype), shapes
+    if options.image_size or options.vocab_size:
+        written = family.shapes(resized.tower, resized.text)
+        if options.scan_layers:
+            written = mapping.stack_shapes(written)
     return _Part(source, model, resized, tuple(plan), shapes, written, dtype)
 
 
@@ -236,29 +242,73 @@ def _origin(parts: Sequence[_Part], options: ImportOptions) -> str:
 
 
 def _write(part: _Part, output: CheckpointOutput, progress: Progress) -> None:
-    for step in part.plan:
-        tensors = [part.source.tensors[slot.name] for slot in step.theirs]
-        names = " and ".join(_shown(slot) for slot in step.theirs)
-        if not all(output.has(slot) for slot in step.ours):
-            found = tuple(
-                tensor.read(slot.layer)
-                for tensor, slot in zip(tensors, step.theirs, strict=True)
+    """Reads, converts and writes all tensors, a few at a time."""
+    room = _Room(_BYTES_AT_A_TIME)
+    failed: list[BaseException] = []
+
+    def run(step: Step, size: int) -> None:
+        try:
+            if not failed:
+                _convert(part, step, output)
+                progress.add(size)
+        except BaseException as error:
+            failed.append(error)
+        room.leave(size)
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for step in part.plan:
+            size = _step_bytes(part, step)
+            room.enter(size)
+            if failed:
+                break
+            pool.submit(run, step, size)
+    if failed:
+        raise failed[0]
+
+
+class _Room:
+    """Lets in what fits into `size` bytes; what is larger when nothing else is in."""
+
+    def __init__(self, size: int):
+        self._size, self._used = size, 0
+        self._changed = threading.Condition()
+
+    def enter(self, count: int) -> None:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._used or self._used + count <= self._size
             )
-            ours = step.transform.to_ours(found)
-            for slot, array in zip(step.ours, ours, strict=True):
-                expected = part.read_shapes[slot.name]
-                assert array.shape == (
-                    expected if slot.layer is None else expected[1:]
-                ), (slot, array.shape, expected)
-                if array.dtype == np.float64:
-                    array = array.astype(np.float32)
-                output.write(slot, _resize(part, slot.name, array), names)
-        progress.add(
-            sum(
-                tensor.nbytes // (1 if slot.layer is None else tensor.shape[0])
-                for tensor, slot in zip(tensors, step.theirs, strict=True)
-            )
-        )
+            self._used += count
+
+    def leave(self, count: int) -> None:
+        with self._changed:
+            self._used -= count
+            self._changed.notify_all()
+
+
+def _step_bytes(part: _Part, step: Step) -> int:
+    return sum(
+        part.source.tensors[slot.name].nbytes
+        // (1 if slot.layer is None else part.source.tensors[slot.name].shape[0])
+        for slot in step.theirs
+    )
+
+
+def _convert(part: _Part, step: Step, output: CheckpointOutput) -> None:
+    if all(output.has(slot) for slot in step.ours):
+        return
+    found = tuple(
+        part.source.tensors[slot.name].read(slot.layer) for slot in step.theirs
+    )
+    names = " and ".join(_shown(slot) for slot in step.theirs)
+    ours = step.transform.to_ours(found)
+    for slot, array in zip(step.ours, ours, strict=True):
+        expected = part.read_shapes[slot.name]
+        expected = expected if slot.layer is None else expected[1:]
+        assert array.shape == expected, (slot, array.shape, expected)
+        if array.dtype == np.float64:
+            array = array.astype(np.float32)
+        output.write(slot, _resize(part, slot.name, array), names)
 
 
 def _shown(slot: Slot) -> str:

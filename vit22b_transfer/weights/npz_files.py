@@ -124,7 +124,7 @@ def _inflate(path: str, member: str, header: int, count: int) -> np.ndarray:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
             file.read(header)
-            data = read_bytes(file, f"{path}: {member}", count)  # type: ignore[arg-type]
+            data = read_bytes(file, f"{path}: {member}", count)
             file.read(1)  # at the end the checksum is compared
             return data
     except (zipfile.BadZipFile, zlib.error) as error:

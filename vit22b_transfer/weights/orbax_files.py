@@ -28,6 +28,7 @@ def orbax_directory(path: str) -> str | None:
 def open_orbax(path: str) -> dict[str, StoredTensor]:
     """The arrays of a checkpoint, unread; their names are '/'-joined paths."""
     import orbax.checkpoint as ocp
+    import tensorstore
 
     handler = ocp.PyTreeCheckpointHandler()
     try:
@@ -36,10 +37,10 @@ def open_orbax(path: str) -> dict[str, StoredTensor]:
     finally:
         handler.close()
     settings = json_object(os.path.join(path, "_METADATA"))
-    tensors = {}
+    tensors, context = {}, tensorstore.Context()
     for name, leaf in _leaves(metadata.tree, ()):
         shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
-        reader = functools.partial(_read_zarr, path, name, settings)
+        reader = functools.partial(_read_zarr, path, name, settings, context)
         tensors["/".join(name)] = StoredTensor(shape, dtype, path, reader)
     return tensors
 
@@ -56,7 +57,11 @@ def _leaves(tree: Any, path: tuple[str, ...]):
 
 
 def _read_zarr(
-    path: str, name: tuple[str, ...], settings: Mapping[str, Any], layer=None
+    path: str,
+    name: tuple[str, ...],
+    settings: Mapping[str, Any],
+    context: Any,
+    layer: int | None = None,
 ) -> np.ndarray:
     import tensorstore
 
@@ -67,7 +72,9 @@ def _read_zarr(
     else:
         kvstore = {"driver": "file", "path": f"{path}/{joined}/"}
     try:
-        array: Any = tensorstore.open({"driver": driver, "kvstore": kvstore}).result()
+        array: Any = tensorstore.open(
+            {"driver": driver, "kvstore": kvstore}, context=context
+        ).result()
         return np.asarray((array if layer is None else array[layer]).read().result())
     except ValueError as error:
         raise ValueError(

@@ -85,7 +85,8 @@ def refuse_other_content(path: str) -> None:
             f"{path} is a pointer of git-lfs, not the weights; run `git lfs pull` in "
             "its repository."
         )
-    if text.startswith(
+    # The length that begins a safetensors file has zeros, whatever its first byte is.
+    if b"\0" not in start[:8] and text.startswith(
         (b"<", b"{", b"access ", b"invalid ", b"entry not", b"not found")
     ):
         shown = start[:80].decode("utf-8", "replace").split("\n")[0]

@@ -4,6 +4,7 @@ Attention is not scaled, one relative bias in layer 0 serves a whole stack, and 
 have no bias: as in `models.t5`. Of T5X, the same models: names that are nearly ours.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from vit22b_transfer.weights.mapping import (
     Shape,
     nearest,
     per_layer,
+    unstack_shapes,
 )
 
 # Hugging Face calls them layer.0, layer.1, ... of a block: our attention and norm.
@@ -164,12 +166,14 @@ def _stack(side: str, depth: int, gated: bool) -> list[Row]:
 def shapes(tower: None, text: t5.T5Config) -> dict[str, Shape]:
     """Names and shapes of our text model's parameters; nothing is allocated."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    module = multimodal.ImageTextModule(tower, text)
+    scanned = dataclasses.replace(text, scan_layers=True)
+    module = multimodal.ImageTextModule(tower, scanned)
     init = functools.partial(module.init, jax.random.key(0), None)
     params = jax.eval_shape(init, tokens, tokens)["params"]
     flat = traverse_util.flatten_dict(params, sep="/")
     # type: flax declares leaves to be dicts.
-    return {name: tuple(leaf.shape) for name, leaf in flat.items()}  # type: ignore
+    found = {name: tuple(leaf.shape) for name, leaf in flat.items()}  # type: ignore
+    return unstack_shapes(found)
 
 
 HUGGING_FACE = Family("hf-t5", _recognises, _read, shapes)
