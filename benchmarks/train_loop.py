@@ -13,13 +13,11 @@ seen in full; on accelerators it runs beside the step.
 
 import os
 import tempfile
-import time
 import types
 
 import interleave
 import jax
-import numpy as np
-from interleave import Sample
+from held_up_loop import HeldUp
 
 from vit22b_transfer.data import converters, scenes, vocabularies
 from vit22b_transfer.models import multimodal, t5, vit
@@ -92,51 +90,6 @@ class BareStep:
         jax.block_until_ready(self.window)
 
 
-class HeldUp:
-    """Batches that, between blocks of the loop's steps, time a block of bare ones.
-
-    The loop waits for the device when it logs, right before it asks for the batch of
-    the next block: so a block's time is the time between two such moments.
-    """
-
-    def __init__(self, inner, block, make_bare):
-        self._inner, self._block, self._make_bare = inner, block, make_bare
-        self._kept, self._calls, self._began, self._bare = [], 0, None, None
-        self.counters = inner.counters
-        self.samples = {LOOP: [], BARE: []}
-
-    def __next__(self):
-        if self._calls and self._calls % self._block == 0:
-            self._between_blocks()
-        self._calls += 1
-        batch = next(self._inner)
-        if self._calls <= 4:
-            self._kept.append(batch)
-        return batch
-
-    def _between_blocks(self):
-        if self._began is None:  # the first block is the warm-up
-            self._bare = self._make_bare(self._kept)
-            self._bare()
-        else:
-            self.samples[LOOP].append(_since(self._began))
-            began = _now()
-            self._bare()
-            self.samples[BARE].append(_since(began))
-        self._began = _now()
-
-    def close(self):
-        self._inner.close()
-
-
-def _now():
-    return Sample(time.perf_counter(), interleave.processor_seconds())
-
-
-def _since(began):
-    return Sample(*np.subtract(_now(), began))
-
-
 def main():
     parser = interleave.arguments(__doc__, rounds=7)
     parser.add_argument("--batch", type=int, default=8)
@@ -149,10 +102,10 @@ def main():
         data = train.TrainData("scenes_mixture", "train", LENGTHS, options.batch)
         inner = data.batches(model, partitioning, **place)
 
-        def make_bare(kept):
-            return BareStep(model, partitioning, kept, options.block)
+        def make_others(kept):
+            return {BARE: BareStep(model, partitioning, kept, options.block)}
 
-        streams.append(HeldUp(inner, options.block, make_bare))
+        streams.append(HeldUp(inner, options.block, LOOP, make_others))
         return streams[-1]
 
     with tempfile.TemporaryDirectory() as directory:

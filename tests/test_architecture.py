@@ -41,7 +41,7 @@ FENCES = {
         "vit22b_transfer/weights/",
         "tests/test_legacy_checkpoints.py",
     ),
-    "t5x": ("vit22b_transfer/t5x_adapter.py", "tests/"),
+    "t5x": ("vit22b_transfer/t5x_adapter.py", "tests/", "benchmarks/"),
     "torch": ("tests/", "benchmarks/"),
     "transformers": ("tests/", "benchmarks/"),
     "timm": ("tests/", "benchmarks/"),

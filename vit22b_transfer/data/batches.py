@@ -287,11 +287,16 @@ class Placement:
 
     def __call__(self, features: dict[str, np.ndarray]) -> Features:
         """The global batch, of which this host holds its own rows."""
+        shardings = {
+            name: self.partitioning.batch_sharding(rows.ndim)
+            for name, rows in features.items()
+        }
+        if jax.process_count() == 1:
+            # One call for all features: half the time of a call each.
+            return jax.device_put(features, shardings)
         return {
             name: jax.make_array_from_process_local_data(
-                self.partitioning.batch_sharding(rows.ndim),
-                rows,
-                (self.batch_size, *rows.shape[1:]),
+                shardings[name], rows, (self.batch_size, *rows.shape[1:])
             )
             for name, rows in features.items()
         }
