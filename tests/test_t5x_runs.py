@@ -236,7 +236,12 @@ def test_a_run_goes_from_t5x_to_ours_and_back(uninterrupted, tmp_path, frozen):
 
 # --- The launchers ---
 
-RECIPES = ("scenes_vqa", "scenes_captioning")
+# recipe -> the tasks it evaluates; all but the last are run in every setting
+RECIPES = {
+    "scenes_vqa": ("scenes_vqa",),
+    "scenes_captioning": ("scenes_captioning",),
+    "scenes_paligemma": ("scenes_captioning", "scenes_vqa"),
+}
 SPLIT_BOTH_WAYS = [
     "--gin.partitioning.standard_logical_axis_rules.activation_partitioning_dims=2",
     "--gin.partitioning.standard_logical_axis_rules.parameter_partitioning_dims=2",
@@ -280,14 +285,19 @@ def command(environment, devices, *arguments):
     return done.stderr
 
 
+CASES = [
+    *((recipe, setting, []) for recipe in list(RECIPES)[:2] for setting in SETTINGS),
+    ("scenes_paligemma", "eight-devices-2d", []),
+    ("scenes_paligemma", "one-device", ["gin_configs/models/frozen_tower.gin"]),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_launchers_train_evaluate_and_infer(drawn, tmp_path, recipe, setting):
+@pytest.mark.parametrize("recipe, setting, more", CASES)
+def test_launchers_train_evaluate_and_infer(drawn, tmp_path, recipe, setting, more):
     devices, overrides = SETTINGS[setting]
-    files = [f"--gin_file=gin_configs/recipes/{recipe}.gin"]
     common = [
-        *files,
+        *(f"--gin_file={f}" for f in [f"gin_configs/recipes/{recipe}.gin", *more]),
         f"--gin.MODEL_DIR={str(tmp_path)!r}",
         "--gin.BATCH_SIZE=16",
         "--gin.TRAIN_STEPS=30",
@@ -308,24 +318,41 @@ def test_launchers_train_evaluate_and_infer(drawn, tmp_path, recipe, setting):
     )
     losses = logged_losses(tmp_path / "train")
     assert losses[STEPS] < 0.8 * losses[10]
+    if more:
+        assert_frozen_tower_stood_still(tmp_path)
 
     command(drawn, devices, "t5x.eval", f"{runs}eval.gin", *common, *overrides)
-    scored = (tmp_path / f"inference_eval/{recipe}-metrics.jsonl").read_text()
-    theirs = json.loads(scored.splitlines()[-1])
     command(drawn, devices, "vit22b_transfer.cli", "eval", *common)
-    ours = json.loads((tmp_path / "metrics.json").read_text())[f"{recipe}/test"]
-    expected = {k: v for k, v in ours["metrics"].items() if not k.startswith("token/")}
-    assert theirs == {"step": STEPS} | expected
+    ours = json.loads((tmp_path / "metrics.json").read_text())
+    for task in RECIPES[recipe]:
+        scored = (tmp_path / f"inference_eval/{task}-metrics.jsonl").read_text()
+        theirs = json.loads(scored.splitlines()[-1])
+        expected = {
+            name: value
+            for name, value in ours[f"{task}/test"]["metrics"].items()
+            if not name.startswith("token/")
+        }
+        assert theirs == {"step": STEPS} | expected
 
     command(drawn, devices, "t5x.infer", f"{runs}infer.gin", *common, *overrides)
-    (written,) = tmp_path.glob(f"{recipe}-predict.jsonl-00000-of-00001")
+    task = RECIPES[recipe][-1]
+    (written,) = tmp_path.glob(f"{task}-predict.jsonl-00000-of-00001")
     lines = [json.loads(line) for line in written.read_text().splitlines()]
-    own = [json.loads(x) for x in Path(ours["predictions"]).read_text().splitlines()]
-    assert [line["prediction"] for line in lines] == [x["prediction"] for x in own]
+    own = Path(ours[f"{task}/test"]["predictions"]).read_text().splitlines()
+    assert [line["prediction"] for line in lines] == [
+        json.loads(line)["prediction"] for line in own
+    ]
     for line in lines:
         assert line.keys() == {"inputs", "prediction"}
         assert line["inputs"].keys() == {"inputs_pretokenized", "targets_pretokenized"}
         assert all(isinstance(value, str) for value in line["inputs"].values())
+
+
+def assert_frozen_tower_stood_still(model_dir):
+    first, last = arrays_of(model_dir, 0), arrays_of(model_dir, STEPS)
+    moved = {name for name in first if first[name].tobytes() != last[name].tobytes()}
+    assert moved and not any("/tower/" in name for name in moved)
+    assert not any("/tower/" in name for name in first if "param_states" in name)
 
 
 def logged_losses(folder):
