@@ -32,6 +32,11 @@ Tensors = Mapping[str, Any]
 _PREFIXES = ("", "params/", "img/", "params/img/")
 # Of all published towers with fixed sine positions.
 _SINE_IMAGE_SIZE = 224
+_OTHER_PARTS = {
+    r"(params/)?txt/.*": "the text tower",
+    r"(params/)?[tb]": "the contrastive loss",
+    r"opt/.*": "the optimizer's state",
+}
 _ANCHOR = "Transformer/encoder_norm/scale"
 
 
@@ -144,25 +149,18 @@ def _read(config: Mapping[str, Any], tensors: Tensors) -> Model:
         rows.append(Row(f"{tr.TOWER}/cls/embedding", f"{prefix}cls"))
     if head is not None:
         rows += _map(tower, prefix + head)
+    classifier = rf"{prefix}(head|pre_logits)/.*"
     return Model(
         tuple(rows),
         tower,
-        dropped=_other_parts(prefix),
+        dropped=_OTHER_PARTS | {classifier: "the classifier"},
+        carried=(classifier,),
         positions=(tr.POSITIONS,),
         resample=tr.resample(resampling),
         facts=(
             "images were resized to the tower's size whatever their shape, bilinear",
         ),
     )
-
-
-def _other_parts(prefix: str) -> dict[str, str]:
-    return {
-        rf"{prefix}(head|pre_logits)/.*": "the classifier",
-        r"(params/)?txt/.*": "the text tower",
-        r"(params/)?[tb]": "the contrastive loss",
-        r"opt/.*": "the optimizer's state",
-    }
 
 
 def _position_rows(tower: vit.ViTConfig, theirs: str | None, naflex: bool) -> list[Row]:

@@ -127,9 +127,9 @@ def _read_dinov2(config: Config, tensors: Config) -> Model:
         tower,
         dropped={
             mask_token: "used in pretraining only",
-            r"classifier\..*": "the classifier",
+            hf.CLASSIFIER: "the classifier",
         },
-        carried=(mask_token,),
+        carried=(hf.CLASSIFIER, mask_token),
         positions=(tr.POSITIONS,),
         resample=tr.resample(resampling),
         facts=tr.resizing(

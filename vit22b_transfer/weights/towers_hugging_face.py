@@ -51,13 +51,16 @@ CLIP_DEFAULTS = _SIZES | dict(
     patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5
 )
 
+CLASSIFIER = r"classifier\..*"
+_PROJECTION = r"visual_projection\.weight"
 _OTHER_PARTS = {
+    CLASSIFIER: "the classifier",
+    _PROJECTION: "the projection to the contrastive space",
     r"text_model\..*": "the text tower",
     r"text_projection\..*": "the text tower",
     r"logit_(scale|bias)": "the contrastive loss",
     r".*\bposition_ids": "a buffer: 0, 1, 2, ...",
 }
-_CLASSIFIER = {r"classifier\..*": "the classifier"}
 
 
 def completed(config: Config, defaults: Config) -> dict[str, Any]:
@@ -158,12 +161,12 @@ def _read_vit(config: Config, tensors: Config) -> Model:
     return Model(
         tuple(rows),
         tower,
-        dropped=_CLASSIFIER
-        | {
+        dropped={
+            CLASSIFIER: "the classifier",
             head: "a classifier's layer after the class token",
             mask_token: "used in pretraining only",
         },
-        carried=(head, mask_token),
+        carried=(CLASSIFIER, head, mask_token),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic"),
         facts=tr.resizing(config, "to the tower's size, bilinear", tower),
@@ -239,7 +242,8 @@ def _read_siglip(config: Config, tensors: Config) -> Model:
     return Model(
         tuple(siglip_rows(tower, prefix)),
         tower,
-        dropped=_OTHER_PARTS | _CLASSIFIER,
+        dropped=_OTHER_PARTS,
+        carried=(CLASSIFIER,),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic"),
         facts=tr.resizing(
@@ -270,7 +274,8 @@ def _read_naflex(config: Config, tensors: Config) -> Model:
     return Model(
         tuple(rows),
         tower,
-        dropped=_OTHER_PARTS | _CLASSIFIER,
+        dropped=_OTHER_PARTS,
+        carried=(CLASSIFIER,),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bilinear_antialiased"),
         facts=(
@@ -311,9 +316,8 @@ def _read_clip(config: Config, tensors: Config) -> Model:
     return Model(
         tuple(rows),
         tower,
-        dropped=_OTHER_PARTS
-        | _CLASSIFIER
-        | {r"visual_projection\.weight": "the contrastive space"},
+        dropped=_OTHER_PARTS,
+        carried=(CLASSIFIER, _PROJECTION),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic"),
         facts=tr.resizing(

@@ -92,6 +92,7 @@ def _read(config: Config, tensors: Config) -> Model:
         tuple(rows),
         tower,
         dropped={r"head\..*": "the classifier"},
+        carried=(r"head\..*",),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic_antialiased"),
         facts=(
