@@ -4,6 +4,7 @@ Needs T5X beside the project.
 """
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,11 @@ def test_optimizer_state_is_laid_out_like_its_parameters(name):
     ]
     assert moments == params
     assert jax.sharding.PartitionSpec(None, "model") in params
+
+
+def test_paths_are_made_absolute_and_addresses_left():
+    assert t5x_adapter.absolute_path("runs/vqa") == os.path.abspath("runs/vqa")
+    assert t5x_adapter.absolute_path("gs://bucket/vqa") == "gs://bucket/vqa"
 
 
 # --- Decoding ---

@@ -234,6 +234,18 @@ def test_a_run_goes_from_t5x_to_ours_and_back(uninterrupted, tmp_path, frozen):
     assert any("/tower/" in name for name in moments) == (not frozen)
 
 
+def test_a_checkpoint_of_another_shape_is_refused_by_name_in_both(tmp_path):
+    """T5X's own restore hands over arrays of any shape without a word."""
+    model, wider = model_of(), model_of()
+    text = dataclasses.replace(wider.module.text, vocab_size=72)
+    wider.module = wider.module.clone(text=text)
+    train_in_t5x(tmp_path, model, 0, 1)
+    with pytest.raises(Exception, match=r'"embedding" in "/token_embedder".*72, 24'):
+        train_in_t5x(tmp_path, wider, 1, 2)
+    with pytest.raises(ValueError, match=r"embedding: shape \(64, 24\) in the check"):
+        train_in_ours(tmp_path, wider, 2)
+
+
 # --- The launchers ---
 
 # recipe -> the tasks it evaluates; all but the last are run in every setting
