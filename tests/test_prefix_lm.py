@@ -34,6 +34,7 @@ PIXELS = BATCH["encoder_input_images"]
 PROMPTS, SHIFTED = BATCH["encoder_input_tokens"], BATCH["decoder_input_tokens"]
 TARGETS, WEIGHTS = BATCH["decoder_target_tokens"], BATCH["decoder_loss_weights"]
 LOCAL = "gemma2"  # soft caps, norms on both sides, local and global layers
+SMALL = dict(depth=2, global_period=2)  # a local and a global layer
 
 
 def logits_of(module):
@@ -47,10 +48,7 @@ class Case:
     family: str
 
     def __post_init__(self):
-        # A local and a global layer.
-        self.module = prefix_lm_module(
-            self.family, tower_config(depth=1), depth=2, global_period=2
-        )
+        self.module = prefix_lm_module(self.family, tower_config(depth=1), **SMALL)
         self.params = prefix_lm_params(self.module, seed=2)
         self.run = functools.partial(logits_of(self.module), self.params)
         self.logits = self.run(PIXELS, PROMPTS, SHIFTED)
@@ -116,25 +114,25 @@ def test_positions_of_the_prefix_see_each_other_in_both_directions(local):
     assert np.all(difference[:, :image_tokens] > 1e-4)
 
 
-def test_pixels_and_every_prompt_token_reach_the_first_logits(case):
+def test_pixels_and_every_prompt_token_reach_the_first_logits(local):
     other = images(4, 16, 16, 3, seed=9)
-    after = case.run(other, PROMPTS, SHIFTED)
-    assert np.all(np.max(np.abs(after - case.logits), axis=-1)[:, 0] > 1e-4)
+    after = local.run(other, PROMPTS, SHIFTED)
+    assert np.all(np.max(np.abs(after - local.logits), axis=-1)[:, 0] > 1e-4)
     for position in range(PROMPTS.shape[1]):
         changed = np.array(PROMPTS)
         changed[:, position] = moved(PROMPTS[:, position])
-        after = case.run(PIXELS, changed, SHIFTED)
-        difference = np.max(np.abs(after - case.logits), axis=-1)[:, 0]
+        after = local.run(PIXELS, changed, SHIFTED)
+        difference = np.max(np.abs(after - local.logits), axis=-1)[:, 0]
         np.testing.assert_array_equal(difference > 1e-5, PROMPTS[:, position] > 0)
 
 
-def test_padding_of_the_prompt_does_not_change_the_logits(case):
+def test_padding_of_the_prompt_does_not_change_the_logits(local):
     wider = np.pad(PROMPTS, ((0, 0), (0, 3)))
-    padded = case.run(PIXELS, wider, SHIFTED)
-    assert relative_difference([padded], [case.logits]) <= 1e-5
+    padded = local.run(PIXELS, wider, SHIFTED)
+    assert relative_difference([padded], [local.logits]) <= 1e-5
     # Row 2 has three tokens; without its padding it is a shorter prompt of its own.
-    alone = case.run(PIXELS[2:3], PROMPTS[2:3, :3], SHIFTED[2:3])
-    assert relative_difference([alone], [case.logits[2:3]]) <= 1e-5
+    alone = local.run(PIXELS[2:3], PROMPTS[2:3, :3], SHIFTED[2:3])
+    assert relative_difference([alone], [local.logits[2:3]]) <= 1e-5
 
 
 def test_a_local_layer_forgets_what_is_behind_its_window():
@@ -284,7 +282,7 @@ def blind():
 
     @functools.cache
     def compute(family):
-        module = prefix_lm_module(family, blind=True)
+        module = prefix_lm_module(family, blind=True, **SMALL)
         params = prefix_lm_params(module, seed=6)
         return params, everything(prefix_lm_model(module), params)
 
@@ -295,7 +293,7 @@ def blind():
 def test_scan_and_remat_change_neither_loss_nor_gradients(blind, family, remat):
     params, expected = blind(family)
     options = dict(scan_layers=True, remat=remat)
-    module = prefix_lm_module(family, blind=True, **options)
+    module = prefix_lm_module(family, blind=True, **SMALL, **options)
     actual = everything(prefix_lm_model(module), stacking.stack_layers(params))
     actual["gradients"] = stacking.unstack_layers(actual["gradients"])
     assert relative_difference(actual, expected) <= 1e-5
@@ -303,14 +301,14 @@ def test_scan_and_remat_change_neither_loss_nor_gradients(blind, family, remat):
 
 def test_remat_of_unrolled_layers_changes_nothing(blind):
     params, expected = blind(LOCAL)
-    module = prefix_lm_module(LOCAL, blind=True, remat="block")
+    module = prefix_lm_module(LOCAL, blind=True, **SMALL, remat="block")
     actual = everything(prefix_lm_model(module), params)
     assert relative_difference(actual, expected) <= 1e-5
 
 
 def test_scanned_parameters_predict_the_same_tokens(local, searched):
     tower = tower_config(depth=1, scan_layers=True)
-    module = prefix_lm_module(LOCAL, tower, depth=2, scan_layers=True)
+    module = prefix_lm_module(LOCAL, tower, **SMALL, scan_layers=True)
     stacked = stacking.stack_layers(local.params)
     ((actual, _),) = predictions(module, stacked, decoding.greedy)
     np.testing.assert_array_equal(actual, searched[0][0])
@@ -330,7 +328,8 @@ def test_only_target_tokens_with_a_weight_count_in_the_loss(local):
 
 def test_dropout_acts_only_with_a_key(blind):
     params, expected = blind(LOCAL)
-    model = prefix_lm_model(prefix_lm_module(LOCAL, blind=True, dropout_rate=0.4))
+    module = prefix_lm_module(LOCAL, blind=True, **SMALL, dropout_rate=0.4)
+    model = prefix_lm_model(module)
     loss = jit(lambda key: model.loss_fn(params, BATCH, key)[0])
     assert_within(1e-3, loss(None), expected["loss"])
     one, same, other = (float(loss(jax.random.key(i))) for i in (0, 0, 1))
@@ -348,9 +347,8 @@ def test_a_frozen_tower_gets_no_gradients(local):
 @pytest.mark.parametrize("rules, num_kv_heads", [((2, 2), 1), ((1, 1), 4)], ids=str)
 def test_four_devices_compute_what_one_computes(rules, num_kv_heads):
     """Fewer key heads than model devices, and as many as query heads."""
-    module = prefix_lm_module(LOCAL, blind=True, depth=2, num_kv_heads=num_kv_heads)
-    search = functools.partial(decoding.beam_search, num_beams=2)
-    model = prefix_lm_model(module, decode_fn=search)
+    module = prefix_lm_module(LOCAL, blind=True, **SMALL, num_kv_heads=num_kv_heads)
+    model = prefix_lm_model(module, decode_fn=decoding.greedy)
     params = prefix_lm_params(module, seed=8)
 
     @jit
