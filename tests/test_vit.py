@@ -309,6 +309,18 @@ def test_intermediates_come_by_name(scan_layers):
     assert np.max(np.abs(kept.intermediates["block_0"] - last)) > 1e-3
 
 
+def test_a_public_tower_in_bfloat16_stays_in_bfloat16():
+    types = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    options = PUBLIC | dict(positions="learned", class_position=True, gated_mlp=True)
+    for config in (tower_config(**PUBLIC, **types), tower_config(**options, **types)):
+        init = functools.partial(
+            vit.VisionTower(config).init_with_output, jax.random.key(0)
+        )
+        leaves = jax.tree.leaves(jax.eval_shape(init, PIXELS))
+        arrays = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
+        assert {leaf.dtype for leaf in arrays} == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.parametrize("fused_projections", [False, True])
 def test_a_bfloat16_tower_stays_in_bfloat16(tower, fused_projections):
     params, apply = tower
