@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib
 import linecache
 import logging
@@ -292,9 +293,32 @@ def _import(args: argparse.Namespace) -> None:
         scan_layers=args.scan_layers,
     )
     for line in convert.import_weights(
-        args.source, args.out, families.FAMILIES, family=args.family, options=options
+        args.source,
+        args.out,
+        families.FAMILIES,
+        family=args.family,
+        options=options,
+        open_tensors=_open_tensors,
     ):
         print(line)
+
+
+def _open_tensors(source: str):
+    """The tensors of a source, in whichever format."""
+    from vit22b_transfer.training import legacy_checkpoints
+    from vit22b_transfer.weights import tensor_files
+    from vit22b_transfer.weights.stored_tensors import StoredTensor
+
+    path = os.path.abspath(os.path.expanduser(source))
+    if not legacy_checkpoints.is_legacy(path):
+        return tensor_files.open_tensors(source)
+    read = legacy_checkpoints.read_array
+    return {
+        name: StoredTensor(
+            tuple(array.shape), array.dtype, path, functools.partial(read, path, name)
+        )
+        for name, array in legacy_checkpoints.saved_arrays(path).items()
+    }
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -313,10 +337,12 @@ def _export(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from vit22b_transfer.weights import inspection
 
+    tensors = _open_tensors(args.source)
     if args.other:
-        lines = inspection.differences(args.source, args.other)
+        other = _open_tensors(args.other)
+        lines = inspection.differences(args.source, tensors, args.other, other)
     else:
-        lines = inspection.inspect(args.source, stats=args.stats)
+        lines = inspection.inspect(tensors, stats=args.stats)
     for line in lines:
         print(line)
 

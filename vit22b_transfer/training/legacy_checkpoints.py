@@ -100,6 +100,17 @@ def read_arrays(path: str, abstract: Tree) -> Tree:
     return traverse_util.unflatten_dict(flat | read, sep="/")
 
 
+def read_array(path: str, name: str, layer: int | None = None) -> np.ndarray:
+    """One array, or one slice of its first axis, on the host and in its own dtype."""
+    saved = _open(path, (name,))[name]
+    with _named(path, name):
+        part = saved.content if layer is None else saved.content[layer]
+        if not isinstance(part, np.ndarray | np.generic):
+            part = part.read().result()
+    part = np.asarray(part)
+    return part if part.dtype == saved.dtype else part.view(saved.dtype)
+
+
 # --- The index ---
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from vit22b_transfer.weights import (
     gin_files,
     mapping,
     sources,
+    tensor_files,
     tensor_writing,
 )
 from vit22b_transfer.weights.checkpoint_output import CheckpointOutput
@@ -85,11 +86,13 @@ def import_weights(
     *,
     family: str | None = None,
     options: ImportOptions | None = None,
+    open_tensors: Callable[[str], dict[str, StoredTensor]] = tensor_files.open_tensors,
 ) -> list[str]:
     """Imports sources into `OUT/checkpoint_0`; the result are lines to show.
 
     names: files or directories; several make one checkpoint, such as a tower and a text
-      model. `family` is for the case that a source does not say what it is.
+      model. `family` is for the case that a source does not say what it is, and
+      `open_tensors` for formats that `tensor_files` does not read.
     Besides the checkpoint, OUT gets `model.gin`, which a recipe includes, and for each
     family a directory with the config, preprocessing and tokenizer files.
 
@@ -102,7 +105,9 @@ def import_weights(
             f"{out} has a checkpoint_0 already; give another --out, or remove it."
         )
     options = options or ImportOptions()
-    opened = [sources.open_source(name, families, family) for name in names]
+    opened = [
+        sources.open_source(name, families, family, open_tensors) for name in names
+    ]
     parts = [_part(source, options) for source in opened]
     _check_options(parts, options)
     arrays = {}

@@ -2,6 +2,7 @@
 
 from vit22b_transfer.weights import (
     t5,
+    t5x,
     towers_big_vision,
     towers_dino,
     towers_hugging_face,
@@ -17,4 +18,5 @@ FAMILIES: tuple[Family, ...] = (
     *towers_internvit.FAMILIES,
     *towers_timm.FAMILIES,
     t5.HUGGING_FACE,
+    *t5x.FAMILIES,
 )

@@ -2,11 +2,11 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from vit22b_transfer.weights import blocks, tensor_files
+from vit22b_transfer.weights import blocks
 from vit22b_transfer.weights.stored_tensors import StoredTensor
 
 
@@ -28,9 +28,11 @@ class Statistics:
         return text + (f"  NOT FINITE: {self.bad}" if self.bad else "")
 
 
-def inspect(source: str, *, stats: bool = False) -> Iterator[str]:
+Tensors = Mapping[str, StoredTensor]
+
+
+def inspect(tensors: Tensors, *, stats: bool = False) -> Iterator[str]:
     """Lines: every tensor below its scopes, with shape, dtype and size, then totals."""
-    tensors = tensor_files.open_tensors(source)
     names = sorted(tensors, key=_natural)
     width = max((len(_leaf_text(name)) for name in names), default=0)
     above: list[str] = []
@@ -56,9 +58,8 @@ def inspect(source: str, *, stats: bool = False) -> Iterator[str]:
         yield f"{bad} elements are not finite"
 
 
-def differences(source: str, other: str) -> Iterator[str]:
+def differences(source: str, one: Tensors, other: str, two: Tensors) -> Iterator[str]:
     """Lines: what only one has, other shapes and dtypes, largest differences."""
-    one, two = tensor_files.open_tensors(source), tensor_files.open_tensors(other)
     for title, names, tensors in (
         (f"only in {source}", one.keys() - two.keys(), one),
         (f"only in {other}", two.keys() - one.keys(), two),

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vit22b_transfer.weights import tensor_files
@@ -65,14 +65,19 @@ class Source:
 
 
 def open_source(
-    name: str, families: Sequence[Family], family: str | None = None
+    name: str,
+    families: Sequence[Family],
+    family: str | None = None,
+    open_tensors: Callable[[str], dict[str, StoredTensor]] = tensor_files.open_tensors,
 ) -> Source:
     """The weights at `name`, of the family called `family` or the one that fits.
+
+    open_tensors: reads formats that `tensor_files` does not, too.
 
     Raises:
       ValueError: if they cannot be read, or are of no family we know.
     """
-    tensors = tensor_files.open_tensors(name)
+    tensors = open_tensors(name)
     path = os.path.abspath(os.path.expanduser(name))
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     config = read_config(folder)
