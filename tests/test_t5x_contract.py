@@ -6,8 +6,10 @@ breaks this file. `test_t5x.py` does the same with T5X itself.
 
 import collections.abc
 import functools
+import importlib
 import inspect
 import json
+import sys
 
 import clu.metrics
 import clu.values
@@ -325,3 +327,13 @@ def test_images_that_do_not_fit_the_tower_are_refused_naming_both_sizes():
     shapes = SHAPES | {"encoder_input_images": (8, 20, 16, 3)}
     with pytest.raises(ValueError, match="20x16 but patch_size 8"):
         model.get_initial_variables(jax.random.PRNGKey(0), shapes)
+
+
+# The adapter
+
+
+def test_without_t5x_the_adapter_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "t5x", None)
+    monkeypatch.delitem(sys.modules, "vit22b_transfer.t5x_adapter", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="-r requirements-t5x.txt"):
+        importlib.import_module("vit22b_transfer.t5x_adapter")
