@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.partitioning import scan_with_axes
 
+from vit22b_transfer.models import projections
+
 
 def unstack_layers(params: dict) -> dict:
     """Parameters of scanned layers as those of unrolled ones.
@@ -65,9 +67,14 @@ def remat_block(
     """`block` with rematerialisation: `none`, `dots` (keep matmul results), `block`."""
     if policy == "none":
         return block
+    saveable = jax.checkpoint_policies
     policies = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "block": jax.checkpoint_policies.nothing_saveable,
+        "dots": saveable.save_from_both_policies(
+            saveable.dots_with_no_batch_dims_saveable,
+            # This may be the sum of many products, which are not kept.
+            saveable.save_only_these_names(projections.NAME),
+        ),
+        "block": saveable.nothing_saveable,
     }
     return nn.remat(
         block,

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vit22b_transfer.models import attention, layers
+from vit22b_transfer.models.projections import projection
 
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
 
@@ -157,7 +158,7 @@ class Block(nn.Module):
             return array.astype(dtype).reshape(*array.shape[:-1], heads, -1)
 
         kernel = jnp.concatenate([by_head(part.kernel) for part in parts], axis=-1)
-        z = layers.linear(y.astype(dtype), kernel.reshape(cfg.width, -1))
+        z = projection(y.astype(dtype), kernel.reshape(cfg.width, -1))
         z = z.reshape(*y.shape[:2], heads, -1)
         cuts = np.cumsum([cfg.head_dim] * 3)
         query, key, value, hidden = jnp.split(z, cuts, axis=-1)
@@ -178,7 +179,7 @@ class Block(nn.Module):
             ],
             axis=1,
         )
-        result = layers.linear(
+        result = projection(
             joined.reshape(*y.shape[:2], -1), out.reshape(-1, cfg.width)
         )
         for part in (mha.out, mlp.wo):

@@ -17,6 +17,9 @@ from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vit22b_transfer.models import projections
+from vit22b_transfer.partitioning import parallel_linear
+
 MESH_AXES = ("data", "model")
 
 Rule = tuple[str, str | None]
@@ -118,13 +121,16 @@ def logical_axis_rules(
 class Partitioning:
     """Mesh of `data` x `model` devices and the rules that lay arrays out on it.
 
-    A size of -1 means all devices that the other size leaves over.
+    A size of -1 means all devices that the other size leaves over. With
+    `ring_projections`, towers with `fused_projections` compute these as
+    `parallel_linear` does; everything else is laid out as without it.
     """
 
     data: int = -1
     model: int = 1
     activation_partitioning_dims: int = 1
     parameter_partitioning_dims: int = 1
+    ring_projections: bool = False
 
     def __post_init__(self):
         for name, size in (("data", self.data), ("model", self.model)):
@@ -137,6 +143,11 @@ class Partitioning:
         logical_axis_rules(
             self.activation_partitioning_dims, self.parameter_partitioning_dims
         )
+        if self.ring_projections and self.activation_partitioning_dims != 2:
+            raise ValueError(
+                "ring_projections needs activations that are split on embed. Set "
+                "activation_partitioning_dims=2, or ring_projections=False."
+            )
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -239,8 +250,16 @@ class Partitioning:
 
         Only here do the models' `with_sharding_constraint` calls take effect.
         """
+        project = None
+        if self.ring_projections:
+            ring = parallel_linear.Ring(self.mesh, "model")
+            project = functools.partial(parallel_linear.linear, ring=ring)
         # flax looks for the mesh of jax.set_mesh; under `with mesh:` it skips silently.
-        with jax.set_mesh(self.mesh), flax_partitioning.axis_rules(self.rules):
+        with (
+            jax.set_mesh(self.mesh),
+            flax_partitioning.axis_rules(self.rules),
+            projections.projecting_with(project),
+        ):
             yield
 
 

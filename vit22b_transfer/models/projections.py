@@ -1,0 +1,41 @@
+"""The seam at which a partitioning takes over the tower's fused projections."""
+
+import contextlib
+import contextvars
+from collections.abc import Callable
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from vit22b_transfer.models import layers
+
+Projecting = Callable[[jax.Array, jax.Array], jax.Array]
+
+# What rematerialisation that keeps matmul results must keep as well.
+NAME = "projection"
+
+_projecting = contextvars.ContextVar[Projecting | None]("projecting", default=None)
+
+
+@contextlib.contextmanager
+def projecting_with(function: Projecting | None):
+    """Context in which `projection` calls `function`; with None, `layers.linear`.
+
+    It takes effect where a function is traced, as flax's axis rules do.
+    """
+    token = _projecting.set(function)
+    try:
+        yield
+    finally:
+        _projecting.reset(token)
+
+
+def projection(
+    x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]
+) -> Float[Array, "*batch outputs"]:
+    """`x @ kernel` in x's dtype, computed as `projecting_with` says."""
+    function = _projecting.get()
+    if function is None:
+        return layers.linear(x, kernel)
+    return checkpoint_name(function(x, kernel), NAME)
