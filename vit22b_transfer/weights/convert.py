@@ -361,6 +361,8 @@ def _record_sizes(part: _Part, folder: str) -> None:
     if part.model.positions and part.model.tower != part.resized.tower:
         height, width = part.resized.tower.image_size
         resized["image_size"] = height if height == width else [height, width]
+        rows, columns = part.resized.tower.grid_of(height, width)
+        resized["num_patches"] = rows * columns  # what NaFlex says instead
     if part.model.vocabulary and part.model.text != part.resized.text:
         resized["vocab_size"] = part.resized.text.vocab_size
     path = os.path.join(folder, sources.CONFIG)
