@@ -330,6 +330,15 @@ def test_a_tower_and_a_text_model_make_one_checkpoint(tmp_path):
     assert "ImageTextModule.text = @t5.T5Config()" in gin_file
     assert f"VIT22B_VOCABULARY={out}/hf-t5/spiece.model" in gin_file
     assert (out / "hf-t5" / "spiece.model").read_bytes() == b"\x0a\x00pieces"
+    assert "rules = (('encoder/projection/.*', None),)" in gin_file
+    with pytest.raises(ValueError, match="2 sources, but 1 families"):
+        convert.import_weights(
+            sources, str(tmp_path / "no"), families, family_names=["hf-t5"]
+        )
+    (tmp_path / "t5" / "spiece.model").write_text("version https://git-lfs.github.com")
+    with pytest.raises(ValueError, match="spiece.model is a pointer of git-lfs"):
+        convert.import_weights(sources, str(tmp_path / "no"), families)
+    (tmp_path / "t5" / "spiece.model").unlink()
     with pytest.raises(ValueError, match="two sources have decoder/decoder_norm/scale"):
         convert.import_weights([sources[1]] * 2, str(tmp_path / "no"), families)
 

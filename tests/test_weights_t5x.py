@@ -100,6 +100,9 @@ def test_both_formats_are_imported_with_all_bytes(name, write, tmp_path, capsys)
     assert ("activation = " in said) == (config.activation != "gelu")
     assert cli.main(["inspect", source, out]) == 0
     assert "equal: " in capsys.readouterr().out
+    arguments = ["export", out, "--format", family, "--out", str(tmp_path / "no")]
+    assert cli.main(arguments) == 1
+    assert "T5X restores our checkpoints" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", CONFIGS)

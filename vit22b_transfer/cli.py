@@ -131,7 +131,12 @@ def _add_weights_commands(add) -> None:
         "source", nargs="+", help="weights; several, such as a tower and a text model"
     )
     command.add_argument("--out", required=True, help="directory to write")
-    command.add_argument("--family", help="if the source does not say what it is")
+    command.add_argument(
+        "--family",
+        action="append",
+        default=[],
+        help="what the source is, if it does not say; repeat it for each source",
+    )
     command.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -296,7 +301,7 @@ def _import(args: argparse.Namespace) -> None:
         args.source,
         args.out,
         families.FAMILIES,
-        family=args.family,
+        family_names=args.family,
         options=options,
         open_tensors=_open_tensors,
     ):

@@ -84,15 +84,16 @@ def import_weights(
     out: str,
     families: Sequence[Family],
     *,
-    family: str | None = None,
+    family_names: Sequence[str] = (),
     options: ImportOptions | None = None,
     open_tensors: Callable[[str], dict[str, StoredTensor]] = tensor_files.open_tensors,
 ) -> list[str]:
     """Imports sources into `OUT/checkpoint_0`; the result are lines to show.
 
     names: files or directories; several make one checkpoint, such as a tower and a text
-      model. `family` is for the case that a source does not say what it is, and
-      `open_tensors` for formats that `tensor_files` does not read.
+      model.
+    family_names: of each source, in order; none if the sources say what they are.
+    open_tensors: reads formats that `tensor_files` does not, too.
     Besides the checkpoint, OUT gets `model.gin`, which a recipe includes, and for each
     family a directory with the config, preprocessing and tokenizer files.
 
@@ -105,8 +106,14 @@ def import_weights(
             f"{out} has a checkpoint_0 already; give another --out, or remove it."
         )
     options = options or ImportOptions()
+    if family_names and len(family_names) != len(names):
+        raise ValueError(
+            f"{len(names)} sources, but {len(family_names)} families "
+            f"({', '.join(family_names)}); name none, or one for each."
+        )
     opened = [
-        sources.open_source(name, families, family, open_tensors) for name in names
+        sources.open_source(name, families, family, open_tensors)
+        for name, family in zip(names, family_names or [None] * len(names), strict=True)
     ]
     parts = [_part(source, options) for source in opened]
     _check_options(parts, options)
@@ -135,6 +142,7 @@ def import_weights(
 
 def _part(source: Source, options: ImportOptions) -> _Part:
     family, model = source.family, source.model
+    source.check_companions()
     shapes = family.shapes(model.tower, model.text)
     if options.scan_layers:
         shapes = mapping.stack_shapes(shapes)
@@ -348,11 +356,30 @@ def _write_companions(parts: Sequence[_Part], out: str) -> None:
         if tokenizer := part.source.tokenizer():
             path = os.path.join(folder, tokenizer)
             comments.append(f"Vocabulary: export VIT22B_VOCABULARY={path}")
+    comments += _start_comments(parts, out)
     models = [(part.source.family, part.resized) for part in parts]
     origins = [os.path.basename(os.path.normpath(part.source.name)) for part in parts]
     text = gin_files.gin_text(models, origins, comments)
     with open(os.path.join(out, "model.gin"), "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def _start_comments(parts: Sequence[_Part], out: str) -> list[str]:
+    """How a training run starts from the import; what it lacks stays fresh."""
+    names = [name for part in parts for name in part.shapes]
+    fresh = None
+    if all(part.model.text is None for part in parts):
+        fresh = r"(?!encoder/tower/).*"
+    elif all(part.model.tower is None for part in parts):
+        fresh = r"encoder/(tower|projection)/.*"
+    elif not any("projection/" in name for name in names):
+        fresh = r"encoder/projection/.*"
+    rules = f"(({fresh!r}, None),)" if fresh else "()"
+    return [
+        "To start training from it: include gin_configs/runs/from_checkpoint.gin,",
+        f"  INITIAL_CHECKPOINT = {os.path.join(out, 'checkpoint_0')!r}",
+        f"  train.InitialCheckpoint.rules = {rules}",
+    ]
 
 
 def _record_sizes(part: _Part, folder: str) -> None:

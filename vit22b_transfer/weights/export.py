@@ -50,6 +50,11 @@ def export_weights(
         for; then `out` is not touched.
     """
     found = sources.by_name(families, family)
+    if found.file_format not in ("safetensors", "npz"):
+        raise ValueError(
+            f"{family} is no format to export to: T5X restores our checkpoints, with "
+            "this package's models, as they are."
+        )
     params = _parameters(checkpoint)
     folder = _config_folder(checkpoint, config_folder, family)
     config = sources.read_config(folder)

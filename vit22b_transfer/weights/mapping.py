@@ -250,7 +250,7 @@ class Family:
     shapes: (tower, text) -> our parameters' unrolled names and shapes.
     text_binding: MODULE.CLASS.PARAMETER below `models` that the gin file binds to the
       text configuration. (Towers are bound by the macro TOWER.)
-    file_format: what export writes, `safetensors` or `npz`.
+    file_format: `safetensors` or `npz`; or `orbax`, which export does not write.
     """
 
     name: str

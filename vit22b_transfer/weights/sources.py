@@ -58,10 +58,12 @@ class Source:
         os.makedirs(to, exist_ok=True)
         for name in self.companions():
             assert self.folder is not None
-            path = os.path.join(self.folder, name)
-            if name.endswith(_TOKENIZER):
-                refuse_other_content(path)
-            shutil.copyfile(path, os.path.join(to, name))
+            shutil.copyfile(os.path.join(self.folder, name), os.path.join(to, name))
+
+    def check_companions(self) -> None:
+        """Raises ValueError for a tokenizer file that is none."""
+        if (name := self.tokenizer()) and self.folder is not None:
+            refuse_other_content(os.path.join(self.folder, name))
 
 
 def open_source(

@@ -68,6 +68,8 @@ def _depth(side: str, tensors: Mapping[str, Any]) -> int:
 
 
 FAMILIES = tuple(
-    Family(name, _recognises, functools.partial(_read, gate), shapes)
+    Family(
+        name, _recognises, functools.partial(_read, gate), shapes, file_format="orbax"
+    )
     for name, gate in (("t5x-t5", "gelu"), ("t5x-ul2", "silu"))
 )
