@@ -1,7 +1,9 @@
 """Hugging Face's T5 through `vit22b import` and `export`: logits, bytes, text."""
 
+import ast
 import dataclasses
 import json
+import re
 import shutil
 
 import gin
@@ -10,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny_models import Vocabulary, assert_within, jit
+from tiny_models import Vocabulary, assert_within, jit, tower_config
 from torch_peers import import_peer
 
 from vit22b_transfer import cli, recipes
 from vit22b_transfer.inference import decoding
 from vit22b_transfer.models import multimodal
-from vit22b_transfer.training import checkpoints
+from vit22b_transfer.training import checkpoints, partial_restore
 from vit22b_transfer.weights import mapping, t5, tensor_files
 
 transformers = import_peer("transformers")
@@ -133,8 +135,14 @@ def our_model(out, **fields):
     model = multimodal.ImageTextModel(
         module, Vocabulary(VOCAB), Vocabulary(VOCAB), **fields
     )
+    abstract = abstract_params(model, (1, 0, 0, 3))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return model, checkpoints.restore_params(out, abstract, shardings)
+
+
+def abstract_params(model, images):
     shapes = {
-        "encoder_input_images": (1, 0, 0, 3),
+        "encoder_input_images": images,
         "encoder_input_tokens": (1, INPUTS),
         "decoder_input_tokens": (1, TARGETS),
     }
@@ -142,8 +150,10 @@ def our_model(out, **fields):
         lambda: model.get_initial_variables(jax.random.key(0), shapes)
     )["params"]
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: sharding, abstract)
-    return model, checkpoints.restore_params(out, abstract, shardings)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+    )
 
 
 def their_logits(model, prompts, shifted):
@@ -210,6 +220,25 @@ def test_greedy_text_equals_hugging_faces_token_for_token(imported, tokens):
     assert ended.any() and not ended.all() and len(np.unique(theirs)) > 10
     np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs)
     assert not ours[:, theirs.shape[1] :].any()
+
+
+@pytest.mark.parametrize("imported", ["T5 v1.1, Flan-T5"], indirect=True)
+def test_an_image_text_model_starts_from_it_by_the_rules_of_the_gin_file(imported):
+    said = open(f"{imported.out}/model.gin", encoding="utf-8").read()
+    (rules,) = re.findall(r"train\.InitialCheckpoint\.rules = (.*)", said)
+    blind, params = our_model(imported.out)
+    model = multimodal.ImageTextModel(
+        multimodal.ImageTextModule(tower_config(), blind.module.text),
+        Vocabulary(VOCAB),
+        Vocabulary(VOCAB),
+    )
+    abstract = abstract_params(model, (1, *tower_config().image_size, 3))
+    restored = partial_restore.restore_partial(
+        imported.out, abstract, ast.literal_eval(rules)
+    )
+    assert jax.tree.structure(restored.params) == jax.tree.structure(params)
+    assert {name.split("/")[1] for name in restored.kept} == {"tower", "projection"}
+    assert not restored.unused
 
 
 @pytest.mark.parametrize("imported", ["T5 v1.1, Flan-T5"], indirect=True)
