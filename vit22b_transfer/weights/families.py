@@ -1,6 +1,8 @@
 """All families of public weights; to add one, write its file and name it here."""
 
 from vit22b_transfer.weights import (
+    gemma,
+    paligemma,
     t5,
     t5x,
     towers_big_vision,
@@ -18,5 +20,7 @@ FAMILIES: tuple[Family, ...] = (
     *towers_internvit.FAMILIES,
     *towers_timm.FAMILIES,
     t5.HUGGING_FACE,
+    gemma.HUGGING_FACE,
+    *paligemma.FAMILIES,
     *t5x.FAMILIES,
 )

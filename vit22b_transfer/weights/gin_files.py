@@ -35,6 +35,7 @@ def gin_text(
             modules.add(type(model.text).__module__)
             owner = family.text_binding.partition(".")[0]
             modules.add(f"vit22b_transfer.models.{owner}")
+        body += model.bindings
     for module in sorted(modules):
         package, _, name = module.rpartition(".")
         lines.append(f"from {package} import {name}")

@@ -30,7 +30,7 @@ _TOKENIZER = ".model"
 class Source:
     """Weights that were opened and understood; nothing is read yet.
 
-    config: config.json, with preprocessor_config.json under its name if there is
+    config: config.json, with preprocessor_config.json as `preprocessor` if there is
       one; empty without either.
     """
 
@@ -91,11 +91,10 @@ def open_source(
 
 
 def read_config(folder: str) -> dict[str, Any]:
-    """config.json of a directory, with preprocessor_config.json as
-    `preprocessor_config`."""
+    """config.json of a directory, with preprocessor_config.json as `preprocessor`."""
     config = tensor_files.read_json(folder, CONFIG)
     if preprocessor := tensor_files.read_json(folder, "preprocessor_config.json"):
-        config["preprocessor_config"] = preprocessor
+        config["preprocessor"] = preprocessor
     return config
 
 
