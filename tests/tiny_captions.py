@@ -59,7 +59,7 @@ def register(name, folder, *, metric_fns=(), vocabulary=None, source=None):
 def model(decode_fn=decoding.greedy, *, vocabulary=None, **arguments):
     """An image-text model over bytes, its tables padded to divide among devices."""
     module = multimodal.ImageTextModule(
-        tiny_models.tower_config(depth=1),
+        tiny_models.tower_config(depth=1, fused_projections=True),
         tiny_models.text_config(
             vocab_size=320, num_encoder_layers=1, num_decoder_layers=1
         ),

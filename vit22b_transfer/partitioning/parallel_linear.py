@@ -11,8 +11,9 @@ and in the paper's words for y = A x:
   all outputs, and the partial sums circulate, growing, until each arrives at home.
 
 Here kernels are A transposed, [n, m]: the row form splits their second dimension. The
-backward pass of either form moves the gradients by the other form, and the gradient of
-the kernel is taken from the pieces as they pass.
+backward pass of either form takes the gradient of the inputs by the other form, and the
+gradient of the kernel from pieces as they pass: the row form lets the inputs pass once
+more for it, the column form needs only the gradients that pass anyway.
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ def bytes_moved(
 ) -> int:
     """Bytes that each device sends in one forward pass, for its `tokens`.
 
+    The backward pass sends as much in the column form, twice as much in the row form.
     Floats per token: row form (k-1) n/k, column form (k-1) m/k, for k devices, n inputs
     and m outputs (Dehghani et al. 2023, section 3). Inputs travel in their own `dtype`,
     partial sums in float32.
@@ -66,12 +68,13 @@ class Ring:
     """The devices of one mesh axis, in a ring; their work on one layer.
 
     The methods run on every device, under `jax.shard_map`; their arrays are the
-    device's own: x [..., n/k] and y [..., m/k], and the kernel [n, m/k] in the row
-    form, [n/k, m] in the column form.
+    device's own: x [..., n/k] and y [..., m/k] of its share of the batch, and the
+    kernel [n, m/k] in the row form, [n/k, m] in the column form.
     """
 
     mesh: Mesh
-    axis: str
+    axis: str = "model"
+    batch_axis: str = "data"
 
     @property
     def devices(self) -> int:
@@ -178,22 +181,28 @@ def _stretch(kernel, first, length, dimension):
     return jax.lax.dynamic_slice_in_dim(kernel, first, length, dimension)
 
 
-def _specs(form: Form, axis: str, rank: int) -> tuple[PartitionSpec, PartitionSpec]:
-    """Of activations and of the kernel."""
-    activation = PartitionSpec(*[None] * (rank - 1), axis)
-    kernel = (None, axis) if form == "row" else (axis, None)
-    return activation, PartitionSpec(*kernel)
+def _specs(
+    ring: Ring, form: Form, shape: tuple[int, ...]
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """Of activations of this shape and of the kernel.
+
+    A batch that does not divide, such as the one example of an initialisation, is
+    computed by all.
+    """
+    even = len(shape) > 1 and shape[0] % ring.mesh.shape[ring.batch_axis] == 0
+    batch = [ring.batch_axis if even else None, *[None] * (len(shape) - 2)]
+    kernel = (None, ring.axis) if form == "row" else (ring.axis, None)
+    return PartitionSpec(*batch[: len(shape) - 1], ring.axis), PartitionSpec(*kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _on_ring(x, kernel, ring: Ring, form: Form):
-    activation, weights = _specs(form, ring.axis, x.ndim)
+    activation, weights = _specs(ring, form, x.shape)
     return jax.shard_map(
         ring.row if form == "row" else ring.column,
         mesh=ring.mesh,
         in_specs=(activation, weights),
         out_specs=activation,
-        axis_names={ring.axis},
         check_vma=False,
     )(x, kernel)
 
@@ -205,14 +214,23 @@ def _forward(x, kernel, ring, form):
 
 
 def _backward(ring, form, saved, grad):
-    x, kernel = saved
-    activation, weights = _specs(form, ring.axis, x.ndim)
+    # Without the barrier the compiler may keep what passed in the forward pass, and so
+    # all of x on every device.
+    x, kernel, grad = jax.lax.optimization_barrier((*saved, grad))
+    activation, weights = _specs(ring, form, x.shape)
+
+    def backward(x, kernel, grad):
+        own = ring.row_backward if form == "row" else ring.column_backward
+        grad_x, grad_kernel = own(x, kernel, grad)
+        if ring.batch_axis in activation:
+            grad_kernel = jax.lax.psum(grad_kernel, ring.batch_axis)
+        return grad_x, grad_kernel
+
     return jax.shard_map(
-        ring.row_backward if form == "row" else ring.column_backward,
+        backward,
         mesh=ring.mesh,
         in_specs=(activation, weights, activation),
         out_specs=(activation, weights),
-        axis_names={ring.axis},
         check_vma=False,
     )(x, kernel, grad.astype(x.dtype))
 
@@ -229,8 +247,8 @@ def linear(
 ) -> Float[Array, "*batch outputs"]:
     """`x @ kernel` in x's dtype, summed in float32, by the cheaper form or the given.
 
-    x and the result are split over the ring on their last dimension; other mesh axes
-    are left to the compiler. A ring of one device is the plain product.
+    x and the result are split over the ring on their last dimension, and over the
+    batch axis on their first. A ring of one device is the plain product.
 
     Raises:
       ValueError: if a dimension does not divide as the form needs it.

@@ -252,7 +252,7 @@ class Partitioning:
         """
         project = None
         if self.ring_projections:
-            ring = parallel_linear.Ring(self.mesh, "model")
+            ring = parallel_linear.Ring(self.mesh)
             project = functools.partial(parallel_linear.linear, ring=ring)
         # flax looks for the mesh of jax.set_mesh; under `with mesh:` it skips silently.
         with (
