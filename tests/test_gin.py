@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from vit22b_transfer import recipes
-from vit22b_transfer.models import gemma, multimodal, prefix_lm, t5, vit
+from vit22b_transfer.models import gemma, lora, multimodal, prefix_lm, t5, vit
 from vit22b_transfer.partitioning import rules
 
 ROOT = Path(__file__).parent.parent
@@ -154,10 +154,10 @@ def required_macros(path):
     return line[1].split(", ")
 
 
-def read_recipe(path, *overrides):
+def read_recipe(path, *overrides, behind=()):
     overrides = [*overrides, *(SETTINGS[name] for name in required_macros(path))]
-    name = path.relative_to(ROOT).as_posix()
-    return recipes.read([name], overrides, [str(ROOT)])
+    names = [file.relative_to(ROOT).as_posix() for file in (path, *behind)]
+    return recipes.read(names, overrides, [str(ROOT)])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=stem)
@@ -176,14 +176,22 @@ def test_every_recipe_requires_exactly_what_its_header_says(path):
     assert macros == set(required_macros(path))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=stem)
-def test_every_recipe_builds_its_model_on_its_mesh(path):
+LORA = CONFIGS / "models/lora.gin"
+# Of both text models, without a tower, and with a frozen one.
+WITH_LORA = [path for path in RECIPES if re.search("pali|blind|vqav2", path.stem)]
+BUILT = [(path, ()) for path in RECIPES] + [(path, (LORA,)) for path in WITH_LORA]
+
+
+@pytest.mark.parametrize("path,behind", BUILT, ids=lambda x: getattr(x, "stem", len(x)))
+def test_every_recipe_builds_its_model_on_its_mesh(path, behind):
     from vit22b_transfer.data import batches
 
     # Scanned layers have the same parameters, stacked, and are traced once.
     text = "GemmaConfig" if "paligemma" in path.stem else "T5Config"
-    recipe = read_recipe(path, f"{text}.scan_layers=True")
+    recipe = read_recipe(path, f"{text}.scan_layers=True", behind=behind)
     model = recipes.install(recipe, multimodal.ImageTextModel, [str(ROOT)])()
+    if behind:
+        assert model.frozen == lora.ALL_BUT_LORA
     layout = gin.get_configurable(rules.Partitioning)()
     lengths, batch_size = (
         recipe.resolved(recipe.macros[name][0])
@@ -246,5 +254,6 @@ def test_every_gin_file_is_built_by_a_test():
         included |= set(re.findall("^include '(.*)'", path.read_text(), re.MULTILINE))
     tested = {*TOWERS, *TEXT_MODELS, *GEMMAS, *PALIGEMMAS}
     tested |= {*files("meshes"), *RECIPES, *T5X_RUNS}
-    tested |= {ROOT / name for name in included} | {CONFIGS / "models/no_tower.gin"}
+    tested |= {ROOT / name for name in included}
+    tested |= {LORA, CONFIGS / "models/no_tower.gin"}
     assert set(CONFIGS.rglob("*.gin")) == tested

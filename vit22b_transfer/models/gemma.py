@@ -22,6 +22,7 @@ from vit22b_transfer.models.grouped_attention import (
     LayerView,
     rotary_angles,
 )
+from vit22b_transfer.models.lora import LoraConfig
 
 gelu = functools.partial(nn.gelu, approximate=True)
 
@@ -62,6 +63,7 @@ class GemmaConfig:
     remat: Literal["none", "dots", "block"] = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -233,6 +235,7 @@ class _Block(nn.Module):
             (cfg.query_scalar or cfg.head_dim) ** -0.5,
             cfg.attention_softcap,
             cfg.qk_norm,
+            lora=cfg.lora,
             **types,
         )
         self.pre_mlp_layer_norm = _norm(cfg)
@@ -243,6 +246,7 @@ class _Block(nn.Module):
             gated=True,
             use_bias=False,
             kernel_init=layers.fan_in_normal,
+            lora=cfg.lora,
             **types,
         )
         if cfg.post_norms:

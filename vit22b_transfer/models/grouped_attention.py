@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vit22b_transfer.models import attention, layers
+from vit22b_transfer.models.lora import LoraConfig
 
 
 @flax.struct.dataclass
@@ -78,12 +79,17 @@ class GroupedQueryAttention(nn.Module):
     qk_norm: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    lora: LoraConfig | None = None
 
     def setup(self):
         shared = self.num_kv_heads < self.num_heads
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         dense = functools.partial(
-            layers.Dense, use_bias=False, kernel_init=layers.fan_in_normal, **types
+            layers.Dense,
+            use_bias=False,
+            kernel_init=layers.fan_in_normal,
+            lora=self.lora,
+            **types,
         )
         joined, joined_kv = (
             heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads)

@@ -1,7 +1,8 @@
 """Layers: every parameter of the library is created in this file.
 
 Shape legend: B batch, L length, E embed (width), M mlp, N heads, H head dimension,
-V vocabulary, K beams, T decode length. Logical axis names are T5X's; `patch` is ours.
+V vocabulary, K beams, T decode length. Logical axis names are T5X's; `patch` and
+`lora_rank` are ours.
 """
 
 import functools
@@ -17,11 +18,14 @@ from flax.linen.partitioning import param_with_axes
 from jaxtyping import Array, Bool, Float, Int
 
 from vit22b_transfer.models.attention import attend, attend_cached, rotate
+from vit22b_transfer.models.lora import LoraConfig
 
 Initializer = Callable[..., jax.Array]
 
 xavier_uniform = nn.initializers.xavier_uniform()
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+# Uniform within 1 / sqrt(inputs), as in PEFT.
+lora_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def with_sharding_constraint(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -84,7 +88,8 @@ class Dense(nn.Module):
 
     `kernel_axes` are the logical axes of the kernel; the bias takes the second one.
     Operands are cast to `dtype`; the result has `out_dtype` (`dtype` by default);
-    parameters are stored in `param_dtype`.
+    parameters are stored in `param_dtype`. Where `lora` chooses the kernel, a low-rank
+    update is added, which is stored in float32 and zero at first.
     """
 
     inputs: int
@@ -95,6 +100,7 @@ class Dense(nn.Module):
     out_dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = xavier_uniform
+    lora: LoraConfig | None = None
 
     def setup(self):
         self.kernel = param_with_axes(
@@ -115,13 +121,38 @@ class Dense(nn.Module):
                 axes=self.kernel_axes[1:],
                 module=self,
             )
+        self.lora_a = self.lora_b = None
+        if self.lora is not None and self._is_updated(self.lora):
+            (into, out), rank, name = self.kernel_axes, self.lora.rank, "lora_rank"
+            create = functools.partial(param_with_axes, module=self)
+            shape, zeros = (self.inputs, rank), nn.initializers.zeros_init()
+            self.lora_a = create("lora_a", lora_init, shape, axes=(into, name))
+            self.lora_b = create(
+                "lora_b", zeros, (rank, self.outputs), axes=(name, out)
+            )
+
+    def _is_updated(self, lora: LoraConfig) -> bool:
+        # Later the parameters tell: decoding unrolls layers and so changes their paths.
+        if self.is_initializing():
+            return lora.chooses("/".join((*self.path, "kernel")))
+        return self.has_variable("params", "lora_a")
 
     def __call__(
         self, x: Float[Array, "*batch inputs"]
     ) -> Float[Array, "*batch outputs"]:
         kernel = self.kernel.astype(self.dtype)
-        y = linear(x.astype(self.dtype), kernel, self.out_dtype)
-        return y if self.bias is None else add_bias(y, self.bias)
+        return self.complete(linear(x.astype(self.dtype), kernel, self.out_dtype), x)
+
+    def complete(
+        self, y: Float[Array, "*batch outputs"], x: Float[Array, "*batch inputs"]
+    ) -> Float[Array, "*batch outputs"]:
+        """`y` = x @ kernel with all that is added to it: bias and low-rank update."""
+        y = y if self.bias is None else add_bias(y, self.bias)
+        if self.lora is None or self.lora_a is None or self.lora_b is None:
+            return y
+        a, b = self.lora_a.astype(self.dtype), self.lora_b.astype(self.dtype)
+        scale = jnp.asarray(self.lora.scale, a.dtype)
+        return y + linear(linear(x.astype(self.dtype), a) * scale, b, y.dtype)
 
 
 def add_bias(
@@ -322,29 +353,24 @@ class MultiHeadAttention(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = xavier_uniform
     query_init: Initializer | None = None
+    lora: LoraConfig | None = None
 
     def setup(self):
         joined = self.num_heads * self.head_dim
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        into = functools.partial(
-            Dense,
-            self.width,
-            joined,
-            ("embed", "joined_kv"),
-            **types,
-        )
+        dense = functools.partial(Dense, lora=self.lora, **types)
+        into = functools.partial(dense, self.width, joined, ("embed", "joined_kv"))
         bias, key_bias = self.qkv_bias, self.qkv_bias and self.key_bias
         query_init = self.query_init or self.kernel_init
         self.query = into(kernel_init=query_init, use_bias=bias)
         self.key = into(kernel_init=self.kernel_init, use_bias=key_bias)
         self.value = into(kernel_init=self.kernel_init, use_bias=bias)
-        self.out = Dense(
+        self.out = dense(
             joined,
             self.width,
             ("joined_kv", "embed"),
             use_bias=self.out_bias,
             kernel_init=self.kernel_init,
-            **types,
         )
         if self.qk_norm:
             norm = functools.partial(
@@ -432,6 +458,7 @@ class Mlp(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = xavier_uniform
+    lora: LoraConfig | None = None
 
     def setup(self):
         types = dict(
@@ -439,6 +466,7 @@ class Mlp(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
+            lora=self.lora,
         )
         into = functools.partial(
             Dense, self.width, self.mlp_dim, ("embed", "mlp"), **types

@@ -28,6 +28,7 @@ from vit22b_transfer.models import (
     t5,
     vit,
 )
+from vit22b_transfer.models import lora as low_rank
 
 Batch = Mapping[str, jax.Array | np.ndarray]
 EOS_ID = prefix_lm.EOS_ID
@@ -180,7 +181,9 @@ class ImageTextModel:
 
     optimizer_def: an optax transformation in our runtime, a T5X one under T5X.
     decode_fn: one of `inference.decoding`, its options bound.
-    frozen: patterns of parameters that get no gradients and no optimizer state.
+    lora: low-rank updates of kernels in the tower and in the text model.
+    frozen: patterns of parameters that get no gradients and no optimizer state; by
+      default none, or with `lora` all but its updates.
     loss_fn returns the SUM of the token losses: gradients are divided by
     `metrics["loss"].count` once, after all microbatches.
     """
@@ -194,17 +197,21 @@ class ImageTextModel:
         decode_fn: Callable[..., Any] | None = None,
         feature_converter_cls: Callable[..., Any] | None = None,
         *,
-        frozen: Sequence[str] = (),
+        frozen: Sequence[str] | None = None,
+        lora: low_rank.LoraConfig | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         max_decode_length: int | None = None,
     ):
-        self.module = module
+        self.module = module if lora is None else low_rank.with_lora(module, lora)
+        self.lora = lora
         self.input_vocabulary = input_vocabulary
         self.output_vocabulary = output_vocabulary
         self.optimizer_def = optimizer_def
         self.decode_fn = decode_fn
         self.FEATURE_CONVERTER_CLS = feature_converter_cls
+        if frozen is None:
+            frozen = () if lora is None else low_rank.ALL_BUT_LORA
         self.frozen = tuple(frozen)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
@@ -234,7 +241,10 @@ class ImageTextModel:
             jnp.zeros(tuple(input_shapes["encoder_input_tokens"]), jnp.int32),
             jnp.zeros(tuple(input_shapes["decoder_input_tokens"]), jnp.int32),
         )
-        return flax.core.unfreeze(variables)
+        variables = flax.core.unfreeze(variables)
+        if self.lora is not None:
+            low_rank.check_patterns(self.lora, variables["params"])
+        return variables
 
     def loss_fn(self, params: Any, batch: Batch, dropout_rng: jax.Array | None):
         """(sum of token losses, metrics): training mode."""

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vit22b_transfer.models import layers, stacking
+from vit22b_transfer.models.lora import LoraConfig
 
 ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=True),
@@ -48,6 +49,7 @@ class T5Config:
     remat: Literal["none", "dots", "block"] = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         if self.remat not in ("none", "dots", "block"):
@@ -101,6 +103,7 @@ def _attention(cfg: T5Config) -> layers.MultiHeadAttention:
         param_dtype=cfg.param_dtype,
         kernel_init=layers.fan_in_normal,
         query_init=query_init,
+        lora=cfg.lora,
     )
 
 
@@ -115,6 +118,7 @@ def _mlp(cfg: T5Config) -> layers.Mlp:
         dtype=cfg.dtype,
         param_dtype=cfg.param_dtype,
         kernel_init=layers.fan_in_normal,
+        lora=cfg.lora,
     )
 
 

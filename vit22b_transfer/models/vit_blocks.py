@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vit22b_transfer.models import attention, layers
+from vit22b_transfer.models.lora import LoraConfig
 from vit22b_transfer.models.projections import projection
 
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
@@ -53,6 +54,7 @@ class BlockConfig:
     fused_projections: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         if self.width % self.num_heads:
@@ -163,7 +165,7 @@ class Block(nn.Module):
         cuts = np.cumsum([cfg.head_dim] * 3)
         query, key, value, hidden = jnp.split(z, cuts, axis=-1)
         query, key, value, hidden = (
-            branch if part.bias is None else branch + by_head(part.bias)[None, None]
+            part.complete(branch.reshape(*y.shape[:2], -1), y).reshape(branch.shape)
             for branch, part in zip((query, key, value, hidden), parts, strict=True)
         )
         query, key = mha.normalize(query, key)
@@ -182,9 +184,8 @@ class Block(nn.Module):
         result = projection(
             joined.reshape(*y.shape[:2], -1), out.reshape(-1, cfg.width)
         )
-        for part in (mha.out, mlp.wo):
-            if part.bias is not None:
-                result = layers.add_bias(result, part.bias)
+        for part, branch in ((mha.out, weighted), (mlp.wo, hidden)):
+            result = part.complete(result, branch.reshape(*y.shape[:2], -1))
         return result
 
 
@@ -217,6 +218,7 @@ def _attention(
         norm_epsilon=cfg.norm_epsilon,
         dtype=cfg.dtype,
         param_dtype=cfg.param_dtype,
+        lora=cfg.lora,
         name=name,
     )
 
@@ -229,6 +231,7 @@ def _mlp(cfg: BlockConfig, name: str | None = None) -> layers.Mlp:
         gated=cfg.gated_mlp,
         dtype=cfg.dtype,
         param_dtype=cfg.param_dtype,
+        lora=cfg.lora,
         name=name,
     )
 

@@ -75,8 +75,9 @@ _REPLICATED: tuple[Rule, ...] = (
     ("mlp_activations", None),
 )
 
-# Names that T5X has no word for: pixels of a flattened patch, class logits.
-_OWN: tuple[Rule, ...] = (("patch", None), ("classes", None))
+# Names that T5X has no word for: pixels of a flattened patch, class logits, what lies
+# between the two matrices of a low-rank update.
+_OWN: tuple[Rule, ...] = (("patch", None), ("classes", None), ("lora_rank", None))
 
 LOGICAL_AXES: tuple[str, ...] = tuple(
     dict.fromkeys(name for name, _ in _SETTINGS[1, 1] + _REPLICATED + _OWN)

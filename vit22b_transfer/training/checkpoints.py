@@ -191,7 +191,8 @@ def restore_params(
 ) -> Tree:
     """The parameters of a checkpoint (or of the latest in a `model_dir`), and no more.
 
-    With a `model`, its vocabularies must be those that the checkpoint was trained with.
+    With a `model`, its vocabularies and the factor of its low-rank updates must be
+    those that the checkpoint was trained with.
 
     Raises:
       ValueError: naming every parameter that is missing, left over, or of another shape
@@ -200,6 +201,7 @@ def restore_params(
     path = resolve(path)
     if model is not None:
         check_vocabularies(path, model)
+        check_lora(path, model)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=sharding
@@ -337,6 +339,26 @@ def check_vocabularies(path: str, model: Any) -> None:
                 f"there {_describe(theirs)}, here {_describe(ours)}. Use the "
                 "vocabulary of the run that wrote the checkpoint."
             )
+
+
+def lora_record(model: Any) -> dict[str, float]:
+    """What the arrays do not tell of a model's low-rank updates; empty without any."""
+    lora = getattr(model, "lora", None)
+    return {} if lora is None else {"alpha": lora.alpha}
+
+
+def check_lora(path: str, model: Any) -> None:
+    """Raises ValueError if the model scales its updates otherwise than the checkpoint.
+
+    Checkpoints that other programs wrote do not record it.
+    """
+    path, ours = resolve(path), lora_record(model)
+    theirs = read_record(path).get("lora") or ours
+    if ours and ours != theirs:
+        raise ValueError(
+            f"the model's LoRA has alpha {ours['alpha']}, but {path} was trained with "
+            f"{theirs['alpha']}: set LoraConfig.alpha = {theirs['alpha']}."
+        )
 
 
 def _describe(vocabulary):

@@ -18,7 +18,7 @@ from vit22b_transfer.models import freezing
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
-KERNELS = (r"(.*/)?kernel",)
+KERNELS = (r"(.*/)?(kernel|lora_[ab])",)
 
 
 class ScheduledOptimizer(optax.GradientTransformation):

@@ -9,6 +9,7 @@ from typing import Any
 
 from flax import traverse_util
 
+from vit22b_transfer.models import lora
 from vit22b_transfer.training import checkpoints
 
 Tree = Any
@@ -58,6 +59,8 @@ def restore_partial(
     first matching rule decides; a parameter without one is loaded under its own name.
     With `cast`, values are converted to the model's dtypes; without, another dtype is
     an error. The vocabularies of a `model` are compared if its token table is loaded.
+    From a checkpoint without low-rank updates, those of the model are not loaded: they
+    start at zero.
 
     Raises:
       ValueError: if a rule matches no parameter, two parameters have one source, or an
@@ -65,16 +68,20 @@ def restore_partial(
     """
     path = checkpoints.resolve(path)
     flat = checkpoints.flatten(abstract_params)
-    sources = _sources(flat, rules)
-    if model is not None and any(
-        name.startswith("token_embedder/") for name in sources
-    ):
-        checkpoints.check_vocabularies(path, model)
     saved = {
         name.removeprefix("target/"): leaf
         for name, leaf in checkpoints.saved_arrays(path).items()
         if name.startswith("target/")
     }
+    if _has_updates(flat) and not _has_updates(saved):
+        rules = ((lora.UPDATES, None), *rules)
+    sources = _sources(flat, rules)
+    if model is not None and any(
+        name.startswith("token_embedder/") for name in sources
+    ):
+        checkpoints.check_vocabularies(path, model)
+    if model is not None and _has_updates(sources):
+        checkpoints.check_lora(path, model)
     checkpoints.check_fit(path, sources, flat, saved, cast=cast)
     by_source = {source: flat[name] for name, source in sources.items()}
     read = checkpoints.read_arrays(
@@ -88,6 +95,10 @@ def restore_partial(
         kept=[name for name in flat if name not in sources],
         unused=[name for name in saved if name not in by_source],
     )
+
+
+def _has_updates(names):
+    return any(re.fullmatch(lora.UPDATES, name) for name in names)
 
 
 def _sources(flat, rules):

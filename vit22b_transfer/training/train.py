@@ -228,7 +228,7 @@ def fine_tune(
         while step < total_steps:
             if step > start_step:
                 batch = next(batches)
-            with jax.transfer_guard("disallow"):
+            with jax.transfer_guard_device_to_host("disallow"):
                 state, window = train_step(state, window, batch, step_rng)
             step += 1
             in_flight.append(window)
@@ -342,6 +342,7 @@ def _initial_params(model, initial, rng, batch, abstract, partitioning, log):
 def _resume(path, model, abstract, window):
     """The state of a checkpoint, and the metrics of its unfinished window."""
     checkpoints.check_vocabularies(path, model)
+    checkpoints.check_lora(path, model)
     tree = checkpoints.restore_tree(path, to_checkpoint_tree(abstract))
     saved = checkpoints.read_record(path).get("window", {})
 
@@ -360,6 +361,7 @@ def _record(model, window):
     leaves = jax.tree_util.tree_leaves_with_path(window)
     return {
         "vocabularies": checkpoints.vocabulary_record(model),
+        "lora": checkpoints.lora_record(model),
         "window": {jax.tree_util.keystr(key): leaf.tolist() for key, leaf in leaves},
     }
 

@@ -1,0 +1,113 @@
+"""Low-rank updates of frozen kernels (LoRA; Hu et al. 2021).
+
+A chosen `layers.Dense` adds `(alpha / rank) * (x @ lora_a) @ lora_b` to its result. The
+two matrices are parameters beside the kernel, so that scans, shardings, checkpoints and
+both runtimes treat them as all others. The product is not added to the kernel before
+use: that would hold a second copy of every chosen kernel, round the update to the dtype
+of a frozen bfloat16 kernel, and compute the gradient of the whole kernel. For serving,
+`merge_lora` does it once.
+"""
+
+import dataclasses
+import difflib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+# The paths of the updates, and what is frozen by default: everything else.
+UPDATES = r"(.*/)?lora_[ab]"
+ALL_BUT_LORA = (rf"(?!{UPDATES}$).*",)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which kernels get an update, and of which size.
+
+    patterns: regular expressions over whole paths of kernels, as those of `frozen`;
+      kernels of attention and MLPs can be chosen.
+    """
+
+    rank: int
+    alpha: float
+    patterns: tuple[str, ...]
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"LoRA's rank is {self.rank}; it must be at least 1.")
+        if not self.patterns:
+            raise ValueError("LoRA has no patterns, so it would train nothing.")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the updates."""
+        return self.alpha / self.rank
+
+    def chooses(self, path: str) -> bool:
+        """Whether the kernel of that path gets an update."""
+        return any(re.fullmatch(pattern, path) for pattern in self.patterns)
+
+
+def with_lora(module: Any, config: LoraConfig) -> Any:
+    """The same image-text module with updates in its tower and its text model.
+
+    Raises:
+      ValueError: if the tower or the text model has a LoRA of its own.
+    """
+    parts = {"tower": module.tower, "text": module.text}
+    for name, part in parts.items():
+        if part is not None and part.lora not in (None, config):
+            raise ValueError(
+                f"the {name} has {part.lora}, the model {config}. Set one of the two."
+            )
+    return module.clone(
+        **{
+            name: dataclasses.replace(part, lora=config)
+            for name, part in parts.items()
+            if part is not None
+        }
+    )
+
+
+def check_patterns(config: LoraConfig, params: dict) -> None:
+    """Raises ValueError for a pattern that chose no kernel."""
+    flat = flatten_dict(params, sep="/")
+    chosen = [n[: -len("lora_a")] + "kernel" for n in flat if n.endswith("/lora_a")]
+    possible = [n for n in flat if n.endswith(("attention/query/kernel", "wo/kernel"))]
+    for pattern in config.patterns:
+        if not any(re.fullmatch(pattern, name) for name in chosen):
+            near = difflib.get_close_matches(pattern, chosen + possible, 3, cutoff=0.0)
+            raise ValueError(
+                f"LoRA's pattern {pattern!r} chooses no kernel; patterns are regular "
+                "expressions over whole paths of the kernels of attention and MLPs. "
+                f"Nearest paths: {', '.join(near)}."
+            )
+
+
+def merge_lora(params: dict, alpha: float) -> dict:
+    """Parameters without updates that compute the same.
+
+    The rank is that of the matrices. Sums are computed in float32 and rounded to the
+    dtype of the kernel.
+    """
+    flat = flatten_dict(params)
+    merged = {}
+    for path, value in flat.items():
+        if path[-1] in ("lora_a", "lora_b"):
+            continue
+        if path[-1] == "kernel" and (*path[:-1], "lora_a") in flat:
+            a, b = (flat[(*path[:-1], name)] for name in ("lora_a", "lora_b"))
+            value = merged_kernel(value, a, b, alpha)
+        merged[path] = value
+    return unflatten_dict(merged)
+
+
+def merged_kernel(kernel: Any, lora_a: Any, lora_b: Any, alpha: float) -> jax.Array:
+    """`kernel + (alpha / rank) * lora_a @ lora_b`, of one layer or of stacked ones."""
+    a, b = (jnp.asarray(x).astype(jnp.float32) for x in (lora_a, lora_b))
+    update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    scale = jnp.float32(alpha / a.shape[-1])
+    kernel = jnp.asarray(kernel)
+    return (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
