@@ -182,7 +182,11 @@ WITH_LORA = [path for path in RECIPES if re.search("pali|blind|vqav2", path.stem
 BUILT = [(path, ()) for path in RECIPES] + [(path, (LORA,)) for path in WITH_LORA]
 
 
-@pytest.mark.parametrize("path,behind", BUILT, ids=lambda x: getattr(x, "stem", len(x)))
+@pytest.mark.parametrize(
+    "path,behind",
+    BUILT,
+    ids=lambda x: "LoRA" if x == (LORA,) else getattr(x, "stem", ""),
+)
 def test_every_recipe_builds_its_model_on_its_mesh(path, behind):
     from vit22b_transfer.data import batches
 
