@@ -22,7 +22,15 @@ BELOW = {
     for rank, parts in enumerate(RANKS)
     for part in parts
 } | {"weights": {"weights", "models"}}
-EDGES = {"cli", "demo", "recipes", "recipe_reader", "recipe_values", "t5x_adapter"}
+EDGES = {
+    "cli",
+    "weights_commands",
+    "demo",
+    "recipes",
+    "recipe_reader",
+    "recipe_values",
+    "t5x_adapter",
+}
 
 # Third-party package -> where alone it may be imported, relative to the root.
 FENCES = {

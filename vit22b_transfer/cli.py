@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import importlib
 import linecache
 import logging
@@ -13,6 +12,8 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
+
+from vit22b_transfer import weights_commands
 
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
 
@@ -111,76 +112,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE",
         help="module that registers tasks (default: every module in ./tasks)",
     )
-    _add_weights_commands(add)
+    weights_commands.add_to(add)
     command = add("config", _config, "Show what a recipe resolves to.", gin_epilog)
     command.add_argument("action", choices=["show"])
     _add_gin_file(command)
     return parser
-
-
-def _add_weights_commands(add) -> None:
-    command = add(
-        "import",
-        _import,
-        "Make a checkpoint of public weights, to start training or inference from.",
-        "SOURCE is a directory with config.json and safetensors, a .safetensors or "
-        ".npz file, or a checkpoint of T5X. A recipe includes OUT/model.gin and starts "
-        "from OUT/checkpoint_0.",
-    )
-    command.add_argument(
-        "source", nargs="+", help="weights; several, such as a tower and a text model"
-    )
-    command.add_argument("--out", required=True, help="directory to write")
-    command.add_argument(
-        "--family",
-        action="append",
-        default=[],
-        help="what the source is, if it does not say; repeat it for each source",
-    )
-    command.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="of the parameters (default: the source's)",
-    )
-    command.add_argument(
-        "--image_size",
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="resample the position tables: one side, or height and width",
-    )
-    command.add_argument(
-        "--vocab_size", type=int, help="resize the token table; new rows are the mean"
-    )
-    command.add_argument(
-        "--scan_layers",
-        action="store_true",
-        help="stack layers, for scanned models",
-    )
-    command = add(
-        "export",
-        _export,
-        "Write a checkpoint in the format of a public family.",
-    )
-    command.add_argument("checkpoint", help="directory of checkpoints, or one of them")
-    command.add_argument("--out", required=True, help="directory to write")
-    command.add_argument(
-        "--format", required=True, help="family, such as hf-t5; a wrong one lists all"
-    )
-    command.add_argument(
-        "--config",
-        metavar="DIR",
-        help="directory with the config.json of the family (default: FORMAT beside the "
-        "checkpoint, where import puts it)",
-    )
-    command = add(
-        "inspect", _inspect, "Show the tensors of weights, or how two sources differ."
-    )
-    command.add_argument("source", help="file or directory of weights, or a checkpoint")
-    command.add_argument("other", nargs="?", help="show the differences to this one")
-    command.add_argument(
-        "--stats", action="store_true", help="mean, deviation, range, and NaN count"
-    )
 
 
 def _add_gin_file(command: argparse.ArgumentParser) -> None:
@@ -283,73 +219,6 @@ def _vocab(args: argparse.Namespace) -> None:
 
     made = vocabularies.train(args.captions, args.out, vocab_size=args.vocab_size)
     print(f"{args.out}: {made.vocab_size} pieces")
-
-
-def _import(args: argparse.Namespace) -> None:
-    from vit22b_transfer.weights import convert, families
-
-    size = args.image_size
-    if size and len(size) > 2:
-        raise ValueError(f"--image_size {size}: give one side, or height and width.")
-    options = convert.ImportOptions(
-        dtype=args.dtype,
-        image_size=(size[0], size[-1]) if size else None,
-        vocab_size=args.vocab_size,
-        scan_layers=args.scan_layers,
-    )
-    for line in convert.import_weights(
-        args.source,
-        args.out,
-        families.FAMILIES,
-        family_names=args.family,
-        options=options,
-        open_tensors=_open_tensors,
-    ):
-        print(line)
-
-
-def _open_tensors(source: str):
-    """The tensors of a source, in whichever format."""
-    from vit22b_transfer.training import legacy_checkpoints
-    from vit22b_transfer.weights import tensor_files
-    from vit22b_transfer.weights.stored_tensors import StoredTensor
-
-    path = os.path.abspath(os.path.expanduser(source))
-    if not legacy_checkpoints.is_legacy(path):
-        return tensor_files.open_tensors(source)
-    read = legacy_checkpoints.read_array
-    return {
-        name: StoredTensor(
-            tuple(array.shape), array.dtype, path, functools.partial(read, path, name)
-        )
-        for name, array in legacy_checkpoints.saved_arrays(path).items()
-    }
-
-
-def _export(args: argparse.Namespace) -> None:
-    from vit22b_transfer.weights import export, families
-
-    for line in export.export_weights(
-        args.checkpoint,
-        args.out,
-        families.FAMILIES,
-        family=args.format,
-        config_folder=args.config,
-    ):
-        print(line)
-
-
-def _inspect(args: argparse.Namespace) -> None:
-    from vit22b_transfer.weights import inspection
-
-    tensors = _open_tensors(args.source)
-    if args.other:
-        other = _open_tensors(args.other)
-        lines = inspection.differences(args.source, tensors, args.other, other)
-    else:
-        lines = inspection.inspect(tensors, stats=args.stats)
-    for line in lines:
-        print(line)
 
 
 def _tasks(args: argparse.Namespace) -> None:

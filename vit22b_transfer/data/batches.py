@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -26,7 +26,7 @@ from vit22b_transfer.data.prefetch import Prefetched
 
 logger = logging.getLogger(__name__)
 
-Features = dict[str, jax.Array]
+Features = Mapping[str, jax.Array | np.ndarray]
 Item = TypeVar("Item")
 
 
@@ -286,7 +286,13 @@ class Placement:
         )
 
     def __call__(self, features: dict[str, np.ndarray]) -> Features:
-        """The global batch, of which this host holds its own rows."""
+        """The global batch, of which this host holds its own rows.
+
+        For a single device it stays as it is: the compiled call that takes it moves it
+        in half the time, and without a second thread at the interpreter.
+        """
+        if self.partitioning.batch_sharding(1).mesh.size == 1:
+            return features
         shardings = {
             name: self.partitioning.batch_sharding(rows.ndim)
             for name, rows in features.items()
