@@ -415,6 +415,9 @@ def test_the_imported_gin_file_builds_the_tower_that_was_verified(case):
     recipe.write_text(
         "from __gin__ import dynamic_registration\n"
         "from vit22b_transfer.models import vit\n"
+        # What a recipe may say of its own tower: nothing of it is left.
+        "vit.ViTConfig.norm_epsilon = 0.5\n"
+        "vit.ViTConfig.final_norm = 'none'\n"
         f"include '{out}/model.gin'\n"
         "vit.VisionTower.config = %TOWER\n"
     )

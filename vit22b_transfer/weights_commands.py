@@ -15,8 +15,8 @@ def add_to(add: Callable[..., argparse.ArgumentParser]) -> None:
         _import,
         "Make a checkpoint of public weights, to start training or inference from.",
         "SOURCE is a directory with config.json and safetensors, a .safetensors or "
-        ".npz file, or a checkpoint of T5X. A recipe includes OUT/model.gin and starts "
-        "from OUT/checkpoint_0.",
+        ".npz file, or a checkpoint of T5X. Behind a recipe, --gin_file=OUT/model.gin "
+        "makes it a run from OUT/checkpoint_0.",
     )
     command.add_argument(
         "source", nargs="+", help="weights; several, such as a tower and a text model"

@@ -356,16 +356,21 @@ def _write_companions(parts: Sequence[_Part], out: str) -> None:
         if tokenizer := part.source.tokenizer():
             path = os.path.join(folder, tokenizer)
             comments.append(f"Vocabulary: export VIT22B_VOCABULARY={path}")
-    comments += _start_comments(parts, out)
     models = [(part.source.family, part.resized) for part in parts]
     origins = [os.path.basename(os.path.normpath(part.source.name)) for part in parts]
-    text = gin_files.gin_text(models, origins, comments)
+    text = gin_files.gin_text(
+        models,
+        origins,
+        comments,
+        os.path.join(out, "checkpoint_0"),
+        _initial_rules(parts),
+    )
     with open(os.path.join(out, "model.gin"), "w", encoding="utf-8") as file:
         file.write(text)
 
 
-def _start_comments(parts: Sequence[_Part], out: str) -> list[str]:
-    """How a training run starts from the import; what it lacks stays fresh."""
+def _initial_rules(parts: Sequence[_Part]) -> str:
+    """The rules of a training run that starts from the import: what stays fresh."""
     names = [name for part in parts for name in part.shapes]
     fresh = None
     if all(part.model.text is None for part in parts):
@@ -374,12 +379,7 @@ def _start_comments(parts: Sequence[_Part], out: str) -> list[str]:
         fresh = r"encoder/(tower|projection)/.*"
     elif not any("projection/" in name for name in names):
         fresh = r"encoder/projection/.*"
-    rules = f"(({fresh!r}, None),)" if fresh else "()"
-    return [
-        "To start training from it: include gin_configs/runs/from_checkpoint.gin,",
-        f"  INITIAL_CHECKPOINT = {os.path.join(out, 'checkpoint_0')!r}",
-        f"  train.InitialCheckpoint.rules = {rules}",
-    ]
+    return f"(({fresh!r}, None),)" if fresh else "()"
 
 
 def _record_sizes(part: _Part, folder: str) -> None:
@@ -440,7 +440,7 @@ def _report(parts: Sequence[_Part], out: str, checkpoint: str) -> list[str]:
         )
         lines += [f"  {line}" for line in _facts(part)]
     lines.append(f"wrote {checkpoint}")
-    lines.append(f"wrote {os.path.join(out, 'model.gin')}, for a recipe to include")
+    lines.append(f"wrote {os.path.join(out, 'model.gin')}: name it behind a recipe")
     return lines
 
 
