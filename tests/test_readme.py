@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch_peers import import_peer
 
-from vit22b_transfer.data import scenes
+from vit22b_transfer.data import scenes, vocabularies
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,11 +40,8 @@ def own_data(tmp_path):
     return tmp_path, broken.name
 
 
-def test_own_captions_commands_run_as_written(own_data):
-    folder, broken = own_data
-    commands = block("test: my-captions")
-    assert len(commands.splitlines()) <= 30
-    # The installed command, whichever environment the tests run in.
+def run_as_written(commands, folder, **variables):
+    """Runs the lines in the folder, with the command of this environment."""
     binaries = folder / "bin"
     binaries.mkdir()
     command = binaries / "vit22b"
@@ -51,11 +49,15 @@ def test_own_captions_commands_run_as_written(own_data):
         f'#!/bin/sh\nexec "{sys.executable}" -m vit22b_transfer.cli "$@"\n'
     )
     command.chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "",
-    }
+    environment = (
+        os.environ
+        | variables
+        | {
+            "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": "",
+        }
+    )
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
         cwd=folder,
@@ -64,6 +66,12 @@ def test_own_captions_commands_run_as_written(own_data):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_own_captions_commands_run_as_written(own_data):
+    folder, broken = own_data
+    run_as_written(block("test: my-captions"), folder)
     lines = [
         json.loads(x) for x in (folder / "captions.jsonl").read_text().splitlines()
     ]
@@ -77,6 +85,53 @@ def test_own_captions_commands_run_as_written(own_data):
     assert (folder / "my_model" / "checkpoint_20").is_dir()
 
 
+def save_public_models(folder):
+    """`siglip` and `t5`, tiny, in the files of the published ones."""
+    transformers = import_peer("transformers")
+    sizes = dict(num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    config = transformers.SiglipVisionConfig(
+        hidden_size=16, image_size=32, patch_size=16, **sizes
+    )
+    transformers.SiglipVisionModel(config).save_pretrained(folder / "siglip")
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    pixels["size"] = {"height": 32, "width": 32}
+    (folder / "siglip" / "preprocessor_config.json").write_text(json.dumps(pixels))
+    config = transformers.T5Config(
+        vocab_size=384,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
+    vocabularies.train(
+        [str(folder / "train.json")],
+        str(folder / "t5" / "spiece.model"),
+        vocab_size=320,
+    )
+
+
+def test_commands_for_public_weights_run_as_written(own_data):
+    folder, _ = own_data
+    save_public_models(folder)
+    recipe = ["--gin_file=gin_configs/recipes/my_captions.gin"]
+    recipe += [f"--gin.MODEL_DIR='{folder}/tuned'", "--gin.BATCH_SIZE=8"]
+    recipe += ["--gin.TRAIN_STEPS=6", "--gin.WARMUP_STEPS=2"]
+    shown = run_as_written(
+        block("test: public-weights"),
+        folder,
+        RECIPE=" ".join(recipe),
+        MY_CAPTIONS_JSON="train.json",
+        MY_VALIDATION_JSON="validation.json",
+        MY_IMAGES="images",
+    )
+    assert "initial checkpoint" in shown and "encoder/projection" in shown
+    assert (folder / "exported" / "model.safetensors").is_file()
+    assert "shared.weight" in shown
+
+
 def test_the_tree_names_every_module():
     tree = README[README.index("## The tree") :]
     package = ROOT / "vit22b_transfer"
@@ -85,7 +140,10 @@ def test_the_tree_names_every_module():
     assert named == modules
 
 
-@pytest.mark.parametrize("title, limit", [("Your own captions", 30), ("Under T5X", 25)])
+@pytest.mark.parametrize(
+    "title, limit",
+    [("Your own captions", 30), ("Start from public weights", 20), ("Under T5X", 25)],
+)
 def test_the_sections_keep_their_promised_length(title, limit):
     start = README.index(f"## {title}")
     section = README[start : README.index("\n## ", start)]
