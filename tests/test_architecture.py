@@ -52,6 +52,7 @@ FENCES = {
     "t5x": ("vit22b_transfer/t5x_adapter.py", "tests/", "benchmarks/"),
     "torch": ("tests/", "benchmarks/"),
     "transformers": ("tests/", "benchmarks/"),
+    "peft": ("tests/",),
     "timm": ("tests/", "benchmarks/"),
     "pycocoevalcap": ("tests/", "benchmarks/"),
 }

@@ -15,7 +15,8 @@ def add_to(add: Callable[..., argparse.ArgumentParser]) -> None:
         _import,
         "Make a checkpoint of public weights, to start training or inference from.",
         "SOURCE is a directory with config.json and safetensors, a .safetensors or "
-        ".npz file, or a checkpoint of T5X. Behind a recipe, --gin_file=OUT/model.gin "
+        ".npz file, or a checkpoint of T5X; beside these, one adapter in PEFT's "
+        "format. Behind a recipe, --gin_file=OUT/model.gin "
         "makes it a run from OUT/checkpoint_0.",
     )
     command.add_argument(
@@ -64,6 +65,16 @@ def add_to(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="directory with the config.json of the family (default: FORMAT beside the "
         "checkpoint, where import puts it)",
     )
+    command.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the low-rank updates alone, in PEFT's format (default: merge them)",
+    )
+    command.add_argument(
+        "--lora_alpha",
+        type=float,
+        help="alpha of the updates, for a checkpoint that T5X wrote",
+    )
     command = add(
         "inspect", _inspect, "Show the tensors of weights, or how two sources differ."
     )
@@ -75,7 +86,7 @@ def add_to(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from vit22b_transfer.weights import convert, families
+    from vit22b_transfer.weights import convert, families, peft_adapters
 
     size = args.image_size
     if size and len(size) > 2:
@@ -86,12 +97,19 @@ def _import(args: argparse.Namespace) -> None:
         vocab_size=args.vocab_size,
         scan_layers=args.scan_layers,
     )
+    adapters = [name for name in args.source if peft_adapters.is_adapter(name)]
+    if len(adapters) > 1 or len(adapters) == len(args.source):
+        raise ValueError(
+            f"{', '.join(adapters)}: import one adapter, together with the weights "
+            "that it belongs to."
+        )
     for line in convert.import_weights(
-        args.source,
+        [name for name in args.source if name not in adapters],
         args.out,
         families.FAMILIES,
         family_names=args.family,
         options=options,
+        adapter=peft_adapters.open_adapter(adapters[0]) if adapters else None,
         open_tensors=_open_tensors,
     ):
         print(line)
@@ -124,6 +142,8 @@ def _export(args: argparse.Namespace) -> None:
         families.FAMILIES,
         family=args.format,
         config_folder=args.config,
+        adapter=args.adapter,
+        alpha=args.lora_alpha,
     ):
         print(line)
 

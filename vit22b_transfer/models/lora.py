@@ -20,6 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 # The paths of the updates, and what is frozen by default: everything else.
 UPDATES = r"(.*/)?lora_[ab]"
 ALL_BUT_LORA = (rf"(?!{UPDATES}$).*",)
+# The kernels that can have one.
+POSSIBLE = r"(.*/)?(\w*attention|mlp)/[^/]*/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +77,10 @@ def check_patterns(config: LoraConfig, params: dict) -> None:
     """Raises ValueError for a pattern that chose no kernel."""
     flat = flatten_dict(params, sep="/")
     chosen = [n[: -len("lora_a")] + "kernel" for n in flat if n.endswith("/lora_a")]
-    possible = [n for n in flat if n.endswith(("attention/query/kernel", "wo/kernel"))]
+    possible = [name for name in flat if re.fullmatch(POSSIBLE, name)]
     for pattern in config.patterns:
         if not any(re.fullmatch(pattern, name) for name in chosen):
-            near = difflib.get_close_matches(pattern, chosen + possible, 3, cutoff=0.0)
+            near = difflib.get_close_matches(pattern, possible, 3, cutoff=0.0)
             raise ValueError(
                 f"LoRA's pattern {pattern!r} chooses no kernel; patterns are regular "
                 "expressions over whole paths of the kernels of attention and MLPs. "

@@ -149,7 +149,7 @@ class CheckpointWriter:
         if self.keep is not None:
             steps = complete_steps(self.model_dir)
             paths = {step: checkpoint_path(self.model_dir, step) for step in steps}
-            own = [step for step in steps if os.path.isfile(_record_file(paths[step]))]
+            own = [step for step in steps if _is_own(paths[step])]
             self._remove(f"checkpoint_{step}" for step in own[: -self.keep])
 
     def close(self) -> None:
@@ -375,6 +375,12 @@ def read_record(path: str) -> dict[str, Any]:
         return {}
     with open(file, encoding="utf-8") as stream:
         return json.load(stream)
+
+
+def _is_own(path):
+    """Whether a run of ours wrote a checkpoint; neither T5X nor an import did."""
+    is_recorded = os.path.isfile(_record_file(path))
+    return is_recorded and not read_record(path).get("imported")
 
 
 def _record_file(path):

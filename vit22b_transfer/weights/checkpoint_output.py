@@ -175,6 +175,13 @@ class CheckpointOutput:
             )
         return block
 
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Writes what the arrays do not tell where a run's checkpoints have it."""
+        folder = os.path.join(self.path, "run")
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "metadata"), "w", encoding="utf-8") as file:
+            json.dump({"imported": True, **record}, file)
+
     def finish(self) -> str:
         """The path of the checkpoint, which now is complete."""
         os.remove(self._record)

@@ -21,6 +21,7 @@ from vit22b_transfer.weights import (
     blocks,
     gin_files,
     mapping,
+    peft_adapters,
     sources,
     tensor_files,
     tensor_writing,
@@ -86,6 +87,7 @@ def import_weights(
     *,
     family_names: Sequence[str] = (),
     options: ImportOptions | None = None,
+    adapter: peft_adapters.Adapter | None = None,
     open_tensors: Callable[[str], dict[str, StoredTensor]] = tensor_files.open_tensors,
 ) -> list[str]:
     """Imports sources into `OUT/checkpoint_0`; the result are lines to show.
@@ -93,6 +95,7 @@ def import_weights(
     names: files or directories; several make one checkpoint, such as a tower and a text
       model.
     family_names: of each source, in order; none if the sources say what they are.
+    adapter: low-rank updates of the sources' kernels, which become parameters too.
     open_tensors: reads formats that `tensor_files` does not, too.
     Besides the checkpoint, OUT gets `model.gin`, which a recipe includes, and for each
     family a directory with the config, preprocessing and tokenizer files.
@@ -125,16 +128,28 @@ def import_weights(
                 "into different directories."
             )
         arrays |= {name: (shape, part.dtype) for name, shape in part.shapes.items()}
-    output = CheckpointOutput(out, arrays, _origin(parts, options))
+    updates = None
+    if adapter is not None:
+        plans = [(p.source.family.name, p.plan, p.shapes) for p in parts]
+        updates = peft_adapters.plan_updates(adapter, plans)
+        arrays |= updates.arrays
+    output = CheckpointOutput(out, arrays, _origin(parts, options, adapter))
     try:
         with Progress("importing", sum(part.nbytes for part in parts)) as progress:
             for part in parts:
                 _write(part, output, progress)
+            if updates is not None:
+                updates.write(output)
     except ValueError:
         output.discard()
         raise
     _write_companions(parts, out)
-    return _report(parts, out, output.finish())
+    lines = _report(parts, out, output.finish())
+    if updates is not None:
+        with open(os.path.join(out, "model.gin"), "a", encoding="utf-8") as file:
+            file.write("\n".join(updates.gin_lines()) + "\n")
+        lines += updates.lines()
+    return lines
 
 
 # --- Checks before anything is written ---
@@ -238,9 +253,16 @@ def _resized(model: Model, options: ImportOptions, dtype: np.dtype) -> Model:
     return dataclasses.replace(model, tower=tower, text=text)
 
 
-def _origin(parts: Sequence[_Part], options: ImportOptions) -> str:
+def _origin(
+    parts: Sequence[_Part],
+    options: ImportOptions,
+    adapter: peft_adapters.Adapter | None,
+) -> str:
     """A text that changes with the files and with what is made of them."""
-    files = sorted({t.file for part in parts for t in part.source.tensors.values()})
+    found = {t.file for part in parts for t in part.source.tensors.values()}
+    if adapter is not None:
+        found |= {t.file for pair in adapter.pairs.values() for t in pair.values()}
+    files = sorted(found)
     stats = [(file, os.stat(file)) for file in files]
     return json.dumps(
         [

@@ -16,7 +16,9 @@ import numpy as np
 
 from vit22b_transfer.weights import (
     blocks,
+    lora,
     mapping,
+    peft_adapters,
     sources,
     tensor_files,
     tensor_writing,
@@ -38,12 +40,18 @@ def export_weights(
     *,
     family: str,
     config_folder: str | None = None,
+    adapter: bool = False,
+    alpha: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[str]:
     """Writes the parameters of a checkpoint as `family` into `out`; lines to show.
 
+    Low-rank updates are added to their kernels.
+
     config_folder: holds the config.json (and tokenizer files) of the family; by default
       the one beside the checkpoint that the import wrote.
+    adapter: write the low-rank updates alone, in PEFT's format.
+    alpha: of the updates, if the checkpoint does not say it.
 
     Raises:
       ValueError: if the checkpoint does not have the parameters that the config asks
@@ -56,11 +64,21 @@ def export_weights(
             "this package's models, as they are."
         )
     params = _parameters(checkpoint)
+    updated = lora.updated_kernels(params)
+    if not updated and (adapter or alpha is not None):
+        raise ValueError(f"{checkpoint} has no low-rank updates.")
+    alpha = lora.alpha_of(checkpoint, alpha) if updated else None
     folder = _config_folder(checkpoint, config_folder, family)
     config = sources.read_config(folder)
     theirs = _recorded(folder, family)
     model = found.read(config, theirs)
     plan = _plan(found, model, theirs, params, checkpoint)
+    lines = []
+    if alpha is not None:
+        if adapter:
+            return peft_adapters.write_adapter(out, family, plan, params, alpha)
+        params = lora.merged(params, alpha)
+        lines.append(f"merged the updates of {len(updated)} kernels, alpha {alpha}")
     tensors = _tensors(plan, model, theirs, params)
     tensors += _carried(folder, tensors[0].dtype)
     out = os.path.abspath(os.path.expanduser(out))
@@ -79,7 +97,7 @@ def export_weights(
                 )
         _copy_companions(folder, folder_to_be, tensors[0].dtype)
     used = {slot.name for step in plan for slot in step.ours}
-    return [*_left(params, used), f"wrote {len(tensors)} tensors to {out}"]
+    return [*lines, *_left(params, used), f"wrote {len(tensors)} tensors to {out}"]
 
 
 def _parameters(checkpoint: str) -> dict[str, StoredTensor]:
