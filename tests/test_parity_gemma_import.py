@@ -4,9 +4,12 @@ Random models of Hugging Face's classes: logits, bytes, greedy text. big_vision'
 the same weights. `pytest -rP` prints the largest absolute differences.
 """
 
+import ast
+import copy
 import dataclasses
 import json
 import os
+import re
 
 import gin
 import jax
@@ -15,13 +18,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from tiny_models import Vocabulary, assert_within, images, jit
+from tiny_models import Vocabulary, assert_within, images, jit, tower_config
 from torch_peers import import_peer
 
 from vit22b_transfer import cli, recipes
 from vit22b_transfer.inference import decoding
 from vit22b_transfer.models import multimodal, prefix_lm
-from vit22b_transfer.training import checkpoints
+from vit22b_transfer.training import checkpoints, partial_restore
 from vit22b_transfer.weights import tensor_files
 
 transformers = import_peer("transformers")
@@ -119,16 +122,24 @@ def our_module(out, *, blind=False):
     return module
 
 
-def our_params(module, out):
-    """The imported parameters, restored as training restores them."""
+def abstract_params(module):
+    """Shapes, dtypes and the one device of the network's parameters."""
     pixels = None
     if module.tower is not None:
         pixels = jnp.zeros((1, *module.tower.image_size, 3), jnp.uint8)
     tokens = jnp.zeros((1, 2), jnp.int32)
     init = module.init, jax.random.key(0), pixels, tokens, tokens
-    abstract = jax.eval_shape(*init)["params"]
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: sharding, abstract)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(*init)["params"],
+    )
+
+
+def our_params(module, out):
+    """The imported parameters, restored as training restores them."""
+    abstract = abstract_params(module)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return checkpoints.restore_params(out, abstract, shardings)
 
 
@@ -189,6 +200,95 @@ def test_logits_of_an_imported_text_model_equal_hugging_faces(text):
 
 def test_import_and_then_export_of_a_text_gives_every_byte_back(text):
     assert_same_bytes(text.source, text.exported)
+
+
+def test_an_image_text_model_starts_from_it_by_the_rules_of_the_gin_file(text):
+    """A fresh tower and projection before the imported text model."""
+    blind = our_module(text.out, blind=True)
+    with open(f"{text.out}/model.gin", encoding="utf-8") as file:
+        (rules,) = re.findall(r"train\.InitialCheckpoint\.rules = (.*)", file.read())
+    whole = blind.clone(tower=tower_config())
+    restored = partial_restore.restore_partial(
+        text.out, abstract_params(whole), ast.literal_eval(rules)
+    )
+    assert {name.split("/")[1] for name in restored.kept} == {"tower", "projection"}
+    assert not restored.unused
+    assert jax.tree.structure(restored.params) == jax.tree.structure(
+        abstract_params(blind)
+    )
+
+
+@pytest.mark.parametrize("text", ["Gemma2"], indirect=True)
+def test_shards_in_bfloat16_keep_every_byte_and_scan_on_request(text, tmp_path):
+    source, out, exported = (str(tmp_path / n) for n in ("source", "out", "exported"))
+    half = copy.deepcopy(text.theirs).bfloat16()
+    half.save_pretrained(source, max_shard_size="16KB")
+    assert os.path.exists(f"{source}/model.safetensors.index.json")
+    assert cli.main(["import", source, "--out", out, "--scan_layers"]) == 0
+    assert cli.main(["export", out, "--format", "hf-gemma", "--out", exported]) == 0
+    assert_same_bytes(source, exported)
+    assert all(
+        tensor.dtype.name == "bfloat16"
+        for tensor in tensor_files.open_tensors(exported).values()
+    )
+    module = our_module(out, blind=True)
+    assert module.text.scan_layers and module.text.param_dtype == "bfloat16"
+    kernel = our_params(module, out)["decoder"]["layers"]["mlp"]["wi_0"]["kernel"]
+    assert kernel.shape == (3, 24, 40) and kernel.dtype == jnp.bfloat16
+    again = loaded(exported, half)
+    assert again.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("text", ["Gemma"], indirect=True)
+def test_another_vocabulary_on_request(text, tmp_path):
+    out, exported = (str(tmp_path / n) for n in ("out", "exported"))
+    assert cli.main(["import", text.source, "--out", out, "--vocab_size", "136"]) == 0
+    table = our_params(our_module(out, blind=True), out)["token_embedder"]["embedding"]
+    assert table.shape == (136, 24)
+    np.testing.assert_allclose(table[128:], np.tile(table[:128].mean(0), (8, 1)), 1e-4)
+    assert cli.main(["export", out, "--format", "hf-gemma", "--out", exported]) == 0
+    assert loaded(exported, text.theirs).config.vocab_size == 136
+
+
+# --- Gemma 3 with its image tower, of which the text is imported ---
+
+
+def test_the_text_of_a_whole_gemma3_is_imported_and_the_rest_is_kept(tmp_path):
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+        vision_use_head=False,
+    )
+    config = transformers.Gemma3Config(
+        vision_config=vision,
+        text_config=text_config("Gemma3"),
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=VOCAB - 2,
+        eoi_token_index=VOCAB - 3,
+        attn_implementation="eager",
+    )
+    model = drawn(transformers.Gemma3ForConditionalGeneration(config), seed=1)
+    whole = imported(model, tmp_path, "hf-gemma")
+    assert_same_bytes(whole.source, whole.exported)
+    module = our_module(whole.out, blind=True)
+    tokens = tokens_of(BATCH, LENGTH)
+    nothing = np.zeros((BATCH, 1), np.int32)
+    shifted = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+    params = our_params(module, whole.out)
+    actual = jit(lambda p, *x: module.apply({"params": p}, None, *x))(
+        params, nothing, shifted
+    )
+    theirs = torch.tensor(np.concatenate([nothing + BOS, tokens[:, :-1]], 1)).long()
+    with torch.no_grad():
+        expected = model(input_ids=theirs).logits
+        again = loaded(whole.exported, model)(input_ids=theirs).logits
+    assert_within(TOLERANCE, actual, expected, "Gemma3ForConditionalGeneration vs HF")
+    np.testing.assert_array_equal(again, expected)
 
 
 # --- PaliGemma ---
@@ -352,3 +452,149 @@ def test_greedy_text_of_an_imported_paligemma_is_hugging_faces_token_for_token(w
     assert ended.any() and not ended.all() and len(np.unique(theirs)) > 15
     np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs)
     assert not ours[:, theirs.shape[1] :].any()
+
+
+# --- PaliGemma of big_vision ---
+
+
+def flax_linear(name, module, heads=None):
+    """torch's Linear as flax has it; heads: "in" or "out", of four."""
+    kernel = module.weight.detach().numpy().T
+    bias = module.bias.detach().numpy()
+    if heads == "in":
+        kernel, bias = kernel.reshape(len(kernel), 4, -1), bias.reshape(4, -1)
+    elif heads == "out":
+        kernel = kernel.reshape(4, -1, kernel.shape[-1])
+    return {f"{name}/kernel": kernel, f"{name}/bias": bias}
+
+
+def flax_norm(name, module):
+    named = dict(scale=module.weight, bias=module.bias)
+    return {f"{name}/{key}": x.detach().numpy() for key, x in named.items()}
+
+
+def npz_tower(tower):
+    """big_vision's names for SigLIP's tower, its blocks stacked."""
+    patches = tower.embeddings.patch_embedding
+    table = tower.embeddings.position_embedding.weight.detach().numpy()
+    blocks = []
+    for layer in tower.encoder.layers:
+        mha, at = layer.self_attn, "MultiHeadDotProductAttention_0"
+        block = flax_norm("LayerNorm_0", layer.layer_norm1)
+        block |= flax_norm("LayerNorm_1", layer.layer_norm2)
+        block |= flax_linear("MlpBlock_0/Dense_0", layer.mlp.fc1)
+        block |= flax_linear("MlpBlock_0/Dense_1", layer.mlp.fc2)
+        block |= flax_linear(f"{at}/out", mha.out_proj, "out")
+        for part in ("query", "key", "value"):
+            module = getattr(mha, f"{part[0]}_proj")
+            block |= flax_linear(f"{at}/{part}", module, "in")
+        blocks.append(block)
+    return (
+        {
+            "pos_embedding": table[None],
+            "embedding/kernel": patches.weight.detach().numpy().transpose(2, 3, 1, 0),
+            "embedding/bias": patches.bias.detach().numpy(),
+        }
+        | stacked("Transformer/encoderblock", blocks)
+        | flax_norm("Transformer/encoder_norm", tower.post_layernorm)
+    )
+
+
+def stacked(name, blocks):
+    return {f"{name}/{k}": np.stack([b[k] for b in blocks]) for k in blocks[0]}
+
+
+def npz_text(text):
+    """big_vision's names for Gemma: a matrix for each head, layers stacked."""
+    config, blocks = text.config, []
+    for layer in text.layers:
+        mha, mlp = layer.self_attn, layer.mlp
+        q, k, v = (
+            x.weight.detach().numpy().reshape(heads, 8, 24).transpose(0, 2, 1)
+            for x, heads in (
+                (mha.q_proj, config.num_attention_heads),
+                (mha.k_proj, config.num_key_value_heads),
+                (mha.v_proj, config.num_key_value_heads),
+            )
+        )
+        out = mha.o_proj.weight.detach().numpy().T
+        gates = [x.weight.detach().numpy().T for x in (mlp.gate_proj, mlp.up_proj)]
+        block = {
+            "attn/q_einsum/w": q,
+            "attn/kv_einsum/w": np.stack([k, v]),
+            "attn/attn_vec_einsum/w": out.reshape(config.num_attention_heads, 8, 24),
+            "mlp/gating_einsum": np.stack(gates),
+            "mlp/linear": mlp.down_proj.weight.detach().numpy().T,
+        }
+        names = {"pre_attention_norm": layer.input_layernorm}
+        if config.model_type == "gemma2":
+            names["post_attention_norm"] = layer.post_attention_layernorm
+            names["pre_ffw_norm"] = layer.pre_feedforward_layernorm
+            names["post_ffw_norm"] = layer.post_feedforward_layernorm
+        else:
+            names["pre_ffw_norm"] = layer.post_attention_layernorm
+        for name, norm in names.items():
+            block[f"{name}/scale"] = norm.weight.detach().numpy()
+        blocks.append(block)
+    return stacked("layers", blocks) | {
+        "embedder/input_embedding": text.embed_tokens.weight.detach().numpy(),
+        "final_norm/scale": text.norm.weight.detach().numpy(),
+    }
+
+
+def npz_of(model):
+    inner = model.model
+    projection = inner.multi_modal_projector.linear
+    parts = {
+        "img": npz_tower(inner.vision_tower) | flax_linear("head", projection),
+        "llm": npz_text(inner.language_model),
+    }
+    return {
+        f"params/{part}/{name}": np.ascontiguousarray(x)
+        for part, tensors in parts.items()
+        for name, x in tensors.items()
+    }
+
+
+# What big_vision's Gemma 2 computes: no windows, no bound of the tokens' logits.
+NPZ = {
+    "PaliGemma": ("Gemma", {}),
+    "PaliGemma 2": (
+        "Gemma2",
+        dict(
+            query_pre_attn_scalar=8,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=None,
+            layer_types=["full_attention"] * 3,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NPZ)
+def test_an_npz_of_big_visions_layout_gives_the_same_logits_and_bytes(name, tmp_path):
+    kind, options = NPZ[name]
+    theirs = paligemma_model(kind, **options)
+    tensors = npz_of(theirs)
+    source, out, exported = (str(tmp_path / n) for n in ("m.npz", "out", "exported"))
+    np.savez(source, **tensors)
+    family = "big_vision-paligemma"
+    assert cli.main(["import", source, "--out", out]) == 0
+    assert cli.main(["export", out, "--format", family, "--out", exported]) == 0
+    after = np.load(f"{exported}/{family}.npz", allow_pickle=False)
+    assert set(after) == set(tensors)
+    assert all(after[n].tobytes() == x.tobytes() for n, x in tensors.items())
+    assert all(after[n].shape == x.shape for n, x in tensors.items())
+    module = our_module(out)
+    actual, (expected,) = both_logits(module, our_params(module, out), [theirs])
+    assert_within(TOLERANCE, actual, expected, f"{name} npz vs HF")
+
+
+def test_an_npz_whose_layers_are_not_stacked_is_refused(tmp_path, capsys):
+    tensors = npz_of(paligemma_model("Gemma"))
+    tensors = {n.replace("layers/", "layers_0/"): x for n, x in tensors.items()}
+    np.savez(tmp_path / "m.npz", **tensors)
+    source, out = str(tmp_path / "m.npz"), tmp_path / "out"
+    assert cli.main(["import", source, "--out", str(out)]) == 1
+    assert "only files with stacked layers and fewer keys" in capsys.readouterr().err
+    assert not out.exists()

@@ -38,6 +38,11 @@ _FACTS = (
     "which tokenizer.model lacks",
 )
 
+_NO_BOUND = (
+    "logits of tokens have no bound, as where big_vision trains; in Hugging Face's "
+    "PaliGemma 2 GemmaConfig.logit_softcap is 30"
+)
+
 
 # --- Hugging Face ---
 
@@ -140,6 +145,7 @@ def _read_npz(config: Config, tensors: Config) -> Model:
             "images were resized to the tower's size whatever their shape, bilinear, "
             "antialiased",
             *_FACTS,
+            *([_NO_BOUND] if text.post_norms else []),
         ),
     )
 
@@ -153,21 +159,20 @@ def _npz_text(tensors: Config, llm: str) -> models.GemmaConfig:
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
             raise ValueError(
-                f"{name} is missing: only files with stacked layers are read, as they "
-                "are published."
+                f"{name} is missing: only files with stacked layers and fewer keys "
+                "than queries are read, as they are published."
             )
         return tuple(tensors[name].shape)
 
     layers = f"{llm}/layers"
     vocab_size, width = shape(f"{llm}/embedder/input_embedding")
     depth, num_heads, head_dim, _ = shape(f"{layers}/attn/attn_vec_einsum/w")
-    shared = f"{layers}/attn/kv_einsum/w"
     fields: dict[str, Any] = dict(
         width=width,
         depth=depth,
         mlp_dim=shape(f"{layers}/mlp/linear")[1],
         num_heads=num_heads,
-        num_kv_heads=shape(shared)[2] if shared in tensors else num_heads,
+        num_kv_heads=shape(f"{layers}/attn/kv_einsum/w")[2],
         head_dim=head_dim,
     )
     if f"{layers}/post_ffw_norm/scale" in tensors:
@@ -189,15 +194,11 @@ def _npz_rows(text: models.GemmaConfig, llm: str) -> list[Row]:
     attention = f"{ours}/self_attention"
     query, key, value = (f"{attention}/{x}/kernel" for x in ("query", "key", "value"))
     heads, kv_heads = _heads_first(text.num_heads), _heads_first(text.num_kv_heads)
-    if text.num_kv_heads == text.num_heads:
-        fused = f"{layer}/attn/qkv_einsum/w"
-        projections = [Row((query, key, value), fused, then(unstack(), heads))]
-    else:
-        fused = f"{layer}/attn/kv_einsum/w"
-        projections = [
-            Row(query, f"{layer}/attn/q_einsum/w", heads),
-            Row((key, value), fused, then(unstack(), kv_heads)),
-        ]
+    fused = f"{layer}/attn/kv_einsum/w"
+    projections = [
+        Row(query, f"{layer}/attn/q_einsum/w", heads),
+        Row((key, value), fused, then(unstack(), kv_heads)),
+    ]
     norms = {
         "pre_self_attention_layer_norm": "pre_attention_norm",
         "pre_mlp_layer_norm": "pre_ffw_norm",
