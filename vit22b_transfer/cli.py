@@ -49,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())
     if _ROOT not in sys.path:
         sys.path.append(_ROOT)
+    code = _exit_code(args)
+    if code and getattr(args, "distributed", False):
+        from vit22b_transfer.partitioning import processes
+
+        processes.leave(code)
+    return code
+
+
+def _exit_code(args: argparse.Namespace) -> int:
+    """Runs the command; prints its error, if it has one."""
     try:
         args.run(args)
         return 0
@@ -97,7 +107,14 @@ def _parser() -> argparse.ArgumentParser:
         ("eval", "Score a checkpoint with the metrics of the recipe's task."),
         ("infer", "Write predictions for a whole split as JSON lines."),
     ):
-        _add_gin_file(add(name, _run, text, gin_epilog))
+        command = add(name, _run, text, gin_epilog)
+        _add_gin_file(command)
+        command.add_argument(
+            "--distributed",
+            action="store_true",
+            help="this is one of several processes that run this command together: "
+            "see gin_configs/launch",
+        )
     command = add("vocab", _vocab, "Train a SentencePiece vocabulary on captions.")
     command.add_argument("--out", required=True, help="file to write")
     command.add_argument("--vocab_size", type=int, required=True)
@@ -193,6 +210,10 @@ def _demo(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     from vit22b_transfer import recipes
 
+    if args.distributed:
+        from vit22b_transfer.partitioning import processes
+
+        processes.join()  # before anything asks JAX for devices
     with _without_startup_notes():
         recipe = recipes.read(args.gin_file, args.overrides, _SEARCH_PATHS)
         if "tensorflow" in sys.modules:

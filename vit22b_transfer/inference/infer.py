@@ -112,7 +112,8 @@ def infer_split(
     checkpoint: one, or a directory of them, of which the latest is taken.
     output: a path ending in .jsonl, or a directory, in which the file is then called
       TASK-SPLIT-CHECKPOINT.jsonl.
-    seed: of `decoding.sample`; results depend on it and on `batch_size` alone.
+    seed: of `decoding.sample`; results depend on it and on `batch_size` alone, but for
+      rounding: a mesh decides in which order sums are taken.
 
     A line holds index, image_id, question_id, prompt, prediction and score, what the
     task knows beside them (target, references, metadata), and of an image that could

@@ -1,0 +1,375 @@
+"""Several processes on this machine do together what one does alone.
+
+Each has a part of four simulated devices; they talk over the loopback interface. They
+run the commands that a user types, on drawn scenes.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+import tiny_models
+import yaml
+from flax import traverse_util
+from tiny_captions import ONE_DEVICE
+
+from vit22b_transfer import cli, recipes
+from vit22b_transfer.data import scenes
+from vit22b_transfer.partitioning import processes
+from vit22b_transfer.training import checkpoints
+
+ROOT = Path(__file__).parent.parent
+DEVICES = 4
+STEPS = 4
+PERIOD = 10  # of the checkpoints of the run in which a process is killed
+TASK = "scenes_captioning"
+LIMIT = 400  # seconds, on a machine with other things to do
+# Each argument is a command as JSON; the first that fails is the last.
+DRIVER = """
+import json, sys
+from vit22b_transfer import cli
+for argument in sys.argv[1:]:
+    if code := cli.main(json.loads(argument)):
+        sys.exit(code)
+"""
+RECIPE = """
+from __gin__ import dynamic_registration
+from vit22b_transfer.models import t5
+from vit22b_transfer.models import vit
+from vit22b_transfer.training import optimizers
+from vit22b_transfer.training import train
+
+include 'gin_configs/recipes/scenes_captioning.gin'
+include 'gin_configs/meshes/activations_2d_fsdp.gin'
+
+BATCH_SIZE = 8
+FEATURE_LENGTHS = {'images': %IMAGE_SIZE, 'inputs': 4, 'targets': 8}
+vit.ViTConfig:
+  width = 32
+  depth = 1
+  mlp_dim = 64
+t5.T5Config:
+  width = 32
+  num_encoder_layers = 0
+  num_decoder_layers = 1
+  head_dim = 8
+  mlp_dim = 64
+WARMUP_STEPS = 1
+# One program for any number of steps.
+optimizers.adamw.learning_rate = @optimizers.constant()
+optimizers.constant.peak = 0.001
+train.Periods.log = 1
+train.fine_tune.keep = None
+train.fine_tune.eval_data = None
+"""
+
+
+def command(name, folder, model_dir, *files, **values):
+    values = {"MODEL_DIR": str(model_dir)} | values
+    return [
+        name,
+        *(f"--gin_file={file}" for file in (folder / "recipe.gin", *files)),
+        *(f"--gin.{name.replace('__', '.')}={v!r}" for name, v in values.items()),
+    ]
+
+
+def train(folder, model_dir, steps, period):
+    return command(
+        "train", folder, model_dir, TRAIN_STEPS=steps, Periods__checkpoint=period
+    )
+
+
+def infer_and_evaluate(folder, checkpoint, output):
+    # On this mesh no sum has more than two parts, so rounding cannot differ.
+    mesh = "gin_configs/meshes/model_parallel_2.gin"
+    return [
+        command(name, folder, output, mesh, CHECKPOINT=str(checkpoint))
+        for name in ("infer", "eval")
+    ]
+
+
+@contextlib.contextmanager
+def started(folder, name, count, commands):
+    """The processes, which share `DEVICES`; killed at the end if they still run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = [
+        f"--xla_force_host_platform_device_count={DEVICES // count}",
+        "--xla_backend_optimization_level=0",  # compiles faster
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": " ".join(flags),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / f"compiled_{count}"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "VIT22B_DATA_DIR": str(folder / "data"),
+        "VIT22B_VOCABULARY": "",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
+    }
+    if count > 1:
+        commands = [[name, "--distributed", *rest] for name, *rest in commands]
+    children = []
+    try:
+        for number in range(count):
+            with open(output_file(folder, name, number), "w") as output:
+                children.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", DRIVER, *map(json.dumps, commands)],
+                        env=environment | {"JAX_PROCESS_ID": str(number)},
+                        cwd=ROOT,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        yield children
+    finally:
+        for process in children:
+            process.kill()
+            process.wait()
+
+
+def output_file(folder, name, number):
+    return folder / f"{name}_{number}.txt"
+
+
+def output(folder, name, number):
+    return output_file(folder, name, number).read_text()
+
+
+def finish(folder, name, children):
+    for number, process in enumerate(children):
+        assert process.wait(LIMIT) == 0, output(folder, name, number)
+
+
+def wait_for(path, children):
+    """Returns when `path` is there; the first process still runs then."""
+    end = time.monotonic() + LIMIT
+    while not path.exists():
+        assert time.monotonic() < end
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            children[0].wait(0.1)
+            pytest.fail(f"ended without {path}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    sizes = {"train": 24, "validation": 8, "test": 11}
+    scenes.write_scenes(folder / "data", seed=3, sizes=sizes)
+    (folder / "recipe.gin").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def survivors(folder):
+    """Two processes train, infer and evaluate; then one is killed in a longer run.
+
+    Exit codes of both, and the seconds that the survivor needed to end.
+    """
+    two, killed = folder / "two", folder / "killed"
+    commands = [
+        train(folder, two, STEPS, 2),
+        *infer_and_evaluate(folder, two, two),
+        train(folder, killed, 10**6, PERIOD),
+    ]
+    with started(folder, "two", 2, commands) as children:
+        wait_for(killed / f"checkpoint_{PERIOD}", children)
+        children[1].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        codes = [process.wait(LIMIT) for process in children]
+    return codes, time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def one(folder, survivors):
+    """One process: trains, does the same to their checkpoint, and goes on for them.
+
+    The step at which it went on.
+    """
+    step = checkpoints.latest_step(str(folder / "killed"))
+    commands = [
+        train(folder, folder / "one", STEPS, 2),
+        *infer_and_evaluate(folder, folder / "two", folder / "one_of_two"),
+        train(folder, folder / "killed", step + 2, PERIOD),
+    ]
+    with started(folder, "one", 1, commands) as children:
+        finish(folder, "one", children)
+    return step
+
+
+def arrays(path):
+    """Every array of a checkpoint, or of the latest in a directory."""
+    saved = checkpoints.saved_arrays(checkpoints.resolve(str(path)))
+    abstract = {
+        name: jax.ShapeDtypeStruct(
+            array.shape, array.dtype, sharding=ONE_DEVICE.replicated
+        )
+        for name, array in saved.items()
+    }
+    abstract = traverse_util.unflatten_dict(abstract, sep="/")
+    return jax.device_get(checkpoints.restore_tree(str(path), abstract))
+
+
+def logged(folder):
+    """{step: loss} of every line of a log, of which no step has two."""
+    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    losses = {line["step"]: line["train/loss"] for line in lines}
+    assert len(losses) == len(lines)
+    return losses
+
+
+def assert_same_training(folder, other, steps=(2, STEPS)):
+    assert list(logged(folder)) == list(range(1, STEPS + 1))
+    assert logged(folder) == pytest.approx(logged(other), rel=1e-5)
+    for step in steps:
+        trees = [arrays(path / f"checkpoint_{step}") for path in (folder, other)]
+        params = [tree["target"] for tree in trees]
+        assert tiny_models.relative_difference(*params) < 1e-5
+
+
+def assert_same_predictions(folder, other):
+    """The bytes of the predictions, and the scores."""
+    name = f"{TASK}-test-checkpoint_{STEPS}.jsonl"
+    lines = (folder / name).read_bytes()
+    assert lines == (other / name).read_bytes()
+    assert lines.count(b"\n") == 11
+    assert not list(folder.glob("*.host-*"))
+    results = [
+        json.loads((path / "metrics.json").read_text())[f"{TASK}/test"]
+        for path in (folder, other)
+    ]
+    assert results[0]["num_scored"] == results[1]["num_scored"] == 11
+    assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-5)
+
+
+def test_two_processes_do_what_one_does(folder, survivors, one):
+    assert_same_training(folder / "two", folder / "one")
+    assert_same_predictions(folder / "two", folder / "one_of_two")
+    # Only process 0 speaks.
+    assert "loss" in output(folder, "two", 0) and "loss" not in output(folder, "two", 1)
+
+
+def test_when_a_process_dies_the_others_end_and_the_run_goes_on(folder, survivors, one):
+    (code, killed), seconds = survivors
+    assert killed == -signal.SIGKILL
+    # It is told at once, or within the time in which JAX misses a sign of life.
+    assert code != 0 and seconds < 120
+    message = output(folder, "two", 0)
+    assert "Start all of them again" in message or "another task died" in message
+    # What was saved is whole and was gone on with, in one process.
+    assert one % PERIOD == 0
+    assert checkpoints.latest_step(str(folder / "killed")) == one + 2
+    losses = logged(folder / "killed")
+    assert list(losses) == list(range(1, one + 3))
+    early = {step: losses[step] for step in range(1, STEPS + 1)}
+    assert early == pytest.approx(logged(folder / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_four_processes_do_what_one_does(folder, one):
+    four, on_one, on_two = (folder / name for name in ("four", "on_one", "on_two"))
+    # A device each: both mesh axes go across processes, and pairs of them share rows.
+    commands = [
+        train(folder, four, STEPS, 2),
+        *infer_and_evaluate(folder, four, four),
+    ]
+    with started(folder, "four", 4, commands) as children:
+        finish(folder, "four", children)
+    assert_same_training(four, folder / "one")
+
+    # What four have saved is read, and gone on with, by one and by two.
+    for path in (on_one, on_two):
+        shutil.copytree(four / "checkpoint_2", path / "checkpoint_2")
+        shutil.copy(four / "metrics.jsonl", path)
+    commands = [
+        train(folder, on_one, STEPS, STEPS),
+        *infer_and_evaluate(folder, four, folder / "one_of_four"),
+    ]
+    with started(folder, "on_one", 1, commands) as children:
+        finish(folder, "on_one", children)
+    commands = [
+        train(folder, on_two, STEPS, STEPS),
+        train(folder, folder / "stopped", 10**6, 10**6),
+    ]
+    with started(folder, "on_two", 2, commands) as children:
+        wait_for(folder / "stopped" / "metrics.jsonl", children)
+        # The wish that one of them stops is told to all; they end together, and save.
+        children[1].send_signal(signal.SIGTERM)
+        finish(folder, "on_two", children)
+    assert_same_training(on_one, folder / "one", steps=(STEPS,))
+    assert_same_training(on_two, folder / "one", steps=(STEPS,))
+    assert_same_predictions(four, folder / "one_of_four")
+    step = checkpoints.latest_step(str(folder / "stopped"))
+    assert step == max(logged(folder / "stopped"))
+
+
+# --- Who takes part ---
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("10.0.0.1:1234", "2", ""),
+        ("10.0.0.1", "2", "0"),
+        ("10.0.0.1:1234", "two", "0"),
+        ("10.0.0.1:1234", "2", "2"),
+    ],
+)
+def test_variables_that_do_not_fit_together_are_refused(values, monkeypatch):
+    for name, value in zip(processes.VARIABLES, values, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="needed are host:port of process 0") as error:
+        processes.join()
+    assert f"JAX_PROCESS_ID={values[-1]}" in str(error.value)
+
+
+def test_without_a_cluster_the_command_says_what_to_set():
+    hidden = {*processes.VARIABLES, "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST"}
+    result = subprocess.run(
+        [sys.executable, "-m", "vit22b_transfer.cli"]
+        + ["eval", "--distributed", "--gin_file=any.gin"],
+        env={k: v for k, v in os.environ.items() if k not in hidden},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert "JAX knows no cluster here" in result.stderr
+    assert "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_launch_examples_use_what_there_is():
+    script = (ROOT / "gin_configs/launch/slurm.sh").read_text()
+    words = shlex.split(script[script.index("\nsrun") :].replace("\\\n", " "))
+    slurm = words[words.index("vit22b") + 1 :]
+    manifest = (ROOT / "gin_configs/launch/kubernetes.yaml").read_text()
+    service, job = yaml.safe_load_all(manifest)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    name, *kubernetes = container["command"]
+    assert name == "vit22b"
+    for command_line in (slurm, kubernetes):
+        args, overrides = cli._parser().parse_known_args(command_line)
+        assert args.command == "train" and args.distributed
+        assert all((ROOT / file).is_file() for file in args.gin_file)
+        assert [text.partition("=")[0] for text in overrides] == ["--gin.MODEL_DIR"]
+        recipes.read(args.gin_file, [overrides[0][6:]], [str(ROOT)])
+    names = {variable["name"]: variable for variable in container["env"]}
+    assert set(processes.VARIABLES) <= set(names)
+    assert names["JAX_NUM_PROCESSES"]["value"] == str(job["spec"]["completions"])
+    host = names["JAX_COORDINATOR_ADDRESS"]["value"].partition(":")[0]
+    assert host == f"{job['metadata']['name']}-0.{service['metadata']['name']}"

@@ -1,0 +1,63 @@
+"""The processes of one run: each drives the devices of its host, or some of them."""
+
+import os
+import sys
+
+import jax
+
+# Where process 0 listens (host:port), how many processes there are, which one this is.
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def join() -> None:
+    """Makes this process one of a run's; does nothing the second time.
+
+    To be called before JAX is used otherwise. The environment's `VARIABLES` say who
+    takes part; without them JAX asks the cluster: Slurm, Open MPI, Kubernetes (with
+    `jax[k8s]`), Cloud TPU. It waits for the others, but not for ever.
+
+    Raises:
+      ValueError: if neither knows, or the variables do not fit together.
+    """
+    if jax.distributed.is_initialized():
+        return
+    values = {name: os.environ.get(name, "") for name in VARIABLES}
+    if not any(values.values()):
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                f"JAX knows no cluster here ({error}). Set {', '.join(VARIABLES)} in "
+                "every process, or leave out --distributed."
+            ) from error
+        return
+    address, count, number = values.values()
+    fits = ":" in address and count.isdecimal() and number.isdecimal()
+    if not fits or int(number) >= int(count):
+        shown = " ".join(f"{name}={value}" for name, value in values.items())
+        raise ValueError(
+            f"{shown}: needed are host:port of process 0, the number of processes, and "
+            "one of 0, 1, ... for each process."
+        )
+    jax.distributed.initialize(
+        address, int(count), int(number), cluster_detection_method="deactivate"
+    )
+
+
+def leave(code: int) -> None:
+    """Ends a process that failed, if it had joined others, so that they end as well.
+
+    At an ordinary exit JAX would wait for them, who wait for what this one no longer
+    does.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    print(
+        f"vit22b: process {jax.process_index()} of {jax.process_count()} has failed. "
+        "If it lost the connection, the output of the process that failed first says "
+        "why. Start all of them again to go on from what is saved.",
+        file=sys.stderr,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
