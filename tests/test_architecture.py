@@ -34,6 +34,7 @@ EDGES = {
 
 # Third-party package -> where alone it may be imported, relative to the root.
 FENCES = {
+    "array_record": ("vit22b_transfer/data/feature_shards.py",),
     "tensorflow": ("vit22b_transfer/data/", "tasks/", "tests/", "benchmarks/"),
     "tensorflow_datasets": ("vit22b_transfer/data/", "tasks/", "tests/"),
     "seqio": ("vit22b_transfer/data/", "tasks/", "tests/", "benchmarks/"),

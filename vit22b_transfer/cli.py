@@ -26,6 +26,7 @@ _RUNS = {
     "train": ("vit22b_transfer.training.train", "fine_tune"),
     "eval": ("vit22b_transfer.evaluation.evaluate", "evaluate_checkpoint"),
     "infer": ("vit22b_transfer.inference.infer", "infer_split"),
+    "cache-features": ("vit22b_transfer.inference.cache_features", "cache_features"),
 }
 
 # The last is said on a machine without a GPU.
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "Fine-tune the model of a recipe."),
         ("eval", "Score a checkpoint with the metrics of the recipe's task."),
         ("infer", "Write predictions for a whole split as JSON lines."),
+        ("cache-features", "Run a frozen tower once, for training without it."),
     ):
         command = add(name, _run, text, gin_epilog)
         _add_gin_file(command)

@@ -146,6 +146,7 @@ def train_batches(
     seed: int,
     partitioning: BatchPartitioning,
     start_step: int = 0,
+    instead: Mapping[str, seqio.Task] | None = None,
 ) -> Batches[Features]:
     """Endless device batches, the first being that of `start_step`.
 
@@ -154,14 +155,20 @@ def train_batches(
     where the source has random access and the preprocessors give one example per record
     and draw no random numbers. Otherwise the examples before `start_step` are read
     again, and the log says so; of a source without random access the order then also
-    depends on the number of hosts.
+    depends on the number of hosts. `instead` holds tasks by name to read in place of
+    the registered ones (`data.feature_cache`).
 
     Raises:
       ValueError: if a name, split, length or batch size does not fit, or while
         iterating if there are no examples or one cannot be used; it is named.
     """
     request = Request(
-        task_or_mixture_name, split, feature_lengths, converter_cls, batch_size
+        task_or_mixture_name,
+        split,
+        feature_lengths,
+        converter_cls,
+        batch_size,
+        instead or {},
     )
     if start_step < 0:
         raise ValueError(f"start_step must not be negative, got {start_step}.")
@@ -185,6 +192,7 @@ def eval_batches(
     batch_size: int,
     partitioning: BatchPartitioning,
     start_index: int = 0,
+    instead: Mapping[str, seqio.Task] | None = None,
 ) -> Batches[EvalBatch]:
     """One pass over a split in order, from example `start_index` on.
 
@@ -196,7 +204,9 @@ def eval_batches(
         mixture's, or while iterating if there are no examples or one cannot be used;
         it is named.
     """
-    request = Request(task_name, split, feature_lengths, converter_cls, batch_size)
+    request = Request(
+        task_name, split, feature_lengths, converter_cls, batch_size, instead or {}
+    )
     if start_index < 0:
         raise ValueError(f"start_index must not be negative, got {start_index}.")
     provider = request.provider()

@@ -44,6 +44,8 @@ class ImageTextFeatureConverter(seqio.FeatureConverter):
         "decoder_loss_weights": Spec(dtype=tf.int32),
     }
     PACKING_FEATURE_DTYPES = {}
+    # The model's name of `images`.
+    IMAGES = "encoder_input_images"
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class ImageTextFeatureConverter(seqio.FeatureConverter):
         inputs = task_feature_lengths["inputs"]
         targets = task_feature_lengths["targets"]
         return {
-            "encoder_input_images": images[self.TASK_FEATURES["images"].sequence_dim],
+            self.IMAGES: images[self.TASK_FEATURES["images"].sequence_dim],
             "encoder_input_tokens": inputs,
             "decoder_target_tokens": targets,
             "decoder_input_tokens": targets,
@@ -104,7 +106,7 @@ class ImageTextFeatureConverter(seqio.FeatureConverter):
         def convert(example: Example) -> Example:
             targets = _padded(example, "targets", lengths["targets"])
             return {
-                "encoder_input_images": _checked_images(example, shape),
+                self.IMAGES: _checked_images(example, shape),
                 "encoder_input_tokens": _padded(example, "inputs", lengths["inputs"]),
                 "decoder_target_tokens": targets,
                 "decoder_input_tokens": seqio.autoregressive_inputs(

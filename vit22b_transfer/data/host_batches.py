@@ -25,13 +25,17 @@ _PIXELS = ("image", "images")
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to read: a split of a registered task or mixture, and in which shapes."""
+    """What to read: a split of a registered task or mixture, and in which shapes.
+
+    instead: tasks to read in place of those of the same names.
+    """
 
     name: str
     split: str
     feature_lengths: Lengths
     converter_cls: ConverterFactory
     batch_size: int
+    instead: Mapping[str, seqio.Task] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -85,7 +89,12 @@ def host_train_batches(
 
     rows = shard.rows(request.batch_size)
     examples = streams.train_examples(
-        request.provider(), request.split, request.feature_lengths, plan_for, start_step
+        request.provider(),
+        request.split,
+        request.feature_lengths,
+        plan_for,
+        start_step,
+        request.instead,
     )
     batches = _batched(request, examples, len(rows), {})
     for step, features in enumerate(streams.as_numpy(batches), start_step):
@@ -107,6 +116,7 @@ def host_eval_batches(
     streams.keep_tensorflow_off_accelerators()
     task, size = request.provider(), request.batch_size
     rows = shard.rows(size)
+    task = request.instead.get(task.name, task)
     assert isinstance(task, seqio.Task)
     examples, num_examples = streams.eval_examples(
         task, request.split, request.feature_lengths, size, shard, start_index

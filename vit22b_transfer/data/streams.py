@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import seqio
@@ -182,6 +182,61 @@ def _ordered(
     )
 
 
+def count_examples(task: seqio.Task, split: str, lengths: Lengths) -> int:
+    """Number of examples; the whole split is read if the task does not tell."""
+    size = num_records(task, split)
+    if size is not None and _random_access(task) is not None:
+        examples = numbered_examples(task, split, lengths, [range(size)])
+        if examples.cardinality() == size:
+            return size
+    examples = _in_order(task, split, lengths)
+    return sum(1 for _ in examples)
+
+
+def numbered_examples(
+    task: seqio.Task, split: str, lengths: Lengths, ranges: Sequence[range]
+) -> tf.data.Dataset:
+    """The task's examples of these numbers, which rise, in order.
+
+    Only those are read where the source has random access and gives one example per
+    record, else all of them. Numbers beyond the split are left out.
+    """
+    source = _random_access(task)
+    if source is not None:
+        size = source.num_records(split)
+        ranges = [range(part.start, min(part.stop, size)) for part in ranges]
+
+        def numbers(place: int) -> np.ndarray:
+            return np.arange(ranges[place].start, ranges[place].stop, dtype=np.int64)
+
+        order = _computed(numbers, 0, len(ranges), sum(map(len, ranges)))
+        examples = _ordered(task, split, lengths, order, None)
+        if examples.cardinality() == order.cardinality():
+            return examples
+    starts = tf.constant([part.start for part in ranges], tf.int64)
+    stops = tf.constant([part.stop for part in ranges], tf.int64)
+
+    def asked_for(*numbered: Any) -> tf.Tensor:
+        return tf.reduce_any((starts <= numbered[0]) & (numbered[0] < stops))
+
+    numbered = _in_order(task, split, lengths).enumerate().filter(asked_for)
+    return numbered.map(lambda _, example: example)
+
+
+def _in_order(
+    task: seqio.Task, split: str, lengths: Lengths, seed: int | None = None
+) -> tf.data.Dataset:
+    """All examples of the task in their order."""
+    return task.get_dataset(
+        lengths,
+        split=split,
+        shuffle=False,
+        seed=seed,
+        trim_output_features=False,
+        try_in_mem_cache=False,
+    )
+
+
 def _computed(
     values: Callable[[int], np.ndarray], first: int, last: int, cardinality: int
 ) -> tf.data.Dataset:
@@ -202,11 +257,12 @@ def train_examples(
     lengths: Lengths,
     plan_for: Callable[[MixtureSchedule], ReadingPlan],
     start_step: int,
+    instead: Mapping[str, seqio.Task],
 ) -> tf.data.Dataset:
     """This host's endless stream of `fitted` examples, from the batch of `start_step`.
 
     A mixture's tasks are dealt out by their rates (`order.MixtureSchedule`); its
-    `sample_fn` is not used.
+    `sample_fn` is not used. A task whose name is in `instead` is read from that one.
     """
     tasks = list(seqio.get_subtasks(provider))
     rates = [1.0]
@@ -217,6 +273,7 @@ def train_examples(
             raise ValueError(f"mixture {provider.name!r} has the rates {rates}.")
         tasks = [task for task, rate in zip(tasks, rates, strict=True) if rate > 0]
         rates = [rate for rate in rates if rate > 0]
+    tasks = [instead.get(task.name, task) for task in tasks]
     plan = plan_for(MixtureSchedule(tuple(rates)))
     streams = []
     for member, task in enumerate(tasks):
@@ -334,15 +391,7 @@ def eval_examples(
         examples = _ordered(task, split, lengths, order, seed)
         if examples.cardinality() == order.cardinality():
             return examples, size
-    examples = task.get_dataset(
-        lengths,
-        split=split,
-        shuffle=False,
-        seed=seed,
-        trim_output_features=False,
-        try_in_mem_cache=False,
-    )
-    return examples.skip(start_index), None
+    return _in_order(task, split, lengths, seed).skip(start_index), None
 
 
 def fitted(

@@ -28,8 +28,12 @@ def task_names(name: str, split: str) -> list[str]:
     Raises:
       ValueError: for an unknown name, or a split that a task does not have.
     """
-    provider = streams.find_provider(name, split)
-    return [task.name for task in seqio.get_subtasks(provider)]
+    return [task.name for task in tasks_of(name, split)]
+
+
+def tasks_of(name: str, split: str) -> list[seqio.Task]:
+    """The tasks of a mixture, or the task itself; errors as of `task_names`."""
+    return list(seqio.get_subtasks(streams.find_provider(name, split)))
 
 
 def num_examples(task_name: str, split: str) -> int | None:

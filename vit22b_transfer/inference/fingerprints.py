@@ -48,8 +48,18 @@ def parameters_digest(params: Any) -> str:
     The values enter by an integer checksum per array (integer sums do not depend on
     their order), computed where the arrays lie.
     """
+    return digest_of_rows(parameter_rows(params))
+
+
+def digest_of_rows(rows: list[tuple[Any, ...]]) -> str:
+    """The hash of parameters that were looked at a part at a time, in their order."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def parameter_rows(params: Any) -> list[tuple[Any, ...]]:
+    """Name, shape, dtype and checksum of each array, computed where it lies."""
     sums = jax.device_get(jax.jit(lambda p: jax.tree.map(_checksum, p))(params))
-    rows = [
+    return [
         (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), int(checksum))
         for (path, leaf), checksum in zip(
             jax.tree_util.tree_leaves_with_path(params),
@@ -57,7 +67,6 @@ def parameters_digest(params: Any) -> str:
             strict=True,
         )
     ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def _checksum(array):

@@ -88,6 +88,23 @@ def check_patterns(config: LoraConfig, params: dict) -> None:
             )
 
 
+def check_no_tower(config: LoraConfig, module: Any) -> None:
+    """Raises ValueError if kernels of the tower are chosen, which is not run."""
+    tower = module.tower
+    images = jax.ShapeDtypeStruct((1, *tower.image_size, 3), jnp.uint8)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images, tokens, tokens)
+    flat = flatten_dict(shapes["params"]["encoder"]["tower"], sep="/")
+    chosen = [name for name in flat if name.endswith("lora_a")]
+    if chosen:
+        raise ValueError(
+            f"LoRA's patterns {config.patterns} choose kernels of the tower (such as "
+            f"encoder/tower/{chosen[0]}), but training from cached features does not "
+            "run it. Choose kernels of the text model alone: begin the patterns with "
+            "(?!encoder/tower/)."
+        )
+
+
 def merge_lora(params: dict, alpha: float) -> dict:
     """Parameters without updates that compute the same.
 

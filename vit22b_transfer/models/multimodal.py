@@ -32,6 +32,14 @@ from vit22b_transfer.models import lora as low_rank
 
 Batch = Mapping[str, jax.Array | np.ndarray]
 EOS_ID = prefix_lm.EOS_ID
+# In place of `encoder_input_images`: the tower's tokens [B, L, E], from a cache.
+FEATURES = "encoder_input_features"
+_INPUT_TYPES = {
+    "encoder_input_images": jnp.uint8,
+    FEATURES: jnp.float32,
+    "encoder_input_tokens": jnp.int32,
+    "decoder_input_tokens": jnp.int32,
+}
 
 
 @flax.struct.dataclass
@@ -66,7 +74,7 @@ class ImageTextEncoder(nn.Module):
     def __call__(self, images, embedded_text, text_mask, *, train: bool) -> Encoded:
         x, mask = embedded_text, text_mask
         if self.tower_config is not None:
-            tokens = self.projection(self.tower(images).tokens)
+            tokens = self.projection(vit.image_tokens(self.tower, images))
             x = jnp.concatenate([tokens, x], axis=1)
             mask = jnp.concatenate([jnp.ones(tokens.shape[:2], bool), mask], axis=1)
         mask = mask[:, None, None]
@@ -90,7 +98,7 @@ class ImageTextModule(nn.Module):
         self.decoder = t5.TextDecoder(cfg)
 
     def encode(self, images, tokens: Int[Array, "batch length"], *, train=False):
-        """Images and prompt tokens (0 = padding) to `Encoded`."""
+        """Images, or their `vit.TowerOutput`, and prompt (0 = padding) to `Encoded`."""
         return self.encoder(
             images, self.token_embedder(tokens), tokens > 0, train=train
         )
@@ -164,9 +172,11 @@ class ImageTextModule(nn.Module):
         return init_cache, step_fn
 
 
-def _inputs(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Images and prompt tokens of a batch."""
+def _inputs(batch: Batch) -> tuple[Any, jax.Array]:
+    """Images, or what the tower made of them, and prompt tokens of a batch."""
     tokens = jnp.asarray(batch["encoder_input_tokens"], jnp.int32)
+    if FEATURES in batch:
+        return vit.TowerOutput(jnp.asarray(batch[FEATURES]), None, {}), tokens
     return jnp.asarray(batch["encoder_input_images"]), tokens
 
 
@@ -233,17 +243,23 @@ class ImageTextModel:
         input_shapes: Mapping[str, Sequence[int]],
         input_types: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Fresh `params` and their `params_axes`; dtypes are known, types unused."""
+        """Fresh `params` and their `params_axes`; dtypes are known, types unused.
+
+        For inputs with `encoder_input_features` there are none of the tower.
+        """
         del input_types
-        variables = self.module.init(
-            rng,
-            jnp.zeros(tuple(input_shapes["encoder_input_images"]), jnp.uint8),
-            jnp.zeros(tuple(input_shapes["encoder_input_tokens"]), jnp.int32),
-            jnp.zeros(tuple(input_shapes["decoder_input_tokens"]), jnp.int32),
-        )
+        batch = {
+            name: jnp.zeros(tuple(shape), _INPUT_TYPES[name])
+            for name, shape in input_shapes.items()
+            if name in _INPUT_TYPES
+        }
+        targets = batch["decoder_input_tokens"]
+        variables = self.module.init(rng, *_inputs(batch), targets)
         variables = flax.core.unfreeze(variables)
         if self.lora is not None:
             low_rank.check_patterns(self.lora, variables["params"])
+            if FEATURES in input_shapes:
+                low_rank.check_no_tower(self.lora, self.module)
         return variables
 
     def loss_fn(self, params: Any, batch: Batch, dropout_rng: jax.Array | None):

@@ -71,7 +71,7 @@ class ImageEncoder(nn.Module):
         )
 
     def __call__(self, images) -> Float[Array, "batch length embed"]:
-        return self.projection(self.tower(images).tokens)
+        return self.projection(vit.image_tokens(self.tower, images))
 
 
 class PrefixLMModule(nn.Module):

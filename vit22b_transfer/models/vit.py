@@ -34,6 +34,7 @@ __all__ = [
     "ViTConfig",
     "VisionTower",
     "classic_config",
+    "image_tokens",
     "parse_variant",
     "resample_position_embeddings",
     "vit22b_config",
@@ -148,6 +149,14 @@ class TowerOutput:
     tokens: Any
     pooled: Any
     intermediates: dict[str, Any]
+
+
+def image_tokens(tower: nn.Module, images: Any) -> jax.Array:
+    """Tokens of the tower; `images` may be a `TowerOutput` already (a feature cache).
+
+    In that case the tower is not run and has no parameters.
+    """
+    return images.tokens if isinstance(images, TowerOutput) else tower(images).tokens
 
 
 class VisionTower(nn.Module):

@@ -28,6 +28,7 @@ Tree = Any
 
 _NAME = re.compile(r"checkpoint_(\d+)")
 _SHOWN = 20
+_TOWER = "target/encoder/tower/"
 
 
 # --- Directories ---
@@ -179,7 +180,7 @@ def restore_tree(path: str, abstract: Tree) -> Tree:
     wanted, saved = flatten(abstract), saved_arrays(path)
     problems = [
         f"{name}: not in the model"
-        for name in saved
+        for name in _own_arrays(path)
         if name.split("/")[0] in abstract and name not in wanted
     ]
     check_fit(path, {name: name for name in wanted}, wanted, saved, problems)
@@ -272,6 +273,28 @@ def read_arrays(path: str, abstract: Tree) -> Tree:
 
     Orbax neither refuses another shape nor another dtype: call `check_fit` before.
     """
+    flat = flatten(abstract)
+    borrowed = {name for name in flat if name.startswith(_TOWER)}
+    if borrowed and "tower" in read_record(path):
+        borrowed -= _own_arrays(path).keys()
+    else:
+        borrowed = set()
+    if borrowed:
+        read = read_arrays(_origin_of_tower(path), _part(flat, borrowed))
+        if own := flat.keys() - borrowed:
+            own = _read_own_arrays(path, _part(flat, own))
+            read = traverse_util.unflatten_dict(
+                traverse_util.flatten_dict(read) | traverse_util.flatten_dict(own)
+            )
+        return read
+    return _read_own_arrays(path, abstract)
+
+
+def _part(flat, names):
+    return traverse_util.unflatten_dict({n: flat[n] for n in sorted(names)}, sep="/")
+
+
+def _read_own_arrays(path, abstract):
     if legacy_checkpoints.is_legacy(path):
         return legacy_checkpoints.read_arrays(path, abstract)
     arguments = jax.tree.map(
@@ -290,7 +313,46 @@ def read_arrays(path: str, abstract: Tree) -> Tree:
 
 
 def saved_arrays(path: str) -> dict[str, Any]:
-    """Shape and dtype of every array in a checkpoint, by '/'-joined name."""
+    """Shape and dtype of every array in a checkpoint, by '/'-joined name.
+
+    One that was trained on cached features counts the tower of the checkpoint that its
+    record names as its own.
+    """
+    own = _own_arrays(path)
+    if "tower" in read_record(path) and not any(
+        name.startswith(_TOWER) for name in own
+    ):
+        own |= tower_arrays(_origin_of_tower(path))
+    return own
+
+
+def tower_arrays(path: str) -> dict[str, Any]:
+    """Shape and dtype of the tower's arrays, by '/'-joined name; empty without one."""
+    saved = saved_arrays(path)
+    return {name: leaf for name, leaf in saved.items() if name.startswith(_TOWER)}
+
+
+def _origin_of_tower(path):
+    """The checkpoint with the tower whose cached features `path` was trained on."""
+    # Here, because it reads checkpoints itself.
+    from vit22b_transfer.training import tower_weights
+
+    record = read_record(path)["tower"]
+    origin = record["checkpoint"]
+    if not is_complete(origin):
+        raise ValueError(
+            f"checkpoint {path} was trained on cached features and has no tower of its "
+            f"own; it is in {origin}, which is not there. Put it back."
+        )
+    if tower_weights.digest(origin) != record["digest"]:
+        raise ValueError(
+            f"checkpoint {path} was trained on cached features of the tower in "
+            f"{origin}, but now there is another tower. Put the old one back."
+        )
+    return origin
+
+
+def _own_arrays(path):
     if legacy_checkpoints.is_legacy(path):
         return legacy_checkpoints.saved_arrays(path)
     # Not a Checkpointer: it warns that `state` alone is not a whole checkpoint.

@@ -14,7 +14,13 @@ from flax import traverse_util
 
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import checkpoints, optimizers, partial_restore, steps
+from vit22b_transfer.training import (
+    checkpoints,
+    optimizers,
+    partial_restore,
+    steps,
+    tower_weights,
+)
 from vit22b_transfer.training.eval_loss import evaluate_loss, make_eval_step
 from vit22b_transfer.training.logs import RunLog, StepTimer
 from vit22b_transfer.training.state import (
@@ -34,26 +40,33 @@ _STEPS_AHEAD = 2
 
 @dataclasses.dataclass(frozen=True)
 class TrainData:
-    """What a run trains on: a SeqIO task or mixture, and the size of its batches."""
+    """What a run trains on: a SeqIO task or mixture, and the size of its batches.
+
+    cache: a `data.feature_cache.FeatureCache`, to read the tokens of a frozen tower in
+      place of images.
+    """
 
     task: str
     split: str
     feature_lengths: Mapping[str, Any]
     batch_size: int
+    cache: Any = None
 
     def batches(
         self, model: Any, partitioning: Partitioning, *, seed: int, start_step: int
-    ) -> Iterator[Mapping[str, jax.Array]]:
+    ) -> Iterator[Mapping[str, Any]]:
         """Endless device batches; the first is that of step `start_step`."""
         from vit22b_transfer.data import batches, task_access
 
         for task in task_access.task_names(self.task, self.split):
             task_access.check_vocabularies(task, model)
+        read_as = tower_weights.batch_arguments(
+            self.cache, model, self.task, self.split, self.feature_lengths
+        )
         return batches.train_batches(
             self.task,
             self.split,
-            feature_lengths=self.feature_lengths,
-            converter_cls=model.FEATURE_CONVERTER_CLS,
+            **read_as,
             batch_size=self.batch_size,
             partitioning=partitioning,
             seed=seed,
@@ -63,12 +76,16 @@ class TrainData:
 
 @dataclasses.dataclass(frozen=True)
 class EvalData:
-    """What the loss is measured on while training: one split of some SeqIO tasks."""
+    """What the loss is measured on while training: one split of some SeqIO tasks.
+
+    cache: as in `TrainData`, and both with or both without one.
+    """
 
     tasks: Sequence[str]
     split: str
     feature_lengths: Mapping[str, Any]
     batch_size: int
+    cache: Any = None
 
     def batches(
         self, task: str, model: Any, partitioning: Partitioning
@@ -77,11 +94,13 @@ class EvalData:
         from vit22b_transfer.data import batches, task_access
 
         task_access.check_vocabularies(task, model)
+        read_as = tower_weights.batch_arguments(
+            self.cache, model, task, self.split, self.feature_lengths
+        )
         return batches.eval_batches(
             task,
             self.split,
-            feature_lengths=self.feature_lengths,
-            converter_cls=model.FEATURE_CONVERTER_CLS,
+            **read_as,
             batch_size=self.batch_size,
             partitioning=partitioning,
         )
@@ -212,10 +231,14 @@ def fine_tune(
         log.message(f"compiled the step in {time.perf_counter() - began:.1f} s")
         eval_step = make_eval_step(model, partitioning)
 
+        # A model that is trained on cached features has no tower to save.
+        origin = tower_weights.record_of(getattr(data, "cache", None))
+
         def save():
             fetched = jax.device_get(window)
             _check_finite(fetched, step, writer)
-            writer.save(step, to_checkpoint_tree(state), _record(model, fetched))
+            record = _record(model, fetched) | origin
+            writer.save(step, to_checkpoint_tree(state), record)
 
         # 7. The loop: batch, step, log, evaluate, save.
         stack.enter_context(partitioning.activate())

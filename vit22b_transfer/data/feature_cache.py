@@ -1,0 +1,389 @@
+"""Tokens of a frozen tower on disk, as a source of the same task.
+
+A cache directory has a directory for each task, split and fingerprint. The fingerprint
+is all that decides the tokens and texts in it: the tower's weights and configuration,
+the task's records and preprocessing, the shapes, the storage. What does not match it is
+refused, not read.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from vit22b_transfer.data import streams, vocabularies
+from vit22b_transfer.data.converters import (
+    TEXT_FEATURES,
+    ImageTextFeatureConverter,
+    Lengths,
+    Spec,
+    feature_specs,
+    map_examples,
+)
+from vit22b_transfer.data.feature_shards import (
+    STORAGES,
+    Shard,
+    ShardsSource,
+    TokenFormat,
+    pack,
+)
+from vit22b_transfer.data.records import check_choice
+from vit22b_transfer.data.sources import IndexedSource
+
+# Examples that are read twice, to see whether they are the same.
+_COMPARED = 4
+# Functions inside of functions that a fingerprint describes.
+_DEPTH = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureCache:
+    """Where cached features lie, and which tower they are of.
+
+    tower: a checkpoint that holds the tower. storage: see `TokenFormat`; int8 takes a
+      quarter of float32's space.
+    """
+
+    directory: str
+    tower: str
+    storage: str = "exact"
+
+    def __post_init__(self):
+        check_choice("storage", self.storage, STORAGES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A split of one task and what its cached features have to be made with.
+
+    weights: a hash of those of the tower. tower: its configuration.
+    """
+
+    cache: FeatureCache
+    task: seqio.Task
+    split: str
+    feature_lengths: Lengths
+    converter_cls: Callable[..., ImageTextFeatureConverter]
+    weights: str
+    tower: Mapping[str, str]
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the content of the cache, as plain JSON values."""
+        lengths = self.feature_lengths
+        images = self.converter_cls(pack=False).image_shape(lengths["images"])
+        return {
+            "weights": self.weights,
+            "tower": dict(self.tower),
+            "task": self.task.name,
+            "split": self.split,
+            "records": _records_digest(self.task, self.split),
+            "preprocessing": _digest(_described(self.task)),
+            "feature_lengths": {"images": list(images)}
+            | {name: lengths[name] for name in TEXT_FEATURES},
+            "storage": self.cache.storage,
+        }
+
+    @property
+    def directory(self) -> str:
+        """Where the shards lie: a name for each fingerprint."""
+        digest = _digest(json.dumps(self.fingerprint, sort_keys=True))
+        root = os.path.abspath(os.path.expanduser(self.cache.directory))
+        return os.path.join(root, f"{_stem(self)}-{digest}")
+
+    def check_repeatable(self, *, by_reading: bool) -> None:
+        """Raises ValueError if the task gives other examples each time it is read.
+
+        Only reading some twice shows randomness that does not come from SeqIO's seeds.
+        """
+        found = streams.draws_random_numbers(self.task)
+        if by_reading and not found:
+            first = [range(_COMPARED)]
+            once, again = (
+                [_digest(repr(example)) for example in self.examples(first)]
+                for _ in range(2)
+            )
+            found = once != again
+        if found:
+            raise ValueError(
+                f"task {self.task.name!r} draws random numbers in its preprocessors, "
+                "such as for crops or flips: every epoch shows other images, and a "
+                "cache would show the same ones. Train with the tower (leave out "
+                "cached_features.gin), or register a task without the augmentation."
+            )
+
+    def dataset(self, ranges: Sequence[range]) -> tf.data.Dataset:
+        """Pixels `images` and everything else `packed`, of the numbered examples."""
+        examples = streams.numbered_examples(
+            self.task, self.split, self.feature_lengths, ranges
+        )
+        return map_examples(
+            examples,
+            lambda example: {
+                "images": example["images"],
+                "packed": pack(_without_images(example)),
+            },
+        )
+
+    def examples(self, ranges: Sequence[range]) -> Iterator[dict[str, np.ndarray]]:
+        """The elements of `dataset`."""
+        return streams.as_numpy(self.dataset(ranges).prefetch(tf.data.AUTOTUNE))
+
+    def stored_features(self) -> dict[str, tuple[str, list[int | None]]]:
+        """dtype and shape of each feature in a packed example."""
+        examples = streams.numbered_examples(
+            self.task, self.split, self.feature_lengths, [range(1)]
+        )
+        return {
+            name: (spec.dtype.name, spec.shape.as_list() if spec.shape.rank else [])
+            for name, spec in _without_images(feature_specs(examples)).items()
+        }
+
+    def num_examples(self) -> int:
+        """Number of examples; a task that does not tell is read to count them."""
+        return streams.count_examples(self.task, self.split, self.feature_lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What `layout.json` says of the shards beside it; written before any of them."""
+
+    num_examples: int
+    examples_per_shard: int
+    tokens: TokenFormat
+    features: Mapping[str, Sequence[Any]]
+
+    @property
+    def ranges(self) -> list[range]:
+        """The examples of each shard."""
+        size = self.examples_per_shard
+        return [
+            range(start, min(start + size, self.num_examples))
+            for start in range(0, self.num_examples, size)
+        ]
+
+    def paths(self, directory: str) -> list[str]:
+        """Where the shards lie."""
+        count = len(self.ranges)
+        return [
+            os.path.join(directory, f"{number:05d}-of-{count:05d}.array_record")
+            for number in range(count)
+        ]
+
+    def write(self, wanted: Wanted) -> None:
+        """Writes it, with the fingerprint, into the directory."""
+        os.makedirs(wanted.directory, exist_ok=True)
+        content = dataclasses.asdict(self) | {"fingerprint": wanted.fingerprint}
+        path = _layout_path(wanted.directory)
+        with open(f"{path}.unfinished", "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        os.replace(f"{path}.unfinished", path)
+
+    @classmethod
+    def read(cls, directory: str) -> "Layout | None":
+        """The layout in a directory, None if there is none."""
+        content = _read_layout(directory)
+        if content is None:
+            return None
+        del content["fingerprint"]
+        return cls(**content | {"tokens": TokenFormat(**content["tokens"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTasks:
+    """Tasks by name that give cached tokens as their `images`, in place of others."""
+
+    tasks: Mapping[str, seqio.Task]
+    tokens: TokenFormat
+
+    def lengths(self, lengths: Lengths) -> Lengths:
+        """The feature lengths, with that of the tokens in place of the pixels'."""
+        return {**lengths, "images": (self.tokens.length, self.tokens.width)}
+
+    @property
+    def converter_cls(self) -> type[ImageTextFeatureConverter]:
+        """The converter of batches with `encoder_input_features`."""
+        return converter_of(self.tokens.dtype)
+
+
+@functools.cache
+def converter_of(dtype: str) -> type[ImageTextFeatureConverter]:
+    """Converter of tasks whose `images` are tokens [length, width] in `dtype`."""
+    spec, name = Spec(dtype=tf.as_dtype(dtype), rank=2), "encoder_input_features"
+    features = dict(ImageTextFeatureConverter.MODEL_FEATURES)
+    del features[ImageTextFeatureConverter.IMAGES]
+
+    class TokensTextFeatureConverter(ImageTextFeatureConverter):
+        """Converter for the tokens of a tower, a prompt and a target per example."""
+
+        TASK_FEATURES = {**ImageTextFeatureConverter.TASK_FEATURES, "images": spec}
+        MODEL_FEATURES = {name: spec, **features}
+        IMAGES = name
+
+        def image_shape(self, length: Any) -> tuple[int, ...]:
+            """Shape of the tokens, which is their feature length."""
+            return tuple(length)
+
+    return TokensTextFeatureConverter
+
+
+def open_tasks(wanted: Sequence[Wanted]) -> CachedTasks:
+    """The tasks, to be read from their caches.
+
+    Raises:
+      ValueError: if a cache is missing, unfinished, cut off, or made with something
+        else than is wanted: it is said what.
+    """
+    layouts = []
+    tasks = {}
+    for one in wanted:
+        one.check_repeatable(by_reading=False)
+        layout, source = _open(one)
+        images = seqio.ContinuousFeature(dtype=tf.as_dtype(layout.tokens.dtype), rank=2)
+        features = {**one.task.output_features, "images": images}
+        tasks[one.task.name] = one.task.replace(
+            source=source, preprocessors=[], output_features=features
+        )
+        layouts.append(layout)
+    return CachedTasks(tasks, layouts[0].tokens)
+
+
+def _open(wanted: Wanted) -> tuple[Layout, ShardsSource]:
+    layout = Layout.read(wanted.directory)
+    if layout is None:
+        raise ValueError(_why_not(wanted))
+    paths = layout.paths(wanted.directory)
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise ValueError(
+            f"the cached features in {wanted.directory} lack {len(missing)} of "
+            f"{len(paths)} shards, such as {os.path.basename(missing[0])}. Run `vit22b "
+            "cache-features` again: it goes on where it was."
+        )
+    specs = {
+        name: tf.TensorSpec(shape, tf.as_dtype(dtype))
+        for name, (dtype, shape) in layout.features.items()
+    }
+    shards = [Shard(path) for path in paths]
+    return layout, ShardsSource(wanted.split, shards, layout.tokens, specs)
+
+
+def _why_not(wanted: Wanted) -> str:
+    """Why there is no cache of what is wanted: none at all, or a stale one."""
+    what = f"task {wanted.task.name!r}, split {wanted.split!r}"
+    root = os.path.dirname(wanted.directory)
+    names = os.listdir(root) if os.path.isdir(root) else []
+    stem = re.escape(_stem(wanted))
+    others = [
+        os.path.join(root, name)
+        for name in names
+        if re.fullmatch(stem + "-[0-9a-f]{16}", name)
+    ]
+    found = {path: _read_layout(path) for path in others}
+    stale = {path: content["fingerprint"] for path, content in found.items() if content}
+    if not stale:
+        return (
+            f"there are no cached features of {what} in {root}; write them with "
+            "`vit22b cache-features` and the same arguments."
+        )
+    lines = []
+    for path, theirs in sorted(stale.items()):
+        differing = _differences(theirs, wanted.fingerprint)
+        lines.append(f"{os.path.basename(path)}: {'; '.join(differing)}")
+    listed = "\n  ".join(lines)
+    return (
+        f"the cached features of {what} in {root} are stale: they were made with "
+        f"something else:\n  {listed}\nWrite them anew with `vit22b cache-features` "
+        "and the same arguments, or train with what they were made with."
+    )
+
+
+def _differences(theirs, ours, outer=""):
+    differing = []
+    for name, value in ours.items():
+        other = theirs.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            differing += _differences(other, value, f"{name}.")
+        elif other != value:
+            differing.append(f"{outer}{name} ({other!r} there, {value!r} here)")
+    return differing
+
+
+def _stem(wanted):
+    parts = (wanted.task.name, wanted.split)
+    return "-".join(re.sub(r"[^\w.+]+", "_", part) for part in parts)
+
+
+def _layout_path(directory):
+    return os.path.join(directory, "layout.json")
+
+
+def _read_layout(directory):
+    path = _layout_path(directory)
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _without_images(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stored as it is: all but pixels, encoded or not."""
+    return {k: v for k, v in example.items() if k not in ("image", "images")}
+
+
+# --- What a task gives, as text ---
+
+
+def _records_digest(task: seqio.Task, split: str) -> str:
+    """Hash of the source's records, or of their number where it tells no more."""
+    source = task.source
+    if not isinstance(source, IndexedSource):
+        return f"{streams.num_records(task, split)} records"
+    digest = hashlib.sha256()
+    for number in range(source.num_records(split)):
+        record = dataclasses.asdict(source.record(split, number))
+        # The same images may lie elsewhere on another machine.
+        record["image_path"] = os.path.basename(record["image_path"])
+        digest.update(json.dumps(record, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _described(task: seqio.Task) -> str:
+    """The task's preprocessors and features: names, arguments and source code."""
+    lines = [_code(step) for step in task.preprocessors]
+    for name, feature in sorted(task.output_features.items()):
+        facts = (feature.dtype, feature.rank, feature.add_eos)
+        vocabulary = vocabularies.fingerprint(feature.vocabulary)
+        lines.append(f"{name}: {facts} {vocabulary}")
+    return "\n".join(lines)
+
+
+def _code(value: Any, depth: int = 0) -> str:
+    """A function with all that is bound in it, or the repr of anything else."""
+    if isinstance(value, functools.partial):
+        bound = [*enumerate(value.args), *sorted(value.keywords.items())]
+        bound = ", ".join(f"{name}={_code(x, depth)}" for name, x in bound)
+        return f"{_code(value.func, depth)}({bound})"
+    # Functions may refer to each other.
+    if not inspect.isfunction(value) or depth == _DEPTH:
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    try:
+        source = inspect.getsource(value)
+    except OSError:  # typed in by hand
+        source = value.__code__.co_code.hex()
+    cells = [cell.cell_contents for cell in value.__closure__ or ()]
+    inside = ", ".join(_code(cell, depth + 1) for cell in cells)
+    return f"{value.__module__}.{value.__qualname__}[{inside}] {source}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

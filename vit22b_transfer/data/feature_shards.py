@@ -1,0 +1,225 @@
+"""Files of a feature cache: shards of examples, and of the tokens of their images.
+
+A shard is an ArrayRecord file: first the rows, each the tokens of one image, then the
+examples without their images, last an index in JSON. Examples name their image by the
+hash of its pixels, so that an image that many of them show is encoded and stored once,
+in any shard of the split. A shard is written under another name and renamed when it is
+whole; that a file was cut off afterwards shows when it is opened, a changed byte when
+the record is read.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from array_record.python.array_record_module import (
+    ArrayRecordReader,
+    ArrayRecordWriter,
+)
+
+from vit22b_transfer.data.converters import Example
+
+STORAGES = ("exact", "int8")
+
+# A row per group: random access reads no more than it needs.
+_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFormat:
+    """How the tokens [length, width] of an image are stored.
+
+    `exact`: in `dtype`, the tower's own. `int8`: each token as int8 with one float32
+    scale, its largest value by 127; read back in `dtype`.
+    """
+
+    length: int
+    width: int
+    dtype: str
+    storage: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of a row."""
+        if self.storage == "int8":
+            return self.length * (self.width + 4)
+        return self.length * self.width * tf.as_dtype(self.dtype).size
+
+    def decode(self, row: tf.Tensor) -> tf.Tensor:
+        """The tokens in `dtype`, from the bytes of a row."""
+        shape, dtype = [self.length, self.width], tf.as_dtype(self.dtype)
+        if self.storage != "int8":
+            return tf.reshape(tf.io.decode_raw(row, dtype), shape)
+        cut = self.length * self.width
+        values = tf.io.decode_raw(tf.strings.substr(row, 0, cut), tf.int8)
+        scales = tf.io.decode_raw(tf.strings.substr(row, cut, -1), tf.float32)
+        values = tf.cast(tf.reshape(values, shape), tf.float32)
+        return tf.cast(values * scales[:, tf.newaxis], dtype)
+
+
+class ShardWriter:
+    """Writes one shard; `path` is there when `finish` returns, else nothing is."""
+
+    def __init__(self, path: str):
+        self._path, self._unfinished = path, f"{path}.unfinished"
+        self._writer = ArrayRecordWriter(self._unfinished, _OPTIONS)
+        self._rows: list[str] = []
+
+    def add_row(self, image: str, row: bytes) -> None:
+        """Adds the tokens of the image with that hash."""
+        self._writer.write(row)
+        self._rows.append(image)
+
+    def finish(self, examples: Sequence[tuple[str, bytes]]) -> None:
+        """Adds the examples, each with the hash of its image, and closes the file."""
+        for _, example in examples:
+            self._writer.write(example)
+        index = {"rows": self._rows, "examples": [image for image, _ in examples]}
+        self._writer.write(json.dumps(index).encode())
+        self._writer.close()
+        with open(self._unfinished, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(self._unfinished, self._path)
+
+
+class Shard:
+    """A shard to read. `rows` and `examples` are the hashes of their images.
+
+    Raises:
+      ValueError: naming the file, if it was cut off or is no shard.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._reader = ArrayRecordReader(path)
+        try:
+            # Of a file that was cut off there are none, and reading says why.
+            last = max(self._reader.num_records() - 1, 0)
+            index = json.loads(self._read(last))
+            self.rows: list[str] = index["rows"]
+            self.examples: list[str] = index["examples"]
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"the shard {path} of cached features is cut off or damaged "
+                f"({str(error).partition(';')[0]}). Run `vit22b cache-features` again: "
+                "it writes such a shard anew and keeps the others."
+            ) from error
+
+    def row(self, place: int) -> bytes:
+        """The row at a place."""
+        return self._checked(place)
+
+    def example(self, place: int) -> bytes:
+        """The example at a place."""
+        return self._checked(len(self.rows) + place)
+
+    def _checked(self, record):
+        try:
+            return self._read(record)
+        except RuntimeError as error:
+            raise ValueError(
+                f"record {record} of {self.path} is damaged ({error}). Delete that "
+                "file and run `vit22b cache-features` again."
+            ) from error
+
+    def _read(self, record):
+        return self._reader.read([record])[0]
+
+
+def pack(example: Example) -> tf.Tensor:
+    """The features of an example as one string, in the order of their names."""
+    values = [tf.io.serialize_tensor(example[name]) for name in sorted(example)]
+    return tf.io.serialize_tensor(tf.stack(values))
+
+
+def unpack(packed: tf.Tensor, specs: dict[str, tf.TensorSpec]) -> Example:
+    """The inverse of `pack`."""
+    values = tf.io.parse_tensor(packed, tf.string)
+    example = {}
+    for place, (name, spec) in enumerate(sorted(specs.items())):
+        value = tf.io.parse_tensor(values[place], spec.dtype)
+        example[name] = tf.ensure_shape(value, spec.shape)
+    return example
+
+
+class ShardsSource(seqio.DataSource):
+    """The examples of all shards as a SeqIO source with random access.
+
+    Its examples have the tokens as their `images`, all else is as it was stored.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        shards: Sequence[Shard],
+        tokens: TokenFormat,
+        specs: dict[str, tf.TensorSpec],
+    ):
+        super().__init__(splits=[split], caching_permitted=False)
+        self._shards, self._tokens, self._specs = shards, tokens, specs
+        self._starts = np.cumsum([0, *(len(shard.examples) for shard in shards)])
+        # Of each image the shard and the row in it.
+        self._places = {
+            image: (shard, row)
+            for shard in shards
+            for row, image in enumerate(shard.rows)
+        }
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """True: any subset of the examples can be read."""
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """One name: sharding is by example, not by file."""
+        return [split]
+
+    def num_records(self, split: str) -> int:
+        """The number of examples."""
+        return int(self._starts[-1])
+
+    def num_input_examples(self, split: str) -> int:
+        """The number of examples."""
+        return self.num_records(split)
+
+    def records(self, split: str, order: tf.data.Dataset) -> tf.data.Dataset:
+        """One example for each index (int64) in `order`, in that order."""
+
+        def look_up(index):
+            packed, row = tf.numpy_function(
+                self._read, [index], [tf.string, tf.string], stateful=False
+            )
+            packed, row = tf.ensure_shape(packed, []), tf.ensure_shape(row, [])
+            example = unpack(packed, self._specs)
+            return {**example, "images": self._tokens.decode(row)}
+
+        function = tf.autograph.experimental.do_not_convert(look_up)
+        return order.map(function, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def _read(self, index):
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard, place = self._shards[number], int(index - self._starts[number])
+        owner, row = self._places[shard.examples[place]]
+        return shard.example(place), owner.row(row)
+
+    def get_dataset(
+        self,
+        split: str,
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused,
+    ) -> tf.data.Dataset:
+        """All examples, or those of a shard of them; in order, or shuffled."""
+        del unused  # of no effect in any source of ours
+        size = self.num_records(split)
+        order = tf.data.Dataset.range(size)
+        if shard_info is not None:
+            order = order.shard(shard_info.num_shards, shard_info.index)
+        if shuffle:
+            order = order.shuffle(size, seed=seed)
+        return self.records(split, order)

@@ -1,0 +1,330 @@
+"""A frozen tower run once over the splits of a training, its tokens kept on disk."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+from jax.experimental import multihost_utils
+
+from vit22b_transfer.inference.progress import Progress
+from vit22b_transfer.models import vit
+from vit22b_transfer.partitioning.rules import Partitioning
+from vit22b_transfer.training import checkpoints, partial_restore, tower_weights
+from vit22b_transfer.training.state import abstract_variables
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedSplit:
+    """What one task and split came to.
+
+    num_encoded: images that the tower was run on by this process, in this call.
+    num_shards: all of them; num_kept: those that earlier calls had finished.
+    """
+
+    directory: str
+    num_examples: int
+    num_encoded: int
+    num_shards: int
+    num_kept: int
+
+
+def cache_features(
+    model: Any,
+    *,
+    partitioning: Partitioning,
+    data: Any,
+    eval_data: Any = None,
+    examples_per_shard: int = 256,
+) -> list[CachedSplit]:
+    """Writes the features that training with this `data` and `eval_data` reads.
+
+    data, eval_data: `train.TrainData` and `train.EvalData` with one and the same
+      `cache`. examples_per_shard: what a process that is killed may lose, and hosts
+      share out; of a split that was begun it stays as it was.
+
+    Shards that are there already are kept, so that what was stopped goes on, on any
+    number of hosts. Each distinct image is encoded and stored once by each host.
+
+    Raises:
+      ValueError: if a task draws random numbers, or something does not fit together.
+    """
+    if examples_per_shard < 1:
+        raise ValueError(f"examples_per_shard={examples_per_shard} must be positive.")
+    splits = [(data, data.task)]
+    if eval_data is not None:
+        splits += [(eval_data, task) for task in eval_data.tasks]
+    if any(part.cache is None or part.cache != data.cache for part, _ in splits):
+        raise ValueError(
+            "data and eval_data must have the same cache to write features to; include "
+            "gin_configs/runs/cached_features.gin."
+        )
+    wanted = []
+    for part, name in splits:
+        found = tower_weights.wanted_features(
+            part.cache, model, name, part.split, part.feature_lengths
+        )
+        wanted += [(one, part.batch_size) for one in found]
+    for one, _ in wanted:  # all of them, before hours of work on the first
+        one.check_repeatable(by_reading=True)
+    towers, results = {}, []
+    for one, batch_size in wanted:
+        images = tuple(one.fingerprint["feature_lengths"]["images"])
+        key = (images, batch_size)
+        if key not in towers:
+            towers[key] = FrozenTower.restore(model, partitioning, data.cache, *key)
+        results.append(_cache_split(one, towers[key], examples_per_shard))
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenTower:
+    """The tower of a checkpoint on a mesh; encodes batches of `batch_size` images."""
+
+    config: vit.ViTConfig
+    partitioning: Partitioning
+    params: Any
+    image_shape: tuple[int, ...]
+    batch_size: int
+    storage: str
+
+    @classmethod
+    def restore(
+        cls,
+        model: Any,
+        partitioning: Partitioning,
+        cache: Any,
+        image_shape: tuple[int, ...],
+        batch_size: int,
+    ) -> "FrozenTower":
+        """The tower that `cache` names, read into its shardings, in the model's dtypes.
+
+        A checkpoint in float32 serves a tower that is kept in bfloat16.
+        """
+        batch = {
+            "encoder_input_images": np.empty((batch_size, *image_shape), np.uint8),
+            "encoder_input_tokens": np.empty((batch_size, 1), np.int32),
+            "decoder_input_tokens": np.empty((batch_size, 1), np.int32),
+        }
+        params = abstract_variables(model, partitioning, batch)
+        tower = {"encoder": {"tower": params["encoder"]["tower"]}}
+        path = checkpoints.resolve(cache.tower)
+        read = partial_restore.restore_partial(path, tower, cast=True).params
+        config = dataclasses.replace(model.module.tower, pooling="none")
+        return cls(
+            config,
+            partitioning,
+            read["encoder"]["tower"],
+            image_shape,
+            batch_size,
+            cache.storage,
+        )
+
+    @functools.cached_property
+    def _compiled(self):
+        tower = vit.VisionTower(self.config)
+
+        def encode(params, images):
+            output: Any = tower.apply({"params": params}, images)
+            tokens = output.tokens
+            return quantized(tokens) if self.storage == "int8" else (tokens,)
+
+        images = jax.ShapeDtypeStruct(
+            (self.batch_size, *self.image_shape),
+            jnp.uint8,
+            sharding=self.partitioning.batch_sharding(1 + len(self.image_shape)),
+        )
+        sharding = self.partitioning.batch_sharding
+        with self.partitioning.activate():
+            shapes = jax.eval_shape(encode, self.params, images)
+            out_shardings = tuple(sharding(leaf.ndim) for leaf in shapes)
+            jitted = jax.jit(encode, out_shardings=out_shardings)
+            return jitted.lower(self.params, images).compile(), shapes[0].shape
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """Length and width of an image's tokens."""
+        return self._compiled[1][1:]
+
+    def __call__(self, images: Any) -> tuple[jax.Array, ...]:
+        """Tokens, or their int8 values and scales, of a device batch."""
+        return self._compiled[0](self.params, images)
+
+
+def quantized(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 values [B, L, E] and float32 scales [B, L]; a token is value * scale."""
+    x = tokens.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(x), axis=-1) / 127.0
+    divisors = jnp.where(scales > 0, scales, jnp.ones_like(scales))
+    return jnp.round(x / divisors[..., None]).astype(jnp.int8), scales
+
+
+def _cache_split(
+    wanted: Any, tower: FrozenTower, examples_per_shard: int
+) -> CachedSplit:
+    """Writes the shards that are missing."""
+    from vit22b_transfer.data import batches, feature_cache
+
+    place = batches.Placement.on(tower.partitioning, tower.batch_size)
+    layout = feature_cache.Layout.read(wanted.directory)
+    _wait_for_all("looked")
+    if layout is None:
+        length, width = tower.token_shape
+        tokens = feature_cache.TokenFormat(
+            length, width, jnp.dtype(tower.config.dtype).name, wanted.cache.storage
+        )
+        layout = feature_cache.Layout(
+            wanted.num_examples(), examples_per_shard, tokens, wanted.stored_features()
+        )
+        if jax.process_index() == 0:
+            layout.write(wanted)
+    paths = layout.paths(wanted.directory)
+    if jax.process_index() == 0:
+        _remove_damaged(paths)
+    _wait_for_all("began")
+    known, missing = _looked_at(paths)
+    _wait_for_all("shared out")
+    shard = place.shard
+    mine = [number for number in missing if number % shard.count == shard.index]
+    console = rich.console.Console(
+        highlight=False, soft_wrap=True, quiet=jax.process_index() > 0
+    )
+    num_kept = len(paths) - len(missing)
+    if num_kept:
+        console.print(
+            f"{wanted.directory}: {num_kept} of {len(paths)} shards are there",
+            markup=False,
+        )
+    work = _Work(wanted, layout, paths, mine, known, place)
+    label = f"{wanted.task.name} {wanted.split}"
+    total = sum(len(layout.ranges[number]) for number in mine)
+    if missing:
+        with Progress(console, label, total=total) as bar:
+            shape = (work.num_rows, *tower.image_shape)
+            for images in _together(work.batches(), shape):
+                work.take(_local_rows(tower(place({"images": images})["images"])))
+                bar.show(work.num_done)
+    _wait_for_all("written")
+    console.print(
+        f"{layout.num_examples} examples in {wanted.directory}, {len(paths)} shards; "
+        f"the tower was run on {work.num_encoded} images",
+        markup=False,
+    )
+    return CachedSplit(
+        wanted.directory, layout.num_examples, work.num_encoded, len(paths), num_kept
+    )
+
+
+def _remove_damaged(paths: Sequence[str]) -> None:
+    """Removes shards that were cut off, for them to be made anew."""
+    from vit22b_transfer.data.feature_shards import Shard
+
+    for path in filter(os.path.exists, paths):
+        try:
+            Shard(path)
+        except ValueError:
+            os.remove(path)
+
+
+def _looked_at(paths: Sequence[str]) -> tuple[set[str], list[int]]:
+    """Images of which there are tokens, and the numbers of the missing shards."""
+    from vit22b_transfer.data.feature_shards import Shard
+
+    there = [path for path in paths if os.path.exists(path)]
+    known = {image for path in there for image in Shard(path).rows}
+    return known, [n for n, path in enumerate(paths) if path not in there]
+
+
+class _Work:
+    """One host's shards: batches of images to encode, and what becomes of the tokens.
+
+    Images that some whole shard has, or an earlier one of this call, are not encoded.
+    """
+
+    def __init__(self, wanted, layout, paths, mine, known, place):
+        self._wanted, self._layout, self._paths = wanted, layout, paths
+        self._mine, self._known, self._writes = mine, known, place.reports
+        self.num_rows = len(place.shard.rows(place.batch_size))
+        self._writer = None
+        self._pending = []
+        self.num_done = self.num_encoded = 0
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """This host's rows of each batch; `take` has to be called between them."""
+        from vit22b_transfer.data.feature_shards import ShardWriter
+
+        ranges = [self._layout.ranges[number] for number in self._mine]
+        examples = self._wanted.examples(ranges) if ranges else iter(())
+        for number, part in zip(self._mine, ranges, strict=True):
+            self._writer = ShardWriter(self._paths[number]) if self._writes else None
+            shown, waiting = [], {}
+            for _ in part:
+                example = next(examples)
+                pixels = example["images"]
+                image = hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
+                shown.append((image, example["packed"]))
+                if image not in self._known:
+                    self._known.add(image)
+                    waiting[image] = pixels
+                    if len(waiting) == self.num_rows:
+                        yield self._batch(waiting)
+                        waiting = {}
+                self.num_done += 1
+            if waiting:
+                yield self._batch(waiting)
+            if self._writer is not None:
+                self._writer.finish(shown)
+
+    def _batch(self, waiting):
+        self._pending = list(waiting)
+        images = np.stack(list(waiting.values()))
+        missing = self.num_rows - len(images)
+        return np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
+
+    def take(self, rows: tuple[np.ndarray, ...]) -> None:
+        """Stores the tokens of the last batch."""
+        for place, image in enumerate(self._pending):
+            if self._writer is not None:
+                row = b"".join(np.ascontiguousarray(x[place]).tobytes() for x in rows)
+                self._writer.add_row(image, row)
+        self.num_encoded += len(self._pending)
+        self._pending = []
+
+
+def _together(
+    batches: Iterator[np.ndarray], shape: tuple[int, ...]
+) -> Iterator[np.ndarray]:
+    """The batches, and empty ones while other hosts have more: all take each step."""
+    while True:
+        batch = next(batches, None)
+        busy = batch is not None
+        if jax.process_count() > 1:
+            busy = multihost_utils.process_allgather(np.array(busy)).any()
+        if not busy:
+            return
+        yield np.zeros(shape, np.uint8) if batch is None else batch
+
+
+def _local_rows(arrays: Sequence[jax.Array]) -> tuple[np.ndarray, ...]:
+    """This host's rows of each array."""
+    if jax.process_count() == 1:
+        return jax.device_get(tuple(arrays))
+    local = []
+    for array in arrays:
+        by_start = {
+            shard.index[0].start or 0: shard.data for shard in array.addressable_shards
+        }
+        parts = [np.asarray(by_start[start]) for start in sorted(by_start)]
+        local.append(np.concatenate(parts))
+    return tuple(local)
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"features {name}")
