@@ -294,6 +294,15 @@ def test_all_but_the_updates_must_be_in_the_checkpoint(base):
         partial_restore.restore_partial(path, tiny_runs.abstract_params(wider))
 
 
+def test_what_is_neither_loaded_nor_trained_is_named(base, tmp_path):
+    initial = InitialCheckpoint(base[0], (("encoder/projection/.*", None),))
+    model = bfloat16_model(optimizer_def=optimizers.adamw(1e-2))
+    with pytest.raises(
+        ValueError, match="projection.*one of 2. is neither load"
+    ):
+        tiny_runs.run(tmp_path, model, initial=initial, total_steps=3)
+
+
 def test_updates_of_another_rank_or_factor_are_refused(tmp_path):
     model = bfloat16_model()
     path = write_checkpoint(str(tmp_path), model, tiny_models.model_params(model))

@@ -23,6 +23,7 @@ from torch_peers import import_peer
 from vit22b_transfer import cli, recipes
 from vit22b_transfer.models import lora, multimodal, prefix_lm, vit
 from vit22b_transfer.weights import tensor_files
+from vit22b_transfer.weights.tower_rows import CLIP
 
 transformers = import_peer("transformers")
 peft = import_peer("peft")
@@ -52,7 +53,11 @@ def tokens_of(length, seed=0):
 PIXELS = images(BATCH, 16, 16, 3)
 PROMPT, TARGETS = tokens_of(5), tokens_of(7, seed=1)
 SHIFTED = np.pad(TARGETS, ((0, 0), (1, 0)))[:, :-1]
-SCALED = torch.tensor((PIXELS / 255.0 - 0.5) / 0.5).permute(0, 3, 1, 2).float()
+
+
+def scaled(mean=0.5, deviation=0.5):
+    values = (PIXELS / 255.0 - mean) / deviation
+    return torch.tensor(values).permute(0, 3, 1, 2).float()
 
 
 def whole_logits(model, params):
@@ -94,15 +99,15 @@ def paligemma_logits(model):
         input_ids=torch.tensor(ids),
         token_type_ids=torch.tensor(kinds.astype(int)),
         attention_mask=torch.ones(ids.shape, dtype=torch.long),
-        pixel_values=SCALED,
+        pixel_values=scaled(),
     ).logits
     return logits[:, -TARGETS.shape[1] :]
 
 
 def their_output(model):
-    output = model(pixel_values=SCALED)
-    pooled = type(model.config).__name__ == "SiglipVisionConfig"
-    return output.pooler_output if pooled else output.last_hidden_state[:, 0]
+    kind = model.config.model_type
+    output = model(pixel_values=scaled(*CLIP) if kind.startswith("clip") else scaled())
+    return output.last_hidden_state[:, 0] if kind == "vit" else output.pooler_output
 
 
 def paligemma():
@@ -191,6 +196,9 @@ CASES = {
         their_output,
         older=(("encoder.", "vision_model.encoder."),),
     ),
+    "CLIP": Case(
+        "hf-clip", lambda: tower_of("CLIPVision"), ["k_proj", "fc2"], their_output
+    ),
     "ViT": Case(
         "hf-vit",
         lambda: tower_of("ViT"),
@@ -269,7 +277,7 @@ def imported(request, tmp_path_factory):
 def our_model(case, out):
     """The model that the import's gin file describes, and its parameters.
 
-    The checkpoint has to have what the model has, no less.
+    The patterns of the gin file choose the kernels that the adapter updates.
     """
     whole = case.root if case.tower else multimodal.ImageTextModule
     module = whole.__module__.rpartition(".")[2]
@@ -303,14 +311,14 @@ def our_model(case, out):
     variables = jax.eval_shape(
         lambda: model.get_initial_variables(jax.random.key(0), shapes)
     )
-    # type: flax declares leaves to be dicts.
-    wanted = {
+    chosen = {
         name: leaf.shape
         for name, leaf in flatten_dict(variables["params"], sep="/").items()
-        if name in params or "lora_" in name
+        if "lora_" in name
     }
     # The image-text model does without SigLIP's pooling.
-    assert wanted == {n: x.shape for n, x in params.items() if "/map/" not in n}
+    updates = {n: x.shape for n, x in params.items() if "lora_" in n}
+    assert chosen == {n: shape for n, shape in updates.items() if "/map/" not in n}
     return model, unflatten_dict(params, sep="/")
 
 

@@ -355,6 +355,13 @@ def _initial_params(model, initial, rng, batch, abstract, partitioning, log):
     if not restored.kept:
         return restored.params
     flat = checkpoints.flatten(abstract)
+    mask = checkpoints.flatten(freezing.frozen_mask(abstract, model.frozen))
+    if stuck := [name for name in restored.kept if mask[name]]:
+        raise ValueError(
+            f"{stuck[0]} (one of {len(stuck)}) is neither loaded from the initial "
+            f"checkpoint {initial.path} nor trained, so it would stay random. Choose "
+            "other rules of InitialCheckpoint or other `frozen` patterns of the model."
+        )
     missing = traverse_util.unflatten_dict(
         {name: flat[name] for name in restored.kept}, sep="/"
     )

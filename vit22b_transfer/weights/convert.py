@@ -147,7 +147,7 @@ def import_weights(
     lines = _report(parts, out, output.finish())
     if updates is not None:
         with open(os.path.join(out, "model.gin"), "a", encoding="utf-8") as file:
-            file.write("\n".join(updates.gin_lines()) + "\n")
+            file.write("\n".join(updates.gin_lines(_fresh(parts))) + "\n")
         lines += updates.lines()
     return lines
 
@@ -385,23 +385,22 @@ def _write_companions(parts: Sequence[_Part], out: str) -> None:
         origins,
         comments,
         os.path.join(out, "checkpoint_0"),
-        _initial_rules(parts),
+        f"(({fresh!r}, None),)" if (fresh := _fresh(parts)) else "()",
     )
     with open(os.path.join(out, "model.gin"), "w", encoding="utf-8") as file:
         file.write(text)
 
 
-def _initial_rules(parts: Sequence[_Part]) -> str:
-    """The rules of a training run that starts from the import: what stays fresh."""
+def _fresh(parts: Sequence[_Part]) -> str | None:
+    """A pattern of what a training run that starts from the import has of its own."""
     names = [name for part in parts for name in part.shapes]
-    fresh = None
     if all(part.model.text is None for part in parts):
-        fresh = r"(?!encoder/tower/).*"
-    elif all(part.model.tower is None for part in parts):
-        fresh = r"encoder/(tower|projection)/.*"
-    elif not any("projection/" in name for name in names):
-        fresh = r"encoder/projection/.*"
-    return f"(({fresh!r}, None),)" if fresh else "()"
+        return r"(?!encoder/tower/).*"
+    if all(part.model.tower is None for part in parts):
+        return r"encoder/(tower|projection)/.*"
+    if not any("projection/" in name for name in names):
+        return r"encoder/projection/.*"
+    return None
 
 
 def _record_sizes(part: _Part, folder: str) -> None:

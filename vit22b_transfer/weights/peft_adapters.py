@@ -306,14 +306,18 @@ class Updates:
                     output.write(slot, pair[letter].read().T, shown)
         output.write_record({"lora": {"alpha": self.config.alpha}})
 
-    def gin_lines(self) -> list[str]:
-        """What a recipe needs beside the imported model."""
+    def gin_lines(self, fresh: str | None) -> list[str]:
+        """What a recipe needs beside the imported model.
+
+        fresh: pattern of what training does not load, and so has to train.
+        """
         fields = dataclasses.asdict(self.config)
+        trained = f"(?!(?:{fresh})$|{lora.UPDATES}$).*"
         return [
             "from vit22b_transfer.models import lora",
             "from vit22b_transfer.models import multimodal",
             "multimodal.ImageTextModel.lora = @lora.LoraConfig()",
-            "multimodal.ImageTextModel.frozen = None",
+            f"multimodal.ImageTextModel.frozen = {repr((trained,)) if fresh else None}",
             *(f"lora.LoraConfig.{name} = {fields[name]!r}" for name in fields),
         ]
 
