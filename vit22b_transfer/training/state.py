@@ -1,6 +1,6 @@
 """The train state: step, parameters and optimizer state, and how it is laid out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -86,11 +86,19 @@ def init_params(
     `abstract_params` may be a part of the model's parameters: the rest is not computed.
     """
 
+    with partitioning.activate():
+        return initializer(model, batch, abstract_params)(rng)
+
+
+def initializer(
+    model: Any, batch: Mapping[str, Any], abstract_params: Tree
+) -> Callable[[jax.Array], Tree]:
+    """The jitted function rng -> parameters of `init_params`."""
+
     def init(rng):
         return _select(_initial_variables(model, rng, batch)["params"], abstract_params)
 
-    with partitioning.activate():
-        return jax.jit(init, out_shardings=shardings_of(abstract_params))(rng)
+    return jax.jit(init, out_shardings=shardings_of(abstract_params))
 
 
 def fresh_state(
