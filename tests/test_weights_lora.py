@@ -1,7 +1,9 @@
 """Low-rank updates at import and export: what is merged, and what is refused."""
 
+import dataclasses
 import json
 import os
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,9 @@ from flax.traverse_util import unflatten_dict
 from tiny_models import assert_within, image_text_model, jit
 
 from vit22b_transfer import cli
-from vit22b_transfer.models import lora
+from vit22b_transfer.models import lora, vit
 from vit22b_transfer.training import checkpoints
-from vit22b_transfer.weights import t5, tensor_files
+from vit22b_transfer.weights import families, sources, t5, tensor_files
 
 SIZES = dict(d_model=24, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64)
 CONFIG = SIZES | dict(
@@ -191,9 +193,9 @@ def test_some_layers_alone_cannot_be_stacked(source, tmp_path, capsys):
 
 def test_an_adapter_comes_with_the_weights_it_belongs_to(source, tmp_path, capsys):
     one, two = (adapter(tmp_path / name) for name in ("one", "two"))
-    for sources in ([one], [source, one, two]):
+    for given in ([one], [source, one, two]):
         out = str(tmp_path / "out")
-        assert cli.main(["import", *sources, "--out", out]) == 1
+        assert cli.main(["import", *given, "--out", out]) == 1
         assert "import one adapter, together with" in capsys.readouterr().err
 
 
@@ -222,6 +224,7 @@ def trained(tmp_path_factory):
 
 
 def save(folder, params, record):
+    os.makedirs(folder, exist_ok=True)
     writer = checkpoints.CheckpointWriter(str(folder))
     tree = {"target": params, "state": {"step": jnp.int32(1)}}
     writer.save(1, tree, record)
@@ -289,6 +292,34 @@ def test_alpha_comes_from_the_checkpoint_or_the_user(trained, tmp_path, capsys):
     assert export(tmp_path, tmp_path / "out", "--lora_alpha", "4", "--adapter") == 0
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["lora_alpha"] == 4.0
+
+
+@pytest.mark.parametrize(
+    "family, said",
+    [
+        ("hf-siglip", "hf-siglip keeps these kernels fused .*map/attention/query/ker"),
+        ("hf-dinov2", "adapters are read and written for models of the families hf-t5"),
+    ],
+)
+def test_updates_without_a_place_in_an_adapter_are_refused(
+    family, said, tmp_path, capsys
+):
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    sizes |= dict(intermediate_size=64, patch_size=8, image_size=16, mlp_ratio=2)
+    kind = {"hf-siglip": "siglip_vision_model", "hf-dinov2": "dinov2"}[family]
+    config = sizes | dict(model_type=kind)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = sources.by_name(families.FAMILIES, family)
+    tower = found.read(config, {}).tower
+    updated = lora.LoraConfig(RANK, 3.0, (".*attention/query/kernel",))
+    module = vit.VisionTower(dataclasses.replace(tower, lora=updated))
+    params = tiny_models.random_params(module, tiny_models.images(1, 16, 16, 3))
+    save(tmp_path / "run", {"encoder": {"tower": params}}, {"lora": {"alpha": 3.0}})
+    command = ["export", str(tmp_path / "run"), "--format", family, "--adapter"]
+    command += ["--config", str(tmp_path), "--out", str(tmp_path / "adapter")]
+    assert cli.main(command) == 1
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_checkpoint_without_updates_has_no_adapter(source, tmp_path, capsys):

@@ -2,9 +2,7 @@
 
 An adapter is a directory with adapter_config.json and adapter_model.safetensors. It
 calls a kernel's update `base_model.model.MODULE.lora_A.weight` [rank, in] and
-`lora_B.weight` [out, rank], where MODULE is a module of Hugging Face's class. The
-tables know modules by the names in files of weights; transformers 5 calls some
-otherwise, so both names are read and the newer one is written.
+`lora_B.weight` [out, rank], where MODULE is a module of Hugging Face's class.
 """
 
 import dataclasses
@@ -18,37 +16,14 @@ import numpy as np
 
 from vit22b_transfer.models import lora
 from vit22b_transfer.models.lora import LoraConfig
-from vit22b_transfer.weights import mapping, tensor_files, tensor_writing
+from vit22b_transfer.weights import mapping, peft_modules, tensor_files, tensor_writing
 from vit22b_transfer.weights.lora import matrices, updated_kernels
-from vit22b_transfer.weights.mapping import SHOWN, TRANSPOSE, Shape, Slot, Step
+from vit22b_transfer.weights.mapping import SHOWN, Shape, Slot, Step
 from vit22b_transfer.weights.stored_tensors import StoredTensor
 from vit22b_transfer.weights.tensor_writing import LazyTensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-
-_GEMMA = ((r"^language_model\.model\.", "model.language_model."),)
-# Families whose adapters are read and written: patterns in the names of modules that
-# files of weights have, and what stands there in the classes of transformers 5.
-_RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
-    "hf-t5": (),
-    "hf-gemma": _GEMMA,
-    "hf-paligemma": (
-        *_GEMMA,
-        (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
-    ),
-    "hf-siglip": (),
-    "hf-clip": (),
-    "hf-vit": (
-        (r"\bencoder\.layer\.", "layers."),
-        (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)$", r".attention.\1_proj"),
-        (r"\.attention\.output\.dense$", ".attention.o_proj"),
-        (r"\.intermediate\.dense$", ".mlp.fc1"),
-        (r"\.output\.dense$", ".mlp.fc2"),
-    ),
-}
-# Scopes of classes that wrap the class of a file, or are wrapped by it.
-_WRAPPERS = r"^(model\.|vit\.|vision_model\.)+"
 
 _POOLING = "encoder/tower/map/"
 
@@ -77,7 +52,7 @@ _NAME = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])(\.default)?\.weight"
 def write_adapter(
     out: str,
     family: str,
-    plan: Iterable[Step],
+    plan: Sequence[Step],
     params: Mapping[str, StoredTensor],
     alpha: float,
 ) -> list[str]:
@@ -86,7 +61,7 @@ def write_adapter(
     Raises:
       ValueError: if one has no place there; then `out` is not touched.
     """
-    known = _modules([(family, plan)])
+    known = peft_modules.modules([(family, plan)])
     by_slot = {place.kernel: place for place in known.values()}
     ranks = {
         params[matrices(kernel)[0]].shape[-1] for kernel in updated_kernels(params)
@@ -161,52 +136,6 @@ def _config(rank: int, alpha: float, modules: Sequence[str]) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "target_modules": sorted(modules),
     }
-
-
-# --- Modules by name ---
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """A kernel of ours and the module whose weight it is."""
-
-    kernel: Slot
-    module: str
-
-
-def _modules(plans: Iterable[tuple[str, Iterable[Step]]]) -> dict[str, _Place]:
-    """What an adapter may update, by the name that `_plain` gives a module."""
-    found: dict[str, _Place] = {}
-    for family, plan in plans:
-        for step in plan if family in _RENAMED else ():
-            kernel, *fused = step.ours
-            if fused or step.transform is not TRANSPOSE:
-                continue
-            if re.fullmatch(lora.POSSIBLE, kernel.name):
-                module = step.theirs[0].name.removesuffix(".weight")
-                place = _Place(kernel, _renamed(module, family))
-                name = _plain(place.module)
-                assert name not in found, name
-                found[name] = place
-    if not found:
-        raise ValueError(
-            "adapters are read and written for models of the families "
-            f"{', '.join(_RENAMED)}, and here is none of these."
-        )
-    return found
-
-
-def _renamed(module: str, *families: str) -> str:
-    """A module's name in transformers 5."""
-    for family in families:
-        for pattern, new in _RENAMED.get(family, ()):
-            module = re.sub(pattern, new, module)
-    return module
-
-
-def _plain(module: str) -> str:
-    """A module's name without the scopes of wrapping classes."""
-    return re.sub(_WRAPPERS, "", module)
 
 
 # --- Import of an adapter ---
@@ -341,13 +270,13 @@ def plan_updates(
     Raises:
       ValueError: naming every module that has no place or is of another shape.
     """
-    known = _modules((family, plan) for family, plan, _ in parts)
+    known = peft_modules.modules((family, plan) for family, plan, _ in parts)
     families = [family for family, _, _ in parts]
     shapes = {name: shape for _, _, each in parts for name, shape in each.items()}
     places: dict[str, Slot] = {}
     problems = []
     for module, pair in adapter.pairs.items():
-        place = known.get(_plain(_renamed(module, *families)))
+        place = known.get(peft_modules.plain(module, *families))
         if place is None:
             near = [known[name].module for name in known]
             hint = mapping.nearest(module, near) if len(problems) < SHOWN else ""
