@@ -127,6 +127,8 @@ def test_a_merge_rounds_only_once():
     expected = np.float64(kernel) + 2.0 * (np.float32(a) @ np.float32(b))
     assert merged.dtype == jnp.bfloat16
     np.testing.assert_array_equal(merged, jnp.asarray(expected, jnp.bfloat16))
+    with pytest.raises(ValueError, match="stored as int8"):
+        lora.merged_kernel(np.int8(kernel), np.float32(a), np.float32(b), alpha=6.0)
 
 
 def test_scanned_layers_compute_what_unrolled_ones_do():
@@ -297,9 +299,7 @@ def test_all_but_the_updates_must_be_in_the_checkpoint(base):
 def test_what_is_neither_loaded_nor_trained_is_named(base, tmp_path):
     initial = InitialCheckpoint(base[0], (("encoder/projection/.*", None),))
     model = bfloat16_model(optimizer_def=optimizers.adamw(1e-2))
-    with pytest.raises(
-        ValueError, match="projection.*one of 2. is neither load"
-    ):
+    with pytest.raises(ValueError, match="projection.*one of 2. is neither load"):
         tiny_runs.run(tmp_path, model, initial=initial, total_steps=3)
 
 

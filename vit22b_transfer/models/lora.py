@@ -124,7 +124,16 @@ def merge_lora(params: dict, alpha: float) -> dict:
 
 
 def merged_kernel(kernel: Any, lora_a: Any, lora_b: Any, alpha: float) -> jax.Array:
-    """`kernel + (alpha / rank) * lora_a @ lora_b`, of one layer or of stacked ones."""
+    """`kernel + (alpha / rank) * lora_a @ lora_b`, of one layer or of stacked ones.
+
+    Raises:
+      ValueError: for a kernel in int8, whose rounding would swallow the update.
+    """
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(
+            f"an update cannot be merged into a kernel stored as {kernel.dtype}; merge "
+            "it into the kernel in floating point that this one was made of."
+        )
     a, b = (jnp.asarray(x).astype(jnp.float32) for x in (lora_a, lora_b))
     update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     scale = jnp.float32(alpha / a.shape[-1])
