@@ -26,6 +26,8 @@ EDGES = {
     "cli",
     "weights_commands",
     "demo",
+    "plan_commands",
+    "planning",
     "recipes",
     "recipe_reader",
     "recipe_values",

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 
-from vit22b_transfer import weights_commands
+from vit22b_transfer import plan_commands, weights_commands
 
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
 
@@ -144,6 +144,9 @@ def _add_gin_file(command: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="FILE",
+    plan_commands.add_to(
+        add, _add_gin_file, _SEARCH_PATHS, _without_startup_notes
+    )
         help="gin file, for example gin_configs/recipes/NAME.gin; may be repeated",
     )
 

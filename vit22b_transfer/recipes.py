@@ -92,6 +92,14 @@ def install(
     return gin.get_configurable(root)
 
 
+def arguments(
+    recipe: Recipe, root: Callable[..., Any], search_paths: Sequence[str]
+) -> dict[str, Any]:
+    """What gin would call `root` with, built but not used."""
+    install(recipe, root, search_paths)
+    return gin.get_bindings(root)
+
+
 def _check_macros(recipe: Recipe) -> None:
     values = [(value, where) for value, where in recipe.macros.values()]
     values += [(binding.value, binding.where) for binding in recipe.bindings.values()]

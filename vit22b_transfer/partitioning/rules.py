@@ -154,7 +154,7 @@ class Partitioning:
     def mesh(self) -> Mesh:
         """The device mesh with axes 'data' and 'model', of `AxisType.Auto`."""
         devices = jax.devices()
-        data, model = _mesh_sizes(self.data, self.model, len(devices))
+        data, model = mesh_sizes(self.data, self.model, len(devices))
         if data * model < len(devices) and jax.process_count() > 1:
             raise ValueError(
                 f"mesh data={data} x model={model} uses {data * model} of "
@@ -264,7 +264,12 @@ class Partitioning:
             yield
 
 
-def _mesh_sizes(data: int, model: int, num_devices: int) -> tuple[int, int]:
+def mesh_sizes(data: int, model: int, num_devices: int) -> tuple[int, int]:
+    """Sizes of the mesh axes, -1 resolved.
+
+    Raises:
+      ValueError: if there are not as many devices.
+    """
     fixed = math.prod(size for size in (data, model) if size != -1)
     if -1 in (data, model):
         if num_devices % fixed:

@@ -1,0 +1,63 @@
+"""`vit22b plan` of the command."""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Sequence
+
+# Nothing heavy is imported here: `vit22b --help` must answer at once.
+
+# What a run needs but a plan does not.
+_UNREAD = ("MODEL_DIR", "INITIAL_CHECKPOINT")
+
+
+def add_to(
+    add: Callable[..., argparse.ArgumentParser],
+    add_gin_file: Callable[[argparse.ArgumentParser], None],
+    search_paths: Sequence[str],
+    quietly: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
+    """Adds the command; `add(name, run, text, epilog)` makes it.
+
+    Recipes are read in the context `quietly`.
+    """
+
+    def run(args):
+        with quietly():
+            plan = _plan(args, search_paths)
+        from vit22b_transfer import planning
+
+        for line in planning.report(plan):
+            print(line)
+
+    command = add(
+        "plan",
+        run,
+        "Say whether a recipe's training fits, and how fast a step can be.",
+        "Nothing is allocated, no data is read. The mesh is the recipe's: "
+        "--gin_file=gin_configs/meshes/NAME.gin, --gin.Partitioning.model=8.",
+    )
+    add_gin_file(command)
+    command.add_argument(
+        "--device", default="h100", help="h100, h200, a100, tpu-v4 ... or cpu"
+    )
+    command.add_argument("--devices", type=int, default=1, help="how many")
+
+
+def _plan(args: argparse.Namespace, search_paths: Sequence[str]):
+    import jax
+
+    # A plan for other devices must not take memory of those that are here.
+    jax.config.update("jax_platforms", "cpu")
+    from vit22b_transfer import planning, recipes
+    from vit22b_transfer.partitioning import devices, planner
+    from vit22b_transfer.training import train
+
+    device = devices.device(args.device)
+    recipe = recipes.read(args.gin_file, args.overrides, search_paths)
+    unset = " ".join(recipe.required())
+    unread = [f"{name}='(not read)'" for name in _UNREAD if name in unset.split()]
+    recipe = recipes.read(args.gin_file, [*args.overrides, *unread], search_paths)
+    arguments = recipes.arguments(recipe, train.fine_tune, search_paths)
+    job = planning.Job.of_arguments(arguments)
+    partitioning = planner.planned(job.partitioning, args.devices)
+    return planner.Plan(job.run(), partitioning, device)
