@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 from jax.experimental import multihost_utils
@@ -19,7 +20,7 @@ from vit22b_transfer.inference import fingerprints
 from vit22b_transfer.inference.prediction_files import LineWriter, PredictionFiles
 from vit22b_transfer.inference.progress import Progress
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import checkpoints
+from vit22b_transfer.training import checkpoints, partial_restore
 from vit22b_transfer.training.state import abstract_variables, shardings_of
 
 # Batches handed to the devices before the first one's predictions are fetched.
@@ -153,9 +154,12 @@ def restore(
         name: jax.ShapeDtypeStruct(shape, types[name]) for name, shape in shapes.items()
     }
     abstract = abstract_variables(model, partitioning, batch)
-    params = checkpoints.restore_params(
-        path, abstract, shardings_of(abstract), model=model
-    )
+    if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(abstract)):
+        params = partial_restore.restore_whole(path, abstract, model=model)
+    else:
+        params = checkpoints.restore_params(
+            path, abstract, shardings_of(abstract), model=model
+        )
     return RestoredModel(model, partitioning, path, params)
 
 

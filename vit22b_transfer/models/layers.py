@@ -17,6 +17,7 @@ from flax.linen import partitioning as flax_partitioning
 from flax.linen.partitioning import param_with_axes
 from jaxtyping import Array, Bool, Float, Int
 
+from vit22b_transfer.models import int8
 from vit22b_transfer.models.attention import attend, attend_cached, rotate
 from vit22b_transfer.models.lora import LoraConfig
 
@@ -88,8 +89,10 @@ class Dense(nn.Module):
 
     `kernel_axes` are the logical axes of the kernel; the bias takes the second one.
     Operands are cast to `dtype`; the result has `out_dtype` (`dtype` by default);
-    parameters are stored in `param_dtype`. Where `lora` chooses the kernel, a low-rank
-    update is added, which is stored in float32 and zero at first.
+    parameters are stored in `param_dtype`, the kernel with `int8_kernel` as in
+    `models.int8`.
+    Where `lora` chooses the kernel, a low-rank update is added, in float32 and zero at
+    first.
     """
 
     inputs: int
@@ -101,30 +104,25 @@ class Dense(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = xavier_uniform
     lora: LoraConfig | None = None
+    int8_kernel: bool = False
 
     def setup(self):
-        self.kernel = param_with_axes(
-            "kernel",
-            self.kernel_init,
-            (self.inputs, self.outputs),
-            jnp.dtype(self.param_dtype),
-            axes=self.kernel_axes,
-            module=self,
-        )
-        self.bias = None
+        create = functools.partial(param_with_axes, module=self)
+        shape, axes = (self.inputs, self.outputs), self.kernel_axes
+        init, dtype = self.kernel_init, jnp.dtype(self.param_dtype)
+        self.kernel_scale = self.bias = None
+        if self.int8_kernel:
+            first = int8.fresh_scales(self.inputs)
+            scales = (first, shape[1:], jnp.float32)
+            self.kernel_scale = create(int8.SCALES, *scales, axes=axes[1:])
+            init, dtype = int8.fresh_values(init), jnp.int8
+        self.kernel = create("kernel", init, shape, dtype, axes=axes)
         if self.use_bias:
-            self.bias = param_with_axes(
-                "bias",
-                nn.initializers.zeros_init(),
-                (self.outputs,),
-                jnp.dtype(self.param_dtype),
-                axes=self.kernel_axes[1:],
-                module=self,
-            )
+            zeros, dtype = nn.initializers.zeros_init(), jnp.dtype(self.param_dtype)
+            self.bias = create("bias", zeros, shape[1:], dtype, axes=axes[1:])
         self.lora_a = self.lora_b = None
         if self.lora is not None and self._is_updated(self.lora):
             (into, out), rank, name = self.kernel_axes, self.lora.rank, "lora_rank"
-            create = functools.partial(param_with_axes, module=self)
             shape, zeros = (self.inputs, rank), nn.initializers.zeros_init()
             self.lora_a = create("lora_a", lora_init, shape, axes=(into, name))
             self.lora_b = create(
@@ -140,8 +138,15 @@ class Dense(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch inputs"]
     ) -> Float[Array, "*batch outputs"]:
-        kernel = self.kernel.astype(self.dtype)
-        return self.complete(linear(x.astype(self.dtype), kernel, self.out_dtype), x)
+        y = linear(x.astype(self.dtype), self.weights, self.out_dtype)
+        return self.complete(y, x)
+
+    @property
+    def weights(self) -> Float[Array, "inputs outputs"]:
+        """The kernel in `dtype`."""
+        if self.kernel_scale is None:
+            return self.kernel.astype(self.dtype)
+        return int8.dequantized(self.kernel, self.kernel_scale, self.dtype)
 
     def complete(
         self, y: Float[Array, "*batch outputs"], x: Float[Array, "*batch inputs"]
@@ -354,11 +359,14 @@ class MultiHeadAttention(nn.Module):
     kernel_init: Initializer = xavier_uniform
     query_init: Initializer | None = None
     lora: LoraConfig | None = None
+    int8_kernels: bool = False
 
     def setup(self):
         joined = self.num_heads * self.head_dim
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        dense = functools.partial(Dense, lora=self.lora, **types)
+        dense = functools.partial(
+            Dense, lora=self.lora, int8_kernel=self.int8_kernels, **types
+        )
         into = functools.partial(dense, self.width, joined, ("embed", "joined_kv"))
         bias, key_bias = self.qkv_bias, self.qkv_bias and self.key_bias
         query_init = self.query_init or self.kernel_init
@@ -459,6 +467,7 @@ class Mlp(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = xavier_uniform
     lora: LoraConfig | None = None
+    int8_kernels: bool = False
 
     def setup(self):
         types = dict(
@@ -467,6 +476,7 @@ class Mlp(nn.Module):
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
             lora=self.lora,
+            int8_kernel=self.int8_kernels,
         )
         into = functools.partial(
             Dense, self.width, self.mlp_dim, ("embed", "mlp"), **types

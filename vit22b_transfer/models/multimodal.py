@@ -186,12 +186,20 @@ def _targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(batch["decoder_target_tokens"], jnp.int32), weights
 
 
+def _with_int8_tower(module):
+    if module.tower is None:
+        raise ValueError("int8_tower is set, but the model has no tower.")
+    tower = dataclasses.replace(module.tower, int8_kernels=True)
+    return module.clone(tower=tower)
+
+
 class ImageTextModel:
     """T5X's model contract over an `ImageTextModule` or a `PrefixLMModule`.
 
     optimizer_def: an optax transformation in our runtime, a T5X one under T5X.
     decode_fn: one of `inference.decoding`, its options bound.
     lora: low-rank updates of kernels in the tower and in the text model.
+    int8_tower: the tower's kernels as int8 (`models.int8`); it has to be frozen.
     frozen: patterns of parameters that get no gradients and no optimizer state; by
       default none, or with `lora` all but its updates.
     loss_fn returns the SUM of the token losses: gradients are divided by
@@ -209,10 +217,13 @@ class ImageTextModel:
         *,
         frozen: Sequence[str] | None = None,
         lora: low_rank.LoraConfig | None = None,
+        int8_tower: bool = False,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         max_decode_length: int | None = None,
     ):
+        if int8_tower:
+            module = _with_int8_tower(module)
         self.module = module if lora is None else low_rank.with_lora(module, lora)
         self.lora = lora
         self.input_vocabulary = input_vocabulary

@@ -250,6 +250,7 @@ class VisionTower(nn.Module):
             dtype=cfg.dtype,
             param_dtype=cfg.param_dtype,
             kernel_init=nn.initializers.lecun_normal(),
+            int8_kernel=cfg.int8_kernels,
             name="patch_embedding",
         )(patches.reshape(-1, rows * columns, p * p * 3))
         if cfg.positions == "learned":

@@ -33,6 +33,7 @@ class BlockConfig:
     layer_scale: factors on what each branch adds (DINOv2, DINOv3, InternViT).
     fused_projections: the in- and the out-projections of a parallel block as one matmul
       each: faster on accelerators, slower on CPUs. Parameters do not depend on it.
+    int8_kernels: kernels stored as `models.int8` says; they cannot be trained.
     """
 
     width: int
@@ -55,6 +56,7 @@ class BlockConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     lora: LoraConfig | None = None
+    int8_kernels: bool = False
 
     def __post_init__(self):
         if self.width % self.num_heads:
@@ -157,9 +159,9 @@ class Block(nn.Module):
         parts = (mha.query, mha.key, mha.value, mlp.wi)
 
         def by_head(array):
-            return array.astype(dtype).reshape(*array.shape[:-1], heads, -1)
+            return array.reshape(*array.shape[:-1], heads, -1)
 
-        kernel = jnp.concatenate([by_head(part.kernel) for part in parts], axis=-1)
+        kernel = jnp.concatenate([by_head(part.weights) for part in parts], axis=-1)
         z = projection(y.astype(dtype), kernel.reshape(cfg.width, -1))
         z = z.reshape(*y.shape[:2], heads, -1)
         cuts = np.cumsum([cfg.head_dim] * 3)
@@ -175,10 +177,7 @@ class Block(nn.Module):
         hidden = mlp.activation(hidden)
         joined = jnp.concatenate([weighted, hidden], axis=-1)
         out = jnp.concatenate(
-            [
-                part.kernel.astype(dtype).reshape(heads, -1, cfg.width)
-                for part in (mha.out, mlp.wo)
-            ],
+            [part.weights.reshape(heads, -1, cfg.width) for part in (mha.out, mlp.wo)],
             axis=1,
         )
         result = projection(
@@ -219,6 +218,7 @@ def _attention(
         dtype=cfg.dtype,
         param_dtype=cfg.param_dtype,
         lora=cfg.lora,
+        int8_kernels=cfg.int8_kernels,
         name=name,
     )
 
@@ -232,6 +232,7 @@ def _mlp(cfg: BlockConfig, name: str | None = None) -> layers.Mlp:
         dtype=cfg.dtype,
         param_dtype=cfg.param_dtype,
         lora=cfg.lora,
+        int8_kernels=cfg.int8_kernels,
         name=name,
     )
 

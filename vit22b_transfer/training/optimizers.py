@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
 from vit22b_transfer.models import freezing
@@ -241,11 +242,19 @@ def freeze(
     `optimizer` clips. Without patterns it is `optimizer` itself.
 
     Raises:
-      ValueError: if a pattern matches nothing, or nothing is left to train.
+      ValueError: if a pattern matches nothing, nothing is left to train, or something
+        that cannot be: kernels in int8.
     """
+    mask = freezing.frozen_mask(params, patterns)
+    trained, _ = freezing.split_frozen(params, patterns)
+    for path, leaf in traverse_util.flatten_dict(trained, sep="/").items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"{path} is stored as {leaf.dtype} and cannot be trained. Freeze it, "
+                "as gin_configs/models/int8_tower.gin does, or leave int8_tower out."
+            )
     if not patterns:
         return optimizer
-    mask = freezing.frozen_mask(params, patterns)
     if all(jax.tree.leaves(mask)):
         raise ValueError(
             f"the frozen patterns {list(patterns)} match every parameter, so nothing "

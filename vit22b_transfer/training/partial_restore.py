@@ -10,7 +10,7 @@ from typing import Any
 from flax import traverse_util
 
 from vit22b_transfer.models import lora
-from vit22b_transfer.training import checkpoints
+from vit22b_transfer.training import checkpoints, int8_restore
 
 Tree = Any
 
@@ -60,7 +60,7 @@ def restore_partial(
     With `cast`, values are converted to the model's dtypes; without, another dtype is
     an error. The vocabularies of a `model` are compared if its token table is loaded.
     From a checkpoint without low-rank updates, those of the model are not loaded: they
-    start at zero.
+    start at zero. Kernels that the model has in int8 may be saved in floating point.
 
     Raises:
       ValueError: if a rule matches no parameter, two parameters have one source, or an
@@ -82,9 +82,12 @@ def restore_partial(
         checkpoints.check_vocabularies(path, model)
     if model is not None and _has_updates(sources):
         checkpoints.check_lora(path, model)
-    checkpoints.check_fit(path, sources, flat, saved, cast=cast)
     by_source = {source: flat[name] for name, source in sources.items()}
-    read = checkpoints.read_arrays(
+    stored = int8_restore.as_saved(by_source, saved)
+    read_as = {name: source for name, source in sources.items() if source in stored}
+    wanted = {name: stored[source] for name, source in read_as.items()}
+    checkpoints.check_fit(path, read_as, wanted, saved, cast=cast)
+    read = int8_restore.read_arrays(
         path, {"target": traverse_util.unflatten_dict(by_source, sep="/")}
     )
     values = checkpoints.flatten(read["target"])
@@ -95,6 +98,21 @@ def restore_partial(
         kept=[name for name in flat if name not in sources],
         unused=[name for name in saved if name not in by_source],
     )
+
+
+def restore_whole(path: str, abstract_params: Tree, *, model: Any = None) -> Tree:
+    """All parameters of a checkpoint, int8 kernels as in `restore_partial`.
+
+    Raises:
+      ValueError: as `restore_partial`, and if anything is left over on either side.
+    """
+    restored = restore_partial(path, abstract_params, model=model)
+    if left := [*restored.kept, *restored.unused]:
+        raise ValueError(
+            f"checkpoint {path} does not fit the model: {len(left)} arrays are in one "
+            f"of them only, such as {left[0]}. Use the model that it was written with."
+        )
+    return restored.params
 
 
 def _has_updates(names):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vit22b_transfer.models import int8
 from vit22b_transfer.weights import (
     blocks,
     lora,
@@ -108,6 +109,11 @@ def _parameters(checkpoint: str) -> dict[str, StoredTensor]:
     }
     if not tensors:
         raise ValueError(f"{checkpoint} is no checkpoint of ours: it has no {_TARGET}.")
+    if rounded := [name for name in tensors if name.endswith(int8.SCALES)]:
+        raise ValueError(
+            f"{checkpoint} has {len(rounded)} kernels in int8, which no public format "
+            "holds: export the tower from the checkpoint that it was made of."
+        )
     return tensors
 
 

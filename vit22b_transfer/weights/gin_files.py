@@ -13,6 +13,7 @@ _OF_THE_RUN = {
     "dropout_rate",
     "dtype",
     "fused_projections",
+    "int8_kernels",
     "lora",
     "param_dtype",
     "remat",
