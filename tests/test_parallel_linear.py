@@ -23,6 +23,8 @@ COLLECTIVES = re.compile(
     r"= (.*?) (collective-permute|all-gather|all-reduce|all-to-all|reduce-scatter)"
     r"(?:-start)?\("
 )
+# (sizes, dtype) of what is sent, before compilation.
+SENT = re.compile(r"stablehlo.collective_permute.* -> tensor<(\S+)x(f32|bf16)>")
 BYTES = {"f32": 4, "bf16": 2}
 
 
@@ -147,10 +149,8 @@ def test_a_ring_of_bfloat16_sums_in_float32():
             *laid_out(partitioning, form, (x, kernel, x))[:2]
         )
         # Inputs travel as they are. (XLA for CPUs makes them float32 on the way.)
-        sent = re.findall(
-            r"stablehlo.collective_permute.* -> tensor<\S+x(\w+)>", lowered.as_text()
-        )
-        assert set(sent) == {"bf16" if form == "row" else "f32"}
+        sent = {dtype for _, dtype in SENT.findall(lowered.as_text())}
+        assert sent == {"bf16" if form == "row" else "f32"}
         result = lowered.compile()(*laid_out(partitioning, form, (x, kernel, x))[:2])
         assert result.dtype == jnp.bfloat16
         rounded = np.float64(x) @ np.float64(kernel)
@@ -266,3 +266,42 @@ def test_without_rings_activations_are_gathered():
     program, _ = on_mesh("unrolled", Partitioning(4, 2, 2, 1))
     sent = collectives(program)
     assert "all-gather" in sent and "collective-permute" not in sent
+
+
+def test_vit_22b_on_a_ring_of_eight_moves_what_the_formula_says():
+    partitioning = Partitioning(1, 8, 2, 1, ring_projections=True)
+    tower = vit.VisionTower(
+        vit.vit22b_config(
+            "22B/14",
+            image_size=(224, 224),
+            pooling="none",
+            dtype="bfloat16",
+            fused_projections=True,
+            scan_layers=True,
+        )
+    )
+    images = jax.ShapeDtypeStruct(
+        (8, 224, 224, 3), jnp.uint8, sharding=partitioning.batch_sharding(4)
+    )
+    shapes = jax.eval_shape(tower.init, jax.random.key(0), images)
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        shapes["params"],
+        partitioning.params_shardings(shapes["params"], shapes["params_axes"]),
+    )
+    with partitioning.activate():
+        forward = tiny_models.jit(
+            lambda params, images: tower.apply({"params": params}, images).tokens
+        )
+        lowered = forward.lower(params, images)
+    sent = {"bf16": 0, "f32": 0}
+    for sizes, dtype in SENT.findall(lowered.as_text()):
+        sent[dtype] += BYTES[dtype] * math.prod(map(int, sizes.split("x")))
+    # One block, which the scan repeats: into it by the row form, in bfloat16, and out
+    # of it by the column form, whose sums are in float32; (k-1)/k of 6144 either way.
+    tokens = 8 * 256
+    assert sent == {"bf16": tokens * 5376 * 2, "f32": tokens * 5376 * 4}
+    names = set(collectives(lowered.compile()))
+    assert names == {"collective-permute", "all-reduce"}
