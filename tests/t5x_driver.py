@@ -26,6 +26,8 @@ from tiny_models import (
     tower_config,
 )
 
+from vit22b_transfer.models.lora import LoraConfig
+
 BATCH = batch(8, inputs=4, targets=5)
 SHAPES = {name: array.shape for name, array in BATCH.items()}
 
@@ -52,6 +54,9 @@ MODELS = {
     ),
     "gemma": lambda: prefix_lm_model("gemma", scan_layers=True),
     "gemma3": lambda: prefix_lm_model("gemma3"),
+    "LoRA": lambda: image_text_model(
+        text=text_config(scan_layers=True), lora=LoraConfig(2, 4.0, (".*kernel",))
+    ),
 }
 
 # t5x.partitioning.standard_logical_axis_rules at cc342d4 by (activation, parameter)

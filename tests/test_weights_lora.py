@@ -1,5 +1,6 @@
 """Low-rank updates at import and export: what is merged, and what is refused."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -92,6 +93,12 @@ def test_an_adapter_becomes_parameters_beside_the_kernels(source, tmp_path, scan
     np.testing.assert_array_equal(a, GOOD[f"{module}A.weight"].T)
     np.testing.assert_array_equal(b, GOOD[f"{module}B.weight"].T)
     assert sum("lora_" in name for name in params) == (2 if scanned else 4)
+    # What a run from it has of its own is trained too.
+    with open(f"{out}/model.gin") as file:
+        (frozen,) = ast.literal_eval(re.search(r"frozen = (.*)", file.read())[1])
+    kept = ["encoder/projection/bias", "encoder/tower/cls/embedding", f"{layer}/lora_a"]
+    assert not any(re.fullmatch(frozen, name) for name in kept)
+    assert re.fullmatch(frozen, f"{layer}/kernel")
     record = checkpoints.read_record(f"{out}/checkpoint_0")
     assert record["lora"] == {"alpha": 4.0}
     back = str(tmp_path / "back")
