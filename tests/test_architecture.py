@@ -26,6 +26,7 @@ EDGES = {
     "cli",
     "weights_commands",
     "demo",
+    "bench",
     "plan_commands",
     "planning",
     "recipes",

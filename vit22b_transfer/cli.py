@@ -26,6 +26,7 @@ _RUNS = {
     "train": ("vit22b_transfer.training.train", "fine_tune"),
     "eval": ("vit22b_transfer.evaluation.evaluate", "evaluate_checkpoint"),
     "infer": ("vit22b_transfer.inference.infer", "infer_split"),
+    "bench": ("vit22b_transfer.bench", "measure"),
     "cache-features": ("vit22b_transfer.inference.cache_features", "cache_features"),
 }
 
@@ -117,6 +118,17 @@ def _parser() -> argparse.ArgumentParser:
             help="this is one of several processes that run this command together: "
             "see gin_configs/launch",
         )
+    command = add(
+        "bench", _run, "Measure this device, and a model's speed on it.", gin_epilog
+    )
+    command.set_defaults(distributed=False)
+    command.add_argument(
+        "--gin_file",
+        action="append",
+        default=["gin_configs/runs/bench.gin"],
+        metavar="FILE",
+        help="gin file of another tower, text model or mesh; may be repeated",
+    )
     command = add("vocab", _vocab, "Train a SentencePiece vocabulary on captions.")
     command.add_argument("--out", required=True, help="file to write")
     command.add_argument("--vocab_size", type=int, required=True)
@@ -132,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         help="module that registers tasks (default: every module in ./tasks)",
     )
     weights_commands.add_to(add)
+    plan_commands.add_to(add, _add_gin_file, _SEARCH_PATHS, _without_startup_notes)
     command = add("config", _config, "Show what a recipe resolves to.", gin_epilog)
     command.add_argument("action", choices=["show"])
     _add_gin_file(command)
@@ -144,9 +157,6 @@ def _add_gin_file(command: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="FILE",
-    plan_commands.add_to(
-        add, _add_gin_file, _SEARCH_PATHS, _without_startup_notes
-    )
         help="gin file, for example gin_configs/recipes/NAME.gin; may be repeated",
     )
 

@@ -1,0 +1,91 @@
+"""`vit22b bench`: what it counts, what it measures, and on what it runs."""
+
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+import tiny_models
+
+from vit22b_transfer import bench, cli
+from vit22b_transfer.models import vit
+from vit22b_transfer.partitioning.rules import Partitioning
+from vit22b_transfer.training import optimizers
+
+ROWS, PATCH_VALUES = 4, 8 * 8 * 3
+SIZES = dict(batch_size=ROWS, input_length=3, target_length=5, rounds=1)
+WIDTH, DEPTH, MLP, TOKENS = 32, 2, 64, 4
+
+
+def model_of(**options):
+    return tiny_models.image_text_model(
+        tiny_models.tower_config(depth=1),
+        tiny_models.text_config(num_encoder_layers=1, num_decoder_layers=1),
+        optimizer_def=optimizers.sgd(1e-3),
+        frozen=("encoder/tower/.*",),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_what_is_counted_is_what_the_tower_needs(remat, scan_layers):
+    config = tiny_models.tower_config(
+        pooling="none", remat=remat, scan_layers=scan_layers
+    )
+    tower, images = vit.VisionTower(config), tiny_models.images(ROWS, 16, 16, 3)
+    params = jax.eval_shape(tower.init, jax.random.key(0), images)["params"]
+
+    def forward(params, images):
+        return tower.apply({"params": params}, images).tokens
+
+    def gradients(params, images):
+        return jax.grad(lambda params: forward(params, images).sum())(params)
+
+    kernels = DEPTH * (4 * WIDTH**2 + 2 * WIDTH * MLP)
+    attention = DEPTH * 2 * TOKENS * WIDTH
+    patches = PATCH_VALUES * WIDTH
+    per_token = 2 * (kernels + attention + patches)
+    count = bench.flops(forward, images, params=params)
+    assert count == ROWS * TOKENS * per_token
+    assert bench.flops(gradients, images, params=params) == 3 * count
+
+
+@pytest.mark.parametrize(
+    "model, sizes, message",
+    [
+        (model_of(blind=True), SIZES, "the model has no tower"),
+        (model_of(), SIZES | {"rounds": 0}, "rounds=0 must be at least 1"),
+    ],
+    ids=["blind", "no rounds"],
+)
+def test_what_cannot_be_measured_is_refused(model, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        bench.measure(model, partitioning=Partitioning(data=1, model=1), **sizes)
+
+
+def test_the_command_measures_all_parts_on_a_mesh_without_tensorflow():
+    sizes = ["vit22b_config.depth=1", "vit22b_config.width=24", "IMAGE_SIZE=(32,32)"]
+    sizes += ["vit22b_config.mlp_dim=8", "vit22b_config.num_heads=2", "VOCAB_SIZE=64"]
+    sizes += ["T5Config.num_encoder_layers=1", "T5Config.num_decoder_layers=1"]
+    sizes += ["T5Config.width=16", "BATCH_SIZE=4", "measure.rounds=1"]
+    arguments = [f"--gin.{size}" for size in sizes]
+    arguments.append("--gin_file=gin_configs/meshes/model_parallel_2.gin")
+    code = (
+        "import sys; from vit22b_transfer import cli\n"
+        f"assert cli.main(['bench', *{arguments!r}]) == 0\n"
+        "assert 'tensorflow' not in sys.modules and 'seqio' not in sys.modules"
+    )
+    devices = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": cli._ROOT, "XLA_FLAGS": devices, "COLUMNS": "120"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 x cpu" in done.stdout
+    rows = ["matrix product", "tower forward", "tower forward and backward"]
+    for row in [*rows, "train step", "greedy decoding"]:
+        assert re.search(rf"│ {row} +│ +[0-9.,]+ │.*[0-9.]+% │", done.stdout), row
