@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_imports
 import tiny_models
 import tiny_runs
 from flax.traverse_util import unflatten_dict
@@ -416,3 +417,68 @@ def test_the_finetune_file_starts_from_the_parameters_of_a_checkpoint(drawn, tmp
             assert value.tobytes() == source[name].tobytes(), name
     assert int(start["state/step"]) == 0
     assert (second / "inference_eval/scenes_vqa-metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe, make, files",
+    [
+        ("scenes_paligemma", tiny_imports.paligemma, []),
+        (
+            "scenes_paligemma",
+            tiny_imports.paligemma,
+            ["gin_configs/models/frozen_tower.gin"],
+        ),
+        ("scenes_vqa", tiny_imports.tower_and_t5, []),
+    ],
+    ids=["PaliGemma", "PaliGemma with a frozen tower", "SigLIP and T5"],
+)
+def test_the_finetune_file_starts_from_imported_weights(
+    drawn, tmp_path, recipe, make, files
+):
+    """A projection that the import lacks is fresh; infers as it was trained."""
+    imported = make(tmp_path)
+    folder, steps = tmp_path / "run", 3
+    files = [f"gin_configs/recipes/{recipe}.gin", f"{imported}/model.gin", *files]
+    common = [
+        *(f"--gin_file={file}" for file in files),
+        f"--gin.MODEL_DIR={str(folder)!r}",
+        "--gin.BATCH_SIZE=16",
+        "--gin.WARMUP_STEPS=1",
+        f"--gin.TRAIN_STEPS={steps}",
+    ]
+    command(
+        drawn,
+        1,
+        "t5x.train",
+        "--gin_file=gin_configs/runs/t5x_finetune.gin",
+        *common,
+        f"--gin.INITIAL_CHECKPOINT_PATH={str(imported / 'checkpoint_0')!r}",
+        f"--gin.train.eval_period={steps}",
+        f"--gin.utils.SaveCheckpointConfig.period={steps}",
+        "--gin.EVAL_STEPS=1",
+        "--gin.EVALUATOR_NUM_EXAMPLES=16",
+    )
+    source, start, end = (
+        arrays_of(imported, 0),
+        arrays_of(folder, 0),
+        arrays_of(folder, steps),
+    )
+    source = {n: value for n, value in source.items() if n.startswith("target/")}
+    for name, value in source.items():
+        assert value.tobytes() == start[name].tobytes(), name
+    fresh = {n for n in start if n.startswith("target/")} - source.keys()
+    assert all("encoder/projection" in name for name in fresh)
+    assert bool(fresh) == (make is tiny_imports.tower_and_t5)
+    still = {n for n in source if end[n].tobytes() == source[n].tobytes()}
+    towers = {n for n in source if "/tower/" in n}
+    assert still == (towers if len(files) > 2 else set())
+    command(drawn, 1, "t5x.infer", "--gin_file=gin_configs/runs/t5x_infer.gin", *common)
+    (written,) = folder.glob("scenes_vqa-predict.jsonl-00000-of-00001")
+    command(drawn, 1, "vit22b_transfer.cli", "infer", *common)
+    (own,) = folder.glob("scenes_vqa-test-*.jsonl")
+    theirs, ours = (
+        [json.loads(line)["prediction"] for line in path.read_text().splitlines()]
+        for path in (written, own)
+    )
+    assert theirs == ours
