@@ -6,6 +6,7 @@ the same weights. `pytest -rP` prints the largest absolute differences.
 
 import json
 import os
+import shutil
 
 import gemma_peers as peers
 import numpy as np
@@ -42,6 +43,7 @@ def published_names(source):
 
 
 def with_processor(source):
+    """An image processor's file, as published."""
     said = dict(image_mean=MEAN, image_std=DEVIATION, resample=3)
     said |= dict(size=dict(height=16, width=16))
     with open(os.path.join(source, "preprocessor_config.json"), "w") as file:
@@ -66,8 +68,9 @@ def prompts():
 
 def their_inputs(tower, pixels, targets=None):
     """Inputs of their model, padded on the left as it wants it."""
+    patches = pixels.shape[1] * pixels.shape[2] // 64
     rows = [
-        [peers.IMAGE] * 4 + [peers.BOS, *prompt[:length], peers.SEPARATOR]
+        [peers.IMAGE] * patches + [peers.BOS, *prompt[:length], peers.SEPARATOR]
         for prompt, length in zip(prompts(), LENGTHS, strict=True)
     ]
     widest = max(map(len, rows))
@@ -89,7 +92,7 @@ def their_inputs(tower, pixels, targets=None):
 
 def both_logits(module, params, models):
     """Logits of all targets: ours, and those of each of their models."""
-    pixels = images(PROMPTS, 16, 16, 3)
+    pixels = images(PROMPTS, *module.tower.image_size, 3)
     targets = peers.tokens_of(PROMPTS, TARGETS, seed=5)
     shifted = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
     logits = jit(lambda p, *x: module.apply({"params": p}, *x))
@@ -150,6 +153,50 @@ def test_greedy_text_of_an_imported_paligemma_is_hugging_faces_token_for_token(w
     assert ended.any() and not ended.all() and len(np.unique(theirs)) > 15
     np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs)
     assert not ours[:, theirs.shape[1] :].any()
+
+
+@pytest.mark.parametrize("whole", ["Gemma2"], indirect=True)
+def test_an_export_at_another_resolution_loads_and_gives_the_same_logits(
+    whole, tmp_path
+):
+    out, exported = (str(tmp_path / n) for n in ("out", "exported"))
+    command = ["import", whole.source, "--out", out, "--image_size", "32"]
+    assert cli.main(command) == 0
+    assert cli.main(["export", out, "--format", "hf-paligemma", "--out", exported]) == 0
+    with open(f"{exported}/preprocessor_config.json") as file:
+        assert json.load(file)["size"] == dict(height=32, width=32)
+    module = peers.our_module(out)
+    assert module.tower.image_size == (32, 32)
+    model = peers.loaded(exported, whole.theirs)
+    assert model.config.text_config.num_image_tokens == 16
+    ours, (expected,) = both_logits(module, peers.our_params(module, out), [model])
+    assert_within(peers.TOLERANCE, ours, expected, "PaliGemma at 32 x 32 vs HF")
+
+
+@pytest.mark.parametrize("whole", ["Gemma"], indirect=True)
+def test_a_head_that_does_not_repeat_the_token_table_is_refused(
+    whole, tmp_path, capsys
+):
+    tensors = safetensors.numpy.load_file(f"{whole.source}/model.safetensors")
+    table = tensors["language_model.model.embed_tokens.weight"].copy()
+    tensors["language_model.lm_head.weight"] = table
+    shutil.copytree(whole.source, tmp_path / "source")
+    source, out, exported = (str(tmp_path / n) for n in ("source", "out", "exported"))
+    safetensors.numpy.save_file(
+        tensors, f"{source}/model.safetensors", {"format": "pt"}
+    )
+    assert cli.main(["import", source, "--out", out]) == 0
+    assert cli.main(["export", out, "--format", "hf-paligemma", "--out", exported]) == 0
+    peers.assert_same_bytes(source, exported)
+    table[7, 3] += 1
+    safetensors.numpy.save_file(
+        tensors, f"{source}/model.safetensors", {"format": "pt"}
+    )
+    shutil.rmtree(out)
+    assert cli.main(["import", source, "--out", out]) == 1
+    error = capsys.readouterr().err
+    assert "lm_head.weight differs from language_model.model.embed_tokens" in error
+    assert not os.path.exists(f"{out}/checkpoint_0")
 
 
 # --- PaliGemma of big_vision ---

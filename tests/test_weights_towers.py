@@ -1,5 +1,6 @@
 """Tables of image towers: published sizes map whole, configs and pixels are read."""
 
+import json
 import math
 
 import numpy as np
@@ -195,6 +196,16 @@ def test_an_image_processors_file_decides_on_mean_deviation_and_size():
     assert said.tower.pixel_mean == (0.1, 0.2, 0.3)
     assert said.tower.pixel_std == (0.4, 0.5, 0.6)
     assert "24" in said.facts[0] and "bicubic" in said.facts[0]
+
+
+def test_an_image_processor_is_read_from_either_of_its_files(tmp_path):
+    means = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    whole = dict(image_processor=dict(image_mean=means[0]), processor_class="P")
+    (tmp_path / "processor_config.json").write_text(json.dumps(whole))
+    assert sources.read_config(str(tmp_path))["preprocessor"]["image_mean"] == means[0]
+    alone = dict(image_mean=means[1])
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(alone))
+    assert sources.read_config(str(tmp_path))["preprocessor"]["image_mean"] == means[1]
 
 
 def test_an_image_that_patches_do_not_tile_is_cropped_as_the_convolution_does():

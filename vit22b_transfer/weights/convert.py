@@ -404,21 +404,8 @@ def _fresh(parts: Sequence[_Part]) -> str | None:
 
 
 def _record_sizes(part: _Part, folder: str) -> None:
-    """Writes what the export needs: config.json and the tensors' shapes, as resized."""
-    resized = {}
-    if part.model.positions and part.model.tower != part.resized.tower:
-        height, width = part.resized.tower.image_size
-        resized["image_size"] = height if height == width else [height, width]
-        rows, columns = part.resized.tower.grid_of(height, width)
-        resized["num_patches"] = rows * columns  # what NaFlex says instead
-    if part.model.vocabulary and part.model.text != part.resized.text:
-        resized["vocab_size"] = part.resized.text.vocab_size
-    path = os.path.join(folder, sources.CONFIG)
-    if resized and os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(_replaced(config, resized), file, indent=2)
+    """Writes what the export needs: configs and the tensors' shapes, as resized."""
+    sources.write_sizes(folder, part.model, part.resized)
     shapes = {name: tensor.shape for name, tensor in part.source.tensors.items()}
     shapes |= mapping.expected_shapes(part.plan, part.shapes)
     shapes |= {n: shapes[of] for n, of in part.model.copies.items() if n in shapes}
@@ -439,16 +426,6 @@ def _carry(part: _Part, folder: str) -> None:
         tensor_writing.write_safetensors(
             folder, tensors, max_shard_bytes=2**40, done=lambda count: None
         )
-
-
-def _replaced(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with the values at every place that has their names."""
-    return {
-        name: _replaced(value, values)
-        if isinstance(value, dict)
-        else values.get(name, value)
-        for name, value in config.items()
-    }
 
 
 def _report(parts: Sequence[_Part], out: str, checkpoint: str) -> list[str]:

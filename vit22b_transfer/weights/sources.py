@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +25,16 @@ _COMPANIONS = (
     "added_tokens.json",
 )
 _TOKENIZER = ".model"
+# What says the number of patches: NaFlex's config and PaliGemma's, and processors.
+_COUNTS = ("num_patches", "num_image_tokens", "max_num_patches", "image_seq_length")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Weights that were opened and understood; nothing is read yet.
 
-    config: config.json, with preprocessor_config.json as `preprocessor` if there is
-      one; empty without either.
+    config: config.json, with the image processor's as `preprocessor` if there is one;
+      empty without either.
     """
 
     name: str
@@ -91,11 +94,55 @@ def open_source(
 
 
 def read_config(folder: str) -> dict[str, Any]:
-    """config.json of a directory, with preprocessor_config.json as `preprocessor`."""
+    """config.json of a directory, with its image processor as `preprocessor`.
+
+    transformers 5 writes that into processor_config.json if there is a tokenizer too.
+    """
     config = tensor_files.read_json(folder, CONFIG)
-    if preprocessor := tensor_files.read_json(folder, "preprocessor_config.json"):
-        config["preprocessor"] = preprocessor
+    found = tensor_files.read_json(folder, "preprocessor_config.json")
+    if not found:
+        whole = tensor_files.read_json(folder, "processor_config.json")
+        found = whole.get("image_processor")
+    if found:
+        config["preprocessor"] = found
     return config
+
+
+def write_sizes(folder: str, old: Model, new: Model) -> None:
+    """Gives what `copy_companions` wrote the sizes of a resized model."""
+    sizes: dict[str, Any] = {}
+    if old.text is not None and old.text.vocab_size != new.text.vocab_size:
+        sizes["vocab_size"] = new.text.vocab_size
+    if old.tower is not None and old.tower.image_size != new.tower.image_size:
+        height, width = new.tower.image_size
+        rows, columns = new.tower.grid_of(height, width)
+        for name in ("image_size", "size", "crop_size"):
+            sizes[name] = height if height == width else [height, width]
+        for name in _COUNTS:
+            sizes[name] = rows * columns
+        sizes |= dict(height=height, width=width)
+        shape = read_config(folder).get("preprocessor", {}).get("size", {})
+        if isinstance(shape, dict) and "shortest_edge" in shape:
+            # As much larger than what is cut from the centre as it was.
+            edge = shape["shortest_edge"] * max(height, width)
+            sizes["shortest_edge"] = edge // min(old.tower.image_size)
+    for name in (CONFIG, "preprocessor_config.json", "processor_config.json"):
+        path = os.path.join(folder, name)
+        if sizes and os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                config = json.load(file)
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(_replaced(config, sizes), file, indent=2)
+
+
+def _replaced(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the values at every place that has their names."""
+    return {
+        name: _replaced(value, values)
+        if isinstance(value, dict)
+        else values.get(name, value)
+        for name, value in config.items()
+    }
 
 
 def by_name(families: Sequence[Family], name: str) -> Family:
