@@ -14,7 +14,7 @@ def join() -> None:
 
     To be called before JAX is used otherwise. The environment's `VARIABLES` say who
     takes part; without them JAX asks the cluster: Slurm, Open MPI, Kubernetes (with
-    `jax[k8s]`), Cloud TPU. It waits for the others, but not for ever.
+    `jax[k8s]`), Cloud TPU. After five minutes without the others JAX ends the process.
 
     Raises:
       ValueError: if neither knows, or the variables do not fit together.
@@ -39,6 +39,12 @@ def join() -> None:
             f"{shown}: needed are host:port of process 0, the number of processes, and "
             "one of 0, 1, ... for each process."
         )
+    # JAX says nothing while it waits, nor whom it missed when it gives up.
+    print(
+        f"vit22b: process {number} of {count} looks for the others at {address}",
+        file=sys.stderr,
+        flush=True,
+    )
     jax.distributed.initialize(
         address, int(count), int(number), cluster_detection_method="deactivate"
     )
