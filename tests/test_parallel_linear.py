@@ -189,6 +189,16 @@ def test_rings_need_activations_that_are_split_on_embed():
         Partitioning(4, 2, ring_projections=True)
 
 
+def test_a_mesh_with_rings_refuses_a_tower_without_fused_projections():
+    for config in (tiny_models.tower_config(), tiny_models.classic_tower_config()):
+        tower = vit.VisionTower(config)
+        with (
+            Partitioning(4, 2, 2, ring_projections=True).activate(),
+            pytest.raises(ValueError, match="Set fused_projections=True"),
+        ):
+            jax.eval_shape(tower.init, jax.random.key(0), IMAGES)
+
+
 # Unrolled, and in the forms of scan and remat that large towers train in.
 TOWERS = {
     "unrolled": dict(),

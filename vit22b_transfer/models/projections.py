@@ -39,3 +39,13 @@ def projection(
     if function is None:
         return layers.linear(x, kernel)
     return checkpoint_name(function(x, kernel), NAME)
+
+
+def refuse_separate() -> None:
+    """Raises ValueError where `projection` is taken over; for who does not call it."""
+    if _projecting.get() is not None:
+        raise ValueError(
+            "the mesh computes fused projections as rings (ring_projections), but this "
+            "tower has none. Set fused_projections=True in its config, which needs "
+            "parallel blocks, or choose a mesh file without rings."
+        )

@@ -15,9 +15,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit22b_transfer.models import attention, layers
+from vit22b_transfer.models import attention, layers, projections
 from vit22b_transfer.models.lora import LoraConfig
-from vit22b_transfer.models.projections import projection
 
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
 
@@ -132,6 +131,8 @@ class Block(nn.Module):
         angles: Float[Array, "length half"] | None = None,
     ):
         scaled = self.config.layer_scale
+        if not self.config.fused_projections:
+            projections.refuse_separate()
         y = self.norm(x)
         if not self.config.parallel:
             y = self.attention(y, y, angles=angles)
@@ -162,7 +163,7 @@ class Block(nn.Module):
             return array.reshape(*array.shape[:-1], heads, -1)
 
         kernel = jnp.concatenate([by_head(part.weights) for part in parts], axis=-1)
-        z = projection(y.astype(dtype), kernel.reshape(cfg.width, -1))
+        z = projections.projection(y.astype(dtype), kernel.reshape(cfg.width, -1))
         z = z.reshape(*y.shape[:2], heads, -1)
         cuts = np.cumsum([cfg.head_dim] * 3)
         query, key, value, hidden = jnp.split(z, cuts, axis=-1)
@@ -180,7 +181,7 @@ class Block(nn.Module):
             [part.weights.reshape(heads, -1, cfg.width) for part in (mha.out, mlp.wo)],
             axis=1,
         )
-        result = projection(
+        result = projections.projection(
             joined.reshape(*y.shape[:2], -1), out.reshape(-1, cfg.width)
         )
         for part, branch in ((mha.out, weighted), (mlp.wo, hidden)):
