@@ -261,5 +261,6 @@ def test_every_gin_file_is_built_by_a_test():
     tested |= {ROOT / name for name in included}
     tested |= {CONFIGS / "runs/cached_features.gin"}  # in test_feature_cache.py
     tested |= {CONFIGS / "models/int8_tower.gin"}  # in test_int8.py
+    tested |= {CONFIGS / "runs/bench.gin"}  # in test_bench.py
     tested |= {LORA, CONFIGS / "models/no_tower.gin"}
     assert set(CONFIGS.rglob("*.gin")) == tested
