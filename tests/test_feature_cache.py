@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
+import test_processes
 import tiny_captions
 import tiny_models
 import tiny_runs
@@ -20,7 +21,7 @@ from tiny_captions import BATCH_SIZE, LENGTHS, ONE_DEVICE
 from tiny_models import assert_within
 
 from vit22b_transfer import recipes
-from vit22b_transfer.data import batches, feature_cache, sources
+from vit22b_transfer.data import batches, feature_cache, scenes, sources
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
 from vit22b_transfer.data.feature_shards import Shard
 from vit22b_transfer.inference import cache_features, infer
@@ -117,6 +118,13 @@ def task(folder):
     tiny_captions.register(TASK, folder)
     yield
     seqio.TaskRegistry.remove(TASK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +320,9 @@ def test_a_cache_of_another_tower_is_stale(cache, written, tmp_path):
     wider = model()
     tower = dataclasses.replace(wider.module.tower, norm_epsilon=1e-3)
     wider.module = wider.module.clone(tower=tower)
-    refused(cache, r"stale.*\n.*: tower.norm_epsilon \('1e-06' there", the_model=wider)
+    refused(
+        cache, r"stale.*\n.*: tower.norm_epsilon \(None there, '0.001'", the_model=wider
+    )
 
 
 def test_how_the_tower_is_computed_does_not_make_a_cache_stale(cache, written):
@@ -425,6 +435,43 @@ def test_a_batch_on_several_devices_gives_the_same_shards(
             np.testing.assert_allclose(*tokens, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_shards_out_and_train_on_them(tmp_path):
+    scenes.write_scenes(
+        tmp_path / "data", seed=3, sizes={"train": 12, "validation": 4, "test": 4}
+    )
+    (tmp_path / "recipe.gin").write_text(test_processes.RECIPE)
+    tower, cache, on_cache = (
+        tmp_path / name for name in ("tower", "cache", "on_cache")
+    )
+    values = dict(
+        CACHE_DIR=str(cache),
+        TOWER_CHECKPOINT=str(tower),
+        TRAIN_STEPS=2,
+        cache_features__cache_features__examples_per_shard=7,
+    )
+    file = "gin_configs/runs/cached_features.gin"
+    commands = [
+        test_processes.train(tmp_path, tower, 1, 1),
+        *(
+            test_processes.command(name, tmp_path, on_cache, file, **values)
+            for name in ("cache-features", "train")
+        ),
+    ]
+    with test_processes.started(tmp_path, "two", 2, commands) as children:
+        test_processes.finish(tmp_path, "two", children)
+    [train] = cache.glob("*train*")
+    shards = [Shard(str(path)) for path in sorted(train.glob("*.array_record"))]
+    # Five captions of each of twelve images.
+    assert [len(shard.examples) for shard in shards] == [7] * 8 + [4]
+    rows, shown = (
+        [image for shard in shards for image in getattr(shard, name)]
+        for name in ("rows", "examples")
+    )
+    assert set(rows) == set(shown) and len(set(shown)) == 12
+    assert checkpoints.latest_step(str(on_cache)) == 2
+
+
 # --- Training ---
 
 
@@ -432,7 +479,6 @@ def test_a_batch_on_several_devices_gives_the_same_shards(
 def runs(tmp_path_factory, cache, written, checkpoint):
     """(live and frozen, cached): result and directory of the same training."""
     found = []
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles in a third
     for name, frozen, tokens in (("live", FROZEN, None), ("cached", (), cache)):
         model_dir = tmp_path_factory.mktemp(name)
         result = fine_tune(
@@ -445,7 +491,6 @@ def runs(tmp_path_factory, cache, written, checkpoint):
             initial=InitialCheckpoint(checkpoint),
         )
         found.append((result, model_dir))
-    jax.config.update("jax_disable_most_optimizations", False)
     return found
 
 

@@ -309,8 +309,8 @@ def _why_not(wanted: Wanted) -> str:
 
 def _differences(theirs, ours, outer=""):
     differing = []
-    for name, value in ours.items():
-        other = theirs.get(name)
+    for name in {**ours, **theirs}:
+        value, other = ours.get(name), theirs.get(name)
         if isinstance(value, dict) and isinstance(other, dict):
             differing += _differences(other, value, f"{name}.")
         elif other != value:

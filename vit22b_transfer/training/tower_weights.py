@@ -61,15 +61,18 @@ def record_of(cache: Any) -> dict[str, Any]:
 
 
 def description(config: Any) -> dict[str, str]:
-    """The fields of a tower's configuration, as far as they decide the tokens."""
+    """What a tower's configuration sets of all that decides the tokens."""
     plain = {"pooling": "none", "lora": None, "scan_layers": False, "remat": "none"}
     config = dataclasses.replace(config, **plain)
-    fields = {
-        field.name: getattr(config, field.name) for field in dataclasses.fields(config)
-    }
-    for name in ("dtype", "param_dtype"):  # named or given as a class
-        fields[name] = np.dtype(fields[name]).name
-    return {name: str(value) for name, value in fields.items()}
+    fields = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name.endswith("dtype"):  # by name, or as a class
+            fields[field.name] = np.dtype(value).name
+        # A field that later versions add leaves older caches as good as they were.
+        elif value != field.default:
+            fields[field.name] = str(value)
+    return fields
 
 
 def wanted_features(
