@@ -10,20 +10,19 @@ import shutil
 from collections.abc import Callable
 
 import gin
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from tiny_models import Vocabulary, assert_within, image_text_model, images, jit
 from torch_peers import import_peer
 
 from vit22b_transfer import cli, recipes
 from vit22b_transfer.models import lora, multimodal, prefix_lm, vit
-from vit22b_transfer.weights import tensor_files
-from vit22b_transfer.weights.tower_rows import CLIP
+from vit22b_transfer.weights import peft_adapters, peft_modules, tensor_files
+from vit22b_transfer.weights.tower_rows import CLIP, HALF, IMAGENET
 
 transformers = import_peer("transformers")
 peft = import_peer("peft")
@@ -55,8 +54,8 @@ PROMPT, TARGETS = tokens_of(5), tokens_of(7, seed=1)
 SHIFTED = np.pad(TARGETS, ((0, 0), (1, 0)))[:, :-1]
 
 
-def scaled(mean=0.5, deviation=0.5):
-    values = (PIXELS / 255.0 - mean) / deviation
+def scaled(mean, deviation):
+    values = (PIXELS / 255.0 - np.array(mean)) / np.array(deviation)
     return torch.tensor(values).permute(0, 3, 1, 2).float()
 
 
@@ -99,15 +98,27 @@ def paligemma_logits(model):
         input_ids=torch.tensor(ids),
         token_type_ids=torch.tensor(kinds.astype(int)),
         attention_mask=torch.ones(ids.shape, dtype=torch.long),
-        pixel_values=scaled(),
+        pixel_values=scaled(*HALF),
     ).logits
     return logits[:, -TARGETS.shape[1] :]
 
 
-def their_output(model):
-    kind = model.config.model_type
-    output = model(pixel_values=scaled(*CLIP) if kind.startswith("clip") else scaled())
-    return output.last_hidden_state[:, 0] if kind == "vit" else output.pooler_output
+def pooled(colours=HALF):
+    return lambda model: model(pixel_values=scaled(*colours)).pooler_output
+
+
+def class_token(colours=HALF):
+    """Of the classes that pool in no way of ours."""
+    return lambda model: model(pixel_values=scaled(*colours)).last_hidden_state[:, 0]
+
+
+def naflex_pooled(model):
+    patches = scaled(*HALF).unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1)
+    return model(
+        patches.reshape(BATCH, 4, -1),
+        torch.ones(BATCH, 4, dtype=torch.int64),
+        torch.tensor([[2, 2]] * BATCH),
+    ).pooler_output
 
 
 def paligemma():
@@ -123,23 +134,23 @@ def paligemma():
     return transformers.PaliGemmaForConditionalGeneration(config)
 
 
-def t5():
+def t5(name="T5", **options):
     sizes = dict(vocab_size=VOCAB, d_model=24, d_kv=8, d_ff=48, num_layers=2)
-    config = transformers.T5Config(
-        **sizes, num_heads=3, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+    config = getattr(transformers, f"{name}Config")(
+        **sizes, num_heads=3, tie_word_embeddings=False, **options
     )
-    return transformers.T5ForConditionalGeneration(config)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
-def gemma():
-    config = transformers.Gemma2Config(
-        **GEMMA, sliding_window=64, attn_implementation="eager"
+def gemma(name, config_name, **options):
+    config = getattr(transformers, config_name)(
+        **GEMMA, attn_implementation="eager", **options
     )
-    return transformers.Gemma2ForCausalLM(config)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
-def tower_of(name):
-    config = getattr(transformers, f"{name}Config")(**TOWER)
+def tower_of(name, **options):
+    config = getattr(transformers, f"{name}Config")(**TOWER, **options)
     return getattr(transformers, f"{name}Model")(config)
 
 
@@ -148,7 +159,8 @@ class Case:
     """A class of theirs, what PEFT updates in it, and how both compute.
 
     modules: names, as PEFT takes them. root, tower: what of ours the gin file of an
-    import configures. older: what the names were in transformers 4.
+    import configures. older: what the names were in transformers 4, or are in a model
+    that holds this one.
     """
 
     family: str
@@ -160,10 +172,17 @@ class Case:
     older: tuple[tuple[str, str], ...] = ()
 
 
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+OLDER_ATTENTION = (
+    ("attention.q_proj", "attention.attention.query"),
+    ("attention.k_proj", "attention.attention.key"),
+    ("attention.v_proj", "attention.attention.value"),
+    ("attention.o_proj", "attention.output.dense"),
+)
 CASES = {
     "T5": Case(
         "hf-t5",
-        t5,
+        lambda: t5(feed_forward_proj="gated-gelu"),
         ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
         t5_logits,
         multimodal.ImageTextModule,
@@ -171,7 +190,7 @@ CASES = {
     ),
     "Gemma 2": Case(
         "hf-gemma",
-        gemma,
+        lambda: gemma("Gemma2", "Gemma2Config", sliding_window=64),
         ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"],
         gemma_logits,
         prefix_lm.PrefixLMModule,
@@ -193,26 +212,73 @@ CASES = {
         "hf-siglip",
         lambda: tower_of("SiglipVision"),
         ["q_proj", "v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"],
-        their_output,
+        pooled(),
         older=(("encoder.", "vision_model.encoder."),),
     ),
     "CLIP": Case(
-        "hf-clip", lambda: tower_of("CLIPVision"), ["k_proj", "fc2"], their_output
+        "hf-clip", lambda: tower_of("CLIPVision"), ["k_proj", "fc2"], pooled(CLIP)
     ),
     "ViT": Case(
         "hf-vit",
         lambda: tower_of("ViT"),
-        ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
-        their_output,
+        [*ATTENTION, "fc1", "fc2"],
+        class_token(),
         older=(
             ("layers.", "vit.encoder.layer."),
-            ("attention.q_proj", "attention.attention.query"),
-            ("attention.k_proj", "attention.attention.key"),
-            ("attention.v_proj", "attention.attention.value"),
-            ("attention.o_proj", "attention.output.dense"),
+            *OLDER_ATTENTION,
             ("mlp.fc1", "intermediate.dense"),
             ("mlp.fc2", "output.dense"),
         ),
+    ),
+    "SigLIP 2 NaFlex": Case(
+        "hf-siglip2-naflex",
+        lambda: tower_of("Siglip2Vision", num_patches=4),
+        ["q_proj", "v_proj", "self_attn.out_proj", "mlp.fc1"],
+        naflex_pooled,
+    ),
+    # The files fuse what are two modules of the gated MLP.
+    "DINOv2 g": Case(
+        "hf-dinov2",
+        lambda: tower_of("Dinov2", use_swiglu_ffn=True),
+        ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        pooled(IMAGENET),
+    ),
+    "DINOv2 registers": Case(
+        "hf-dinov2",
+        lambda: tower_of("Dinov2WithRegisters", mlp_ratio=2),
+        [*ATTENTION, "fc1", "fc2"],
+        pooled(IMAGENET),
+        older=(("encoder.", "dinov2_with_registers.encoder."), *OLDER_ATTENTION),
+    ),
+    "DINOv3": Case(
+        "hf-dinov3",
+        lambda: tower_of("DINOv3ViT", num_register_tokens=2),
+        [*ATTENTION, "up_proj", "down_proj"],
+        pooled(IMAGENET),
+        older=(("model.layer.", "layer."),),
+    ),
+    "InternViT": Case(
+        "hf-internvl-vision",
+        lambda: tower_of("InternVLVision", use_qk_norm=True, norm_type="rms_norm"),
+        ["q_proj", "k_proj", "v_proj", "projection_layer", "fc1", "fc2"],
+        class_token(IMAGENET),
+        older=(("encoder.", "model.vision_tower.encoder."),),
+    ),
+}
+# Of families that are above, other layouts: outputs alone.
+VARIANTS = {
+    # With ByT5's unequal depths and the first T5's MLP.
+    "mT5": dataclasses.replace(
+        CASES["T5"],
+        build=lambda: t5("MT5", num_decoder_layers=1, feed_forward_proj="relu"),
+        modules=["q", "v", "o", "wi", "wo"],
+    ),
+    "Gemma 1": dataclasses.replace(
+        CASES["Gemma 2"], build=lambda: gemma("Gemma", "GemmaConfig")
+    ),
+    "Gemma 3": dataclasses.replace(
+        CASES["Gemma 2"],
+        build=lambda: gemma("Gemma3", "Gemma3TextConfig", sliding_window=64),
     ),
 }
 
@@ -250,9 +316,9 @@ class Imported:
         return os.path.join(os.path.dirname(self.out), name)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module")
 def imported(request, tmp_path_factory):
-    case = CASES[request.param]
+    case = (CASES | VARIANTS)[request.param]
     folder = tmp_path_factory.mktemp(case.family)
     source, adapter, out = (str(folder / n) for n in ("source", "adapter", "out"))
     model = drawn(case.build())
@@ -272,6 +338,16 @@ def imported(request, tmp_path_factory):
     assert np.max(np.abs(expected - plain)) > 0.03, "the adapter does something"
     assert cli.main(["import", source, adapter, "--out", out]) == 0
     return Imported(case, source, adapter, out, expected)
+
+
+def arrays_of(out):
+    """Those that were imported, by name."""
+    tensors = tensor_files.open_tensors(f"{out}/checkpoint_0")
+    return {
+        name.removeprefix("target/"): tensor.read()
+        for name, tensor in tensors.items()
+        if name.startswith("target/")
+    }
 
 
 def our_model(case, out):
@@ -297,31 +373,17 @@ def our_model(case, out):
         module = image_text_model(module).module
     vocabulary = Vocabulary(2)
     model = multimodal.ImageTextModel(module, vocabulary, vocabulary, lora=config)
-    tensors = tensor_files.open_tensors(f"{out}/checkpoint_0")
-    params = {
-        name.removeprefix("target/"): jnp.asarray(tensor.read())
-        for name, tensor in tensors.items()
-        if name.startswith("target/")
+    params = {name: jnp.asarray(x) for name, x in arrays_of(out).items()}
+    kernels = {name for name in params if name.endswith("/kernel")}
+    updated = {name for name in kernels if f"{name[:-6]}lora_a" in params}
+    # An image-text model does without SigLIP's pooling.
+    assert {name for name in kernels if config.chooses(name)} == {
+        name for name in updated if "/map/" not in name
     }
-    shapes = {
-        "encoder_input_images": (1, 16, 16, 3),
-        "encoder_input_tokens": (1, 2),
-        "decoder_input_tokens": (1, 2),
-    }
-    variables = jax.eval_shape(
-        lambda: model.get_initial_variables(jax.random.key(0), shapes)
-    )
-    chosen = {
-        name: leaf.shape
-        for name, leaf in flatten_dict(variables["params"], sep="/").items()
-        if "lora_" in name
-    }
-    # The image-text model does without SigLIP's pooling.
-    updates = {n: x.shape for n, x in params.items() if "lora_" in n}
-    assert chosen == {n: shape for n, shape in updates.items() if "/map/" not in n}
     return model, unflatten_dict(params, sep="/")
 
 
+@pytest.mark.parametrize("imported", CASES | VARIANTS, indirect=True)
 def test_an_imported_adapter_computes_what_pefts_model_does(imported):
     model, params = our_model(imported.case, imported.out)
     assert model.lora.rank == 3 and model.lora.alpha == 5.0
@@ -331,6 +393,7 @@ def test_an_imported_adapter_computes_what_pefts_model_does(imported):
     assert_within(TOLERANCE, actual, imported.expected, name)
 
 
+@pytest.mark.parametrize("imported", CASES, indirect=True)
 def test_peft_loads_an_exported_adapter_and_computes_the_same(imported):
     exported = imported.path("exported")
     format = ["--format", imported.case.family]
@@ -348,6 +411,7 @@ def test_peft_loads_an_exported_adapter_and_computes_the_same(imported):
     np.testing.assert_array_equal(actual, imported.expected)
 
 
+@pytest.mark.parametrize("imported", CASES, indirect=True)
 def test_hugging_face_loads_a_merged_export_and_computes_the_same(imported, capsys):
     merged = imported.path("merged")
     command = ["export", imported.out, "--format", imported.case.family]
@@ -363,24 +427,64 @@ def test_hugging_face_loads_a_merged_export_and_computes_the_same(imported, caps
     assert_within(TOLERANCE, actual, imported.expected, name)
 
 
-@pytest.mark.parametrize(
-    "imported", [name for name in CASES if CASES[name].older], indirect=True
-)
-def test_names_that_transformers_4_gave_its_modules_are_read_too(imported):
-    adapter, out = imported.path("older"), imported.path("older_out")
-    os.mkdir(adapter)
-    shutil.copy(f"{imported.adapter}/adapter_config.json", adapter)
+PREFIX = "base_model.model."
+
+
+def with_modules(imported, renamed):
+    """The directory of the same adapter, its modules called otherwise."""
+    folder = imported.path("renamed")
+    os.mkdir(folder)
+    shutil.copy(f"{imported.adapter}/adapter_config.json", folder)
     tensors = safetensors.numpy.load_file(
         f"{imported.adapter}/adapter_model.safetensors"
     )
-    renamed = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("base_model.model.")
-        for new, old in imported.case.older:
+    tensors = {
+        f"{PREFIX}{renamed(name.removeprefix(PREFIX))}": tensor
+        for name, tensor in tensors.items()
+    }
+    safetensors.numpy.save_file(tensors, f"{folder}/adapter_model.safetensors")
+    return folder
+
+
+def older(case):
+    """A function from a module's name to the one that the case calls older."""
+
+    def renamed(name):
+        for new, old in case.older:
             name = name.replace(new, old)
-        renamed[f"base_model.model.{name}"] = tensor
-    safetensors.numpy.save_file(renamed, f"{adapter}/adapter_model.safetensors")
+        return name
+
+    return renamed
+
+
+@pytest.mark.parametrize("imported", ["ViT"], indirect=True)
+def test_an_adapter_by_the_names_of_transformers_4_is_imported_alike(imported):
+    out = imported.path("older_out")
+    adapter = with_modules(imported, older(imported.case))
     assert cli.main(["import", imported.source, adapter, "--out", out]) == 0
-    _, expected = our_model(imported.case, imported.out)
-    _, actual = our_model(imported.case, out)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    expected, actual = arrays_of(imported.out), arrays_of(out)
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(actual[name], array, name)
+
+
+@pytest.mark.parametrize(
+    "imported", [name for name in CASES if CASES[name].older], indirect=True
+)
+def test_names_of_transformers_4_and_of_models_around_a_tower_are_known(imported):
+    family, renamed = imported.case.family, older(imported.case)
+    modules = peft_adapters.open_adapter(imported.adapter).pairs
+    assert not set(map(renamed, modules)) >= set(modules)
+    for name in modules:
+        plain = peft_modules.plain(renamed(name), family)
+        assert plain == peft_modules.plain(name, family)
+
+
+@pytest.mark.parametrize("imported", ["DINOv2 g"], indirect=True)
+def test_an_update_of_what_transformers_4_fused_is_refused(imported, capsys):
+    adapter = with_modules(imported, lambda n: n.replace("gate_proj", "weights_in"))
+    out = imported.path("fused_out")
+    assert cli.main(["import", imported.source, adapter, "--out", out]) == 1
+    said = capsys.readouterr().err
+    assert "encoder.layer.0.mlp.weights_in: there is no update of such a mod" in said
+    assert "mlp.gate_proj" in said and "merge_and_unload" in said

@@ -305,15 +305,16 @@ def test_alpha_comes_from_the_checkpoint_or_the_user(trained, tmp_path, capsys):
     "family, said",
     [
         ("hf-siglip", "hf-siglip keeps these kernels fused .*map/attention/query/ker"),
-        ("hf-dinov2", "adapters are read and written for models of the families hf-t5"),
+        # The published files, which fuse queries, keys and values.
+        ("hf-internvit", "for models of the families hf-t5.* leave --adapter out"),
     ],
 )
 def test_updates_without_a_place_in_an_adapter_are_refused(
     family, said, tmp_path, capsys
 ):
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    sizes |= dict(intermediate_size=64, patch_size=8, image_size=16, mlp_ratio=2)
-    kind = {"hf-siglip": "siglip_vision_model", "hf-dinov2": "dinov2"}[family]
+    sizes |= dict(intermediate_size=64, patch_size=8, image_size=16)
+    kind = {"hf-siglip": "siglip_vision_model", "hf-internvit": "intern_vit_6b"}[family]
     config = sizes | dict(model_type=kind)
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = sources.by_name(families.FAMILIES, family)

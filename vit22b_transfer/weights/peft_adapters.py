@@ -297,7 +297,8 @@ def plan_updates(
             f"{adapter.source} does not fit the model that is imported with it:\n  "
             + "\n  ".join(problems[:SHOWN] + more)
             + "\nUpdates are of the kernels of attention and MLPs; import the adapter "
-            "with the model that it was trained on."
+            "with the model that it was trained on, or merge it into that with PEFT "
+            "(merge_and_unload) and import the result."
         )
     arrays = {}
     for kernel in {slot.name for slot in places.values()}:
