@@ -18,33 +18,14 @@ import interleave
 import jax
 import jax.numpy as jnp
 import workload
-from flax import linen as nn
 
-from vit22b_transfer.models import vit
+from vit22b_transfer.models import multimodal, vit
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import optimizers, steps
 from vit22b_transfer.training.state import TrainState
 
 FROZEN = ("encoder/tower/.*",)
-TOKENS = "image_tokens"
 FROZEN_STEP, TOWER, DECODER = "frozen step", "tower forward", "step on tokens"
-
-
-class OnTokens:
-    """A model whose batches carry the tower's tokens, so that the tower is not run."""
-
-    def __init__(self, model):
-        self._model = model
-        self.frozen, self.optimizer_def = model.frozen, model.optimizer_def
-
-    def loss_fn(self, params, batch, dropout_rng):
-        def tokens_for_tower(call, args, kwargs, context):
-            if isinstance(context.module, vit.VisionTower):
-                return vit.TowerOutput(batch[TOKENS], None, {})
-            return call(*args, **kwargs)
-
-        with nn.intercept_methods(tokens_for_tower):
-            return self._model.loss_fn(params, batch, dropout_rng)
 
 
 class Forward:
@@ -109,11 +90,11 @@ def main():
     optimizer = optimizers.freeze(optimizer, params, FROZEN)
 
     tower = Forward(model.module.tower, params["encoder"]["tower"], batch)
-    tokens = batch | {TOKENS: tower()}
+    tokens = batch | {multimodal.FEATURES: tower()}
     runs = {
         FROZEN_STEP: Step(model, optimizer, params, batch),
         TOWER: tower,
-        DECODER: Step(OnTokens(model), optimizer, params, tokens),
+        DECODER: Step(model, optimizer, params, tokens),
         "all differentiated": Step(everything, optimizer, params, batch),
     }
     samples = interleave.interleave(runs, options.rounds)
