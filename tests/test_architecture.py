@@ -27,6 +27,7 @@ EDGES = {
     "weights_commands",
     "demo",
     "bench",
+    "plan_advice",
     "plan_commands",
     "planning",
     "recipes",

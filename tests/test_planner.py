@@ -10,7 +10,7 @@ import pytest
 from tiny_gemma import prefix_lm_model, prefix_lm_module
 from tiny_models import IMAGE_SIZE, image_text_model, text_config, tower_config
 
-from vit22b_transfer import planning
+from vit22b_transfer import cli, plan_advice, planning
 from vit22b_transfer.models import lora
 from vit22b_transfer.partitioning import devices, planner
 from vit22b_transfer.partitioning.plan_memory import Layout
@@ -64,6 +64,11 @@ def run_of(name):
     return job_of(name).run()
 
 
+def planned_on(devices):
+    """A mesh that divides everything: one of the devices is used."""
+    return planner.planned(Partitioning(), devices, data=1, model=1)
+
+
 def plan_of(name, devices=1, device=H100, **mesh):
     return planner.Plan(
         run_of(name), planner.planned(Partitioning(), devices, **mesh), device
@@ -114,17 +119,12 @@ TOWER = tower_config(**SIZES, depth=1)
 TEXT = text_config(**SIZES, head_dim=4, num_encoder_layers=0, num_decoder_layers=1)
 
 
-@pytest.mark.parametrize(
-    "mesh, optimizer, frozen",
-    [
-        ((4, 2, 2, 2), optimizers.adamw, ()),
-        ((2, 4, 1, 1), optimizers.adafactor, ("encoder/tower/.*",)),
-    ],
-    ids=["full", "frozen"],
-)
-def test_argument_bytes_are_those_of_the_compiled_step(mesh, optimizer, frozen):
-    model = image_text_model(TOWER, TEXT, optimizer_def=optimizer(1e-3), frozen=frozen)
-    partitioning = Partitioning(*mesh)
+def test_argument_bytes_are_those_of_the_compiled_step():
+    """Full and LoRA runs, and 22 B parameters: benchmarks/plan_22b.py."""
+    frozen = ("encoder/tower/.*",)
+    optimizer = optimizers.adafactor(1e-3)
+    model = image_text_model(TOWER, TEXT, optimizer_def=optimizer, frozen=frozen)
+    partitioning = Partitioning(4, 2, 2, 2)
     job = planning.Job(model, abstract_batch(), partitioning)
     plan = planner.Plan(job.run(), planner.planned(partitioning, 8), H100)
     memory = planning.compile_step(job, partitioning).memory_analysis()
@@ -181,18 +181,50 @@ def test_a_vocabulary_that_does_not_divide_is_told_with_its_parameter():
 
 
 def test_a_batch_that_does_not_divide_is_told_with_the_line_that_helps():
-    with pytest.raises(ValueError, match="Set BATCH_SIZE = 12"):
-        planner.Plan(
-            planning.Job(model_of("plain"), abstract_batch(9), Partitioning()).run(),
-            planner.planned(Partitioning(), 4),
-            H100,
-        )
+    with pytest.raises(ValueError, match="Set BATCH_SIZE = 9"):
+        plan_of("plain", 3)
 
 
 def test_a_device_that_is_too_small_is_told():
     small = dataclasses.replace(H100, memory=1e5)
     assert plan_of("plain").fits
     assert not plan_of("plain", device=small).fits
+
+
+def test_knobs_are_ranked_by_what_they_leave_and_name_their_gin_lines():
+    small = dataclasses.replace(H100, memory=1e5)
+    plan = plan_of("scanned", 8, device=small)
+    found = plan_advice.knobs(job_of("scanned"), plan)
+    totals = [knob.plan.total for knob in found]
+    assert totals == sorted(totals) and totals[-1] < plan.total
+    lines = {line for knob in found for line in knob.lines}
+    assert {
+        "rules.Partitioning.parameter_partitioning_dims = 2",
+        "multimodal.ImageTextModel.frozen = ('encoder/tower/.*',)",
+        "include 'gin_configs/models/lora.gin'",
+        "multimodal.ImageTextModel.optimizer_def = @optimizers.adafactor()",
+    } <= lines
+    for knob in found:
+        if knob.lines[0].startswith("include"):
+            assert knob.plan.memory["optimizer"] < 0.5 * plan.memory["optimizer"]
+
+
+def test_the_search_finds_the_fastest_mesh_that_fits():
+    plan = plan_of("plain", 8)
+    found = plan_advice.meshes(plan)
+    assert {p.partitioning.mesh.size for p in found} == {8}
+    times = [p.time.longest for p in found]
+    assert times == sorted(times) and all(p.fits for p in found)
+    # Between the largest and the smallest: the largest are put behind.
+    limit = (min(p.total for p in found) + max(p.total for p in found)) / 2 / 0.95
+    small = dataclasses.replace(H100, memory=limit)
+    best = plan_advice.meshes(dataclasses.replace(plan, device=small))
+    assert best[0].fits and not best[-1].fits
+
+
+def test_no_mesh_of_devices_that_divide_nothing():
+    with pytest.raises(ValueError, match="no mesh of 7 devices divides"):
+        plan_advice.meshes(planner.Plan(run_of("plain"), planned_on(7), H100))
 
 
 def test_unknown_devices_list_the_nearest():
@@ -228,3 +260,13 @@ def test_a_prefix_lm_is_planned_alike():
     plan = planner.Plan(job.run(), planner.planned(Partitioning(), 1), H100)
     assert plan.flops["decoder", "backward"] == 2 * plan.flops["decoder", "forward"]
     assert "DOES NOT" not in "\n".join(planning.report(plan))
+
+
+def test_the_command_plans_a_recipe_without_its_model_dir_or_data(capsys):
+    arguments = ["plan", "--gin_file=gin_configs/recipes/my_captions.gin"]
+    arguments += ["--gin.T5Config.scan_layers=True", "--devices=4", "--device=a100"]
+    assert cli.main([*arguments, "--gin.vit22b_config.scan_layers=True"]) == 0
+    out = capsys.readouterr().out
+    assert "a100, 4 devices: mesh 4 data x 1 model; batch 64 in 1 microbatches" in out
+    assert "fits: " in out and "DOES NOT FIT" not in out
+    assert cli.main([*arguments, "--gin.Partitioning.model=3"]) == 1

@@ -23,11 +23,20 @@ def add_to(
 
     def run(args):
         with quietly():
-            plan = _plan(args, search_paths)
-        from vit22b_transfer import planning
+            job, plan = _planned(args, search_paths)
+        from vit22b_transfer import plan_advice, planning
 
         for line in planning.report(plan):
             print(line)
+        if not plan.fits:
+            for line in plan_advice.advice(job, plan):
+                print(line)
+        if args.search:
+            for line in plan_advice.proposal(plan_advice.search(job, plan)):
+                print(line)
+        if args.compile:
+            for line in planning.compare(job, plan):
+                print(line)
 
     command = add(
         "plan",
@@ -41,13 +50,26 @@ def add_to(
         "--device", default="h100", help="h100, h200, a100, tpu-v4 ... or cpu"
     )
     command.add_argument("--devices", type=int, default=1, help="how many")
+    command.add_argument(
+        "--compile",
+        action="store_true",
+        help="also compile the step for as many simulated devices, and compare",
+    )
+    command.add_argument(
+        "--search",
+        action="store_true",
+        help="also look for the best mesh and batch of as many devices",
+    )
 
 
-def _plan(args: argparse.Namespace, search_paths: Sequence[str]):
+def _planned(args: argparse.Namespace, search_paths: Sequence[str]):
+    """The job of the recipe, and its plan."""
     import jax
 
     # A plan for other devices must not take memory of those that are here.
     jax.config.update("jax_platforms", "cpu")
+    if args.compile:
+        jax.config.update("jax_num_cpu_devices", args.devices)
     from vit22b_transfer import planning, recipes
     from vit22b_transfer.partitioning import devices, planner
     from vit22b_transfer.training import train
@@ -60,4 +82,4 @@ def _plan(args: argparse.Namespace, search_paths: Sequence[str]):
     arguments = recipes.arguments(recipe, train.fine_tune, search_paths)
     job = planning.Job.of_arguments(arguments)
     partitioning = planner.planned(job.partitioning, args.devices)
-    return planner.Plan(job.run(), partitioning, device)
+    return job, planner.Plan(job.run(), partitioning, device)

@@ -1,12 +1,14 @@
 """`vit22b plan`: the run of a recipe, planned for devices that need not be there."""
 
 import dataclasses
+import resource
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from vit22b_transfer.partitioning import planner
+from vit22b_transfer.partitioning import devices, planner
 from vit22b_transfer.partitioning.plan_trace import Value
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import optimizers, state, steps
@@ -40,6 +42,19 @@ class Job:
             arguments.get("num_microbatches", 1),
         )
 
+    @property
+    def batch_size(self) -> int:
+        """Examples per step."""
+        return next(iter(self.batch.values())).shape[0]
+
+    def with_batch(self, size: int) -> "Job":
+        """The same job with batches of another size."""
+        batch = {
+            name: jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype)
+            for name, array in self.batch.items()
+        }
+        return dataclasses.replace(self, batch=batch)
+
     def variables(self) -> dict[str, Any]:
         """Abstract `params` and `params_axes`."""
         shapes = {name: array.shape for name, array in self.batch.items()}
@@ -61,11 +76,53 @@ class Job:
         )
 
 
+def compare(job: Job, plan: planner.Plan) -> Iterator[str]:
+    """The plan beside what the compiler makes of the true step, in lines of text.
+
+    The compiler is that of CPUs: arguments are those of any device, what is held
+    beside them depends on the device's compiler.
+    """
+    plan = dataclasses.replace(plan, device=devices.device("cpu"))
+    began = time.perf_counter()
+    memory = compile_step(job, job.partitioning).memory_analysis()
+    seconds = time.perf_counter() - began
+    if memory is None:
+        raise ValueError("this device's compiler tells no memory.")
+    arguments = memory.argument_size_in_bytes
+    beside = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    beside -= memory.alias_size_in_bytes
+    rows = (
+        ("arguments", plan.arguments, arguments),
+        ("beside them", plan.total - plan.arguments, beside),
+        ("total", plan.total, arguments + beside),
+    )
+    lines = [
+        (name, [f"{a / GIB:.4f}", f"{b / GIB:.4f}", f"{a / b:.3f}"])
+        for name, a, b in rows
+    ]
+    yield ""
+    yield from _table("GiB per device", ["planned", "compiled", "ratio"], lines)
+    # Linux counts in KiB.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    yield f"compiled in {seconds:.1f} s; this process held {peak:.2f} GiB at most"
+
+
 def compile_step(job: Job, partitioning: Partitioning) -> jax.stages.Compiled:
     """The true train step, compiled for the devices of the mesh; no state is made.
 
     `partitioning` needs its devices: simulated ones will do.
     """
+    update, arguments = _step(job, partitioning)
+    step = steps.make_train_step(update, 1)
+    return steps.compile_train_step(step, *arguments, partitioning)
+
+
+def abstract_arguments(job: Job, partitioning: Partitioning) -> tuple[Any, ...]:
+    """State, window, batch and key of the train step, abstract but for the key."""
+    return _step(job, partitioning)[1]
+
+
+def _step(job, partitioning):
     model, replicated = job.model, partitioning.replicated
     batch = {
         name: jax.ShapeDtypeStruct(
@@ -85,8 +142,7 @@ def compile_step(job: Job, partitioning: Partitioning) -> jax.stages.Compiled:
     window = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), window
     )
-    step = steps.make_train_step(update, 1)
-    return steps.compile_train_step(step, abstract, window, batch, rng, partitioning)
+    return update, (abstract, window, batch, rng)
 
 
 def _optimizer_values(model, variables) -> tuple[Value, ...]:

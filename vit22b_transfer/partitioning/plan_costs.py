@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from vit22b_transfer.partitioning.devices import Device
 from vit22b_transfer.partitioning.plan_memory import Layout, Lifetimes
-from vit22b_transfer.partitioning.plan_trace import VIEWS, Program, Step, Value
+from vit22b_transfer.partitioning.plan_trace import VIEWS, Axes, Program, Step, Value
 
 _LINEAR = VIEWS | {"add", "add_any", "convert_element_type", "neg"}
 
@@ -101,18 +101,18 @@ class _Collectives:
 
     def _product(self, step: Step) -> None:
         (contracted, batch) = step.dot
-        left, right = (self._layout.spec(value.axes) for value in step.reads)
+        left: Axes = self._layout.spec(step.reads[0].axes)
+        right: Axes = self._layout.spec(step.reads[1].axes)
         out = self._layout.spec(step.writes[0].axes)
         partial: set[str] = set()
         for dl, dr in zip(*contracted, strict=True):
-            axes = left[dl], right[dr]
-            for axis, value, other in zip(axes, step.reads, (right, left), strict=True):
-                if axis is None:
-                    continue
-                if axis in other and axes[0] != axes[1]:
-                    self._gather(value, axis, step)
-                else:
-                    partial.add(axis)
+            alike = left[dl] == right[dr]
+            for side, spec, other, d in ((0, left, right, dl), (1, right, left, dr)):
+                mesh_axis = spec[d]
+                if isinstance(mesh_axis, str) and mesh_axis in other and not alike:
+                    self._gather(step.reads[side], mesh_axis, step)
+                elif isinstance(mesh_axis, str):
+                    partial.add(mesh_axis)
         free: list[set[str]] = [
             {a for d, a in enumerate(spec) if a and d not in {*used, *outer}}
             for spec, used, outer in zip((left, right), contracted, batch, strict=True)

@@ -28,10 +28,15 @@ _READ_MEMORY = ("dot_general", "scan", "while", "gather", "scatter-add", "sort")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which part of an array each device has: sizes of the mesh axes, and the rules."""
+    """Which part of an array each device has: sizes of the mesh axes, and the rules.
+
+    cpu: the compiler of CPUs keeps what it computes in bfloat16 in float32, and copies
+      operands of products that it needs transposed.
+    """
 
     sizes: Mapping[str, int]
     rules: tuple[rules.Rule, ...]
+    cpu: bool = False
 
     @functools.cached_property
     def _known(self) -> dict[Axes, Axes]:
@@ -58,7 +63,10 @@ class Layout:
         """Size of a device's part; dimensions that do not divide are padded."""
         sizes = [1 if a is None else self.sizes[a] for a in self.spec(value.axes)]
         split = zip(value.shape, sizes, strict=True)
-        return value.itemsize * math.prod(-(-n // k) for n, k in split)
+        itemsize = value.itemsize
+        if self.cpu and itemsize > 1 and not value.is_input:
+            itemsize = max(itemsize, 4)
+        return itemsize * math.prod(-(-n // k) for n, k in split)
 
 
 @dataclasses.dataclass
@@ -103,6 +111,9 @@ class Lifetimes:
         self._sources: dict[Value, tuple[Value, ...]] = {}
         self._views: dict[Value, Value] = {}
         self._stored: set[Value] = set()
+        self._transposed: dict[Value, Value] = {}
+        self._copied: dict[Value, Value] = {}
+        self._broadcast: dict[Value, Value] = {}
         self.events: list[_Event] = []
         self._scanned: set[Value] = set()
         if program.num_constants or program.num_carried:
@@ -110,6 +121,9 @@ class Lifetimes:
             self._scanned.update(program.inputs[first:])
         self._returned = set(program.outputs)
         for step in program.steps:
+            for value in step.reads:
+                if value in self._scanned and step.name != "scan":
+                    self._store(value, step.phase)
             self._take(step)
         self.gradients: set[Value] = set()
         for value in program.outputs:
@@ -118,6 +132,16 @@ class Lifetimes:
             for source in self._sources.get(self._base(value), ()):
                 self.gradients |= self._roots(source)
         self.gradients -= set(program.inputs)
+        # Loops add gradients to zeros, which the compiler has ready from the start.
+        self._early = {
+            value
+            for event in self.events
+            for value in event.writes
+            if event.step is not None
+            and event.step.name in ("scan", "scatter-add")
+            and value in self.gradients
+            and not program.num_carried
+        }
         self.bodies = {
             id(event.body): Lifetimes(event.body)
             for event in self.events
@@ -133,14 +157,22 @@ class Lifetimes:
             return
         if virtual:
             self._sources[step.writes[0]] = tuple(step.reads)
+            if step.name == "broadcast_in_dim":
+                self._broadcast[step.writes[0]] = step.reads[0]
             if step.writes[0] in self._returned:
                 self._store(step.writes[0], step.phase)
             return
         if step.name in _READ_MEMORY:
             for value in step.reads:
-                self._store(value, step.phase)
+                base = self._base(value)
+                if step.body is not None and base in self._broadcast:
+                    # Loops spread what they are given themselves.
+                    base = self._broadcast[base]
+                self._store(base, step.phase)
         reads = set().union(*(self._roots(value) for value in step.reads), set())
-        in_place = step.name != "dot_general"
+        if step.dot is not None and step.dot[0][0][:1] == (0,):
+            reads = self._with_transposed(step.reads[0], reads)
+        in_place = step.body is not None
         self.events.append(_Event(reads, step.writes, in_place, step.phase, step))
         self._stored.update(step.writes)
 
@@ -150,9 +182,21 @@ class Lifetimes:
         if value in self._stored or not value.shape:
             return
         if value in self._sources or value in self._scanned:
-            event = _Event(self._roots(value), [value], True, phase)
+            event = _Event(self._roots(value), [value], False, phase)
             self.events.append(event)
             self._stored.add(value)
+
+    def _with_transposed(self, value, reads):
+        """`reads` with a transposed copy of `value`, made where it is made."""
+        value = self._base(value)
+        for event in self.events:
+            if value in event.writes:
+                if value not in self._transposed:
+                    copy = dataclasses.replace(value)
+                    self._transposed[value], self._copied[copy] = copy, value
+                    event.writes = [*event.writes, copy]
+                return (reads - {value}) | {self._transposed[value]}
+        return reads
 
     def _base(self, value):
         while value in self._views:
@@ -169,23 +213,33 @@ class Lifetimes:
 
     def peak(self, layout: Layout) -> Peak:
         """The worst moment on a mesh; the program's inputs are not counted."""
+        same = {} if layout.cpu else self._copied
         last: dict[Value, int] = {}
         for moment, event in enumerate(self.events):
             for value in event.reads:
-                last[value] = moment
+                last[same.get(value, value)] = moment
         end = len(self.events)
         last.update((value, end) for value in self.gradients)
         made = {v: event for event in self.events for v in event.writes}
-        live: dict[Value, int] = {}
-        size = worst_size = 0
+        live: dict[Value, int] = {v: layout.bytes(v) for v in self._early}
+        size = worst_size = sum(live.values())
         worst: tuple[dict[Value, int], int] = ({}, 0)
+        first = self.program.num_constants
+        carried = self.program.inputs[first : first + self.program.num_carried]
+        # What a run of a loop hands to the next is copied.
+        copied = sum(
+            layout.bytes(dataclasses.replace(v, is_input=False)) for v in carried
+        )
+        size += copied
         for moment, event in enumerate(self.events):
-            dead = [v for v in event.reads if last[v] == moment and v in live]
+            reads = {same.get(v, v) for v in event.reads}
+            dead = [v for v in reads if last[v] == moment and v in live]
             if event.in_place:
                 size -= sum(live.pop(v) for v in dead)
             for value in event.writes:
-                live[value] = layout.bytes(value)
-                size += live[value]
+                if value not in self._early and value not in same:
+                    live[value] = layout.bytes(value)
+                    size += live[value]
             inner = 0
             if event.body is not None:
                 inner = self.bodies[id(event.body)].peak(layout).total

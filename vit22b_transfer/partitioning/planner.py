@@ -36,11 +36,6 @@ class Planned(rules.Partitioning):
         sizes = rules.mesh_sizes(self.data, self.model, self.devices)
         return AbstractMesh(sizes, rules.MESH_AXES, axis_types=(AxisType.Auto,) * 2)
 
-    @property
-    def layout(self) -> Layout:
-        """How arrays are laid out on it."""
-        return Layout(dict(self.mesh.shape), self.rules)
-
 
 def planned(partitioning: rules.Partitioning, devices: int, **changes) -> Planned:
     """The same partitioning for so many devices; changes are its fields."""
@@ -180,10 +175,15 @@ class Plan:
             )
 
     @functools.cached_property
+    def layout(self) -> Layout:
+        """How arrays are laid out on the mesh."""
+        cpu = self.device.name == "cpu"
+        return Layout(dict(self.partitioning.mesh.shape), self.partitioning.rules, cpu)
+
+    @functools.cached_property
     def memory(self) -> dict[str, int]:
         """Bytes by category; they are needed at the same, worst moment."""
-        layout = self.partitioning.layout
-        run = self.run
+        layout, run = self.layout, self.run
         trained = [value for name, value in run.params.items() if name in run.trained]
         accumulated = sum(
             layout.bytes(dataclasses.replace(value, itemsize=4)) for value in trained
@@ -221,7 +221,7 @@ class Plan:
     def transfers(self) -> list[plan_costs.Transfer]:
         """What each device sends in a step."""
         program = self.run.gradients.program
-        found = plan_costs.transfers(program, self.partitioning.layout)
+        found = plan_costs.transfers(program, self.layout)
         times = self.run.num_microbatches
         return [dataclasses.replace(t, times=t.times * times) for t in found]
 
@@ -235,7 +235,7 @@ class Plan:
     @functools.cached_property
     def time(self) -> plan_costs.Time:
         """Seconds of a step, by roofline."""
-        layout, device, run = self.partitioning.layout, self.device, self.run
+        layout, device, run = self.layout, self.device, self.run
         compute = plan_costs.compute_seconds(run.gradients, layout, device)
         sent = sum(transfer.total for transfer in self.transfers)
         trained = [value for name, value in run.params.items() if name in run.trained]
