@@ -18,7 +18,7 @@ from tiny_models import assert_within
 
 from vit22b_transfer import recipes
 from vit22b_transfer.inference import infer
-from vit22b_transfer.models import int8, lora, multimodal, vit
+from vit22b_transfer.models import int8, layers, lora, multimodal, vit
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import checkpoints, optimizers, partial_restore, steps
 from vit22b_transfer.training.state import TrainState, abstract_variables
@@ -102,10 +102,8 @@ def test_a_tower_computes_with_the_weights_that_its_int8_kernels_stand_for(confi
 
 
 def test_fresh_int8_kernels_spread_as_fresh_ones_do():
-    config = tiny_models.tower_config(depth=1, int8_kernels=True)
-    images = jnp.asarray(tiny_models.images(1, *tiny_models.IMAGE_SIZE, 3))
-    params = vit.VisionTower(config).init(jax.random.key(0), images)["params"]
-    value = params["layers_0"]["mlp"]["wi"]
+    dense = layers.Dense(32, 64, ("embed", "mlp"), int8_kernel=True)
+    value = dense.init(jax.random.key(0), jnp.zeros((1, 32)))["params"]
     weights = int8.dequantized(value["kernel"], value[int8.SCALES], jnp.float32)
     # Glorot and Bengio's uniform distribution
     assert np.std(weights) == pytest.approx((2 / (32 + 64)) ** 0.5, rel=0.05)
