@@ -268,5 +268,6 @@ def test_the_command_plans_a_recipe_without_its_model_dir_or_data(capsys):
     assert cli.main([*arguments, "--gin.vit22b_config.scan_layers=True"]) == 0
     out = capsys.readouterr().out
     assert "a100, 4 devices: mesh 4 data x 1 model; batch 64 in 1 microbatches" in out
+    assert "decoding a batch of 64 keeps 0.0" in out
     assert "fits: " in out and "DOES NOT FIT" not in out
     assert cli.main([*arguments, "--gin.Partitioning.model=3"]) == 1

@@ -28,6 +28,9 @@ def add_to(
 
         for line in planning.report(plan):
             print(line)
+        if job.model.decode_fn is not None:
+            for line in planning.decoding(job, plan):
+                print(line)
         if not plan.fits:
             for line in plan_advice.advice(job, plan):
                 print(line)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from vit22b_transfer.partitioning import devices, planner
+from vit22b_transfer.partitioning.plan_memory import total_bytes
 from vit22b_transfer.partitioning.plan_trace import Value
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import optimizers, state, steps
@@ -74,6 +75,13 @@ class Job:
             _optimizer_values(self.model, variables),
             num_microbatches=self.num_microbatches,
         )
+
+
+def decoding(job: Job, plan: planner.Plan) -> Iterator[str]:
+    """What decoding a batch keeps from token to token, in a line of text."""
+    cache = planner.decode_cache(job.model, job.variables(), job.batch)
+    size = total_bytes(cache, plan.layout)
+    yield f"decoding a batch of {job.batch_size} keeps {size / GIB:.3f} GiB per device"
 
 
 def compare(job: Job, plan: planner.Plan) -> Iterator[str]:

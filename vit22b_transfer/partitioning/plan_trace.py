@@ -249,9 +249,19 @@ def _loop(step, eqn, path, phase):
     """Gives the step its body, and its outputs their axes."""
     parameters = eqn.params
     if step.name == "scan":
-        body, constants = parameters["jaxpr"], parameters["num_consts"]
-        carried, step.repeats = parameters["num_carry"], parameters["length"]
+        body, step.repeats = parameters["jaxpr"], parameters["length"]
         reads = step.reads
+        # Counted by shape, as JAX's versions name the counts differently: what is
+        # scanned or stacked has one dimension more outside.
+        carried = sum(
+            len(outer.shape) == len(inner.aval.shape)
+            for outer, inner in zip(step.writes, body.jaxpr.outvars, strict=True)
+        )
+        scanned = sum(
+            len(outer.shape) > len(inner.aval.shape)
+            for outer, inner in zip(reads, body.jaxpr.invars, strict=True)
+        )
+        constants = len(reads) - carried - scanned
     else:
         body, constants = parameters["body_jaxpr"], parameters["body_nconsts"]
         reads = step.reads[parameters["cond_nconsts"] :]
