@@ -132,6 +132,19 @@ def test_argument_bytes_are_those_of_the_compiled_step():
     assert plan.arguments == pytest.approx(memory.argument_size_in_bytes, rel=0.01)
 
 
+def test_cached_features_leave_the_tower_out():
+    batch = planning.with_features(abstract_batch(), TOWER)
+    assert "encoder_input_images" not in batch
+    model = image_text_model(TOWER, TEXT, optimizer_def=optimizers.adamw(1e-3))
+    run = planning.Job(model, batch, Partitioning()).run()
+    whole = planning.Job(model, abstract_batch(), Partitioning()).run()
+    counts, others = run.count(), whole.count()
+    del others["tower"]
+    assert counts == others
+    tokens = [v for v in run.batch.values() if v.shape == (BATCH, 4, TOWER.width)]
+    assert [token.itemsize for token in tokens] == [4]
+
+
 def test_a_batch_is_split_into_microbatches_with_the_same_work():
     job = dataclasses.replace(job_of("scanned"), num_microbatches=2)
     whole, split = (

@@ -115,8 +115,8 @@ def _contenders(model, partitioning, batch, console):
     module = vit.VisionTower(dataclasses.replace(tower, pooling="none"))
 
     def forward(params, images):
-        tower_params = {"params": params["encoder"]["tower"]}
-        return module.apply(tower_params, images).tokens
+        output: Any = module.apply({"params": params["encoder"]["tower"]}, images)
+        return output.tokens
 
     def gradients(params, images):
         def loss(tower_params):
@@ -247,8 +247,7 @@ def _table(results, partitioning):
 def flops(function: Callable[..., Any], *arguments: Any, params: Any) -> int:
     """Operations of the matrix products of `function(params, *arguments)`.
 
-    What is computed again, to save memory, is left out. A product's gradients count
-    twice the product, the unneeded one of the pixels (below 1 %) included.
+    What is computed again, to save memory, is left out.
     """
     abstract = jax.eval_shape(lambda *x: x, params, *arguments)
     unnamed = jax.tree.map(lambda _: (), abstract)

@@ -1,6 +1,7 @@
 """`vit22b plan`: the run of a recipe, planned for devices that need not be there."""
 
 import dataclasses
+import math
 import resource
 import time
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 
+from vit22b_transfer.models import multimodal, vit
 from vit22b_transfer.partitioning import devices, planner
 from vit22b_transfer.partitioning.plan_memory import total_bytes
 from vit22b_transfer.partitioning.plan_trace import Value
@@ -36,6 +38,8 @@ class Job:
             model.FEATURE_CONVERTER_CLS, data.feature_lengths, data.batch_size
         )
         batch = {n: jax.ShapeDtypeStruct(shapes[n], types[n]) for n in shapes}
+        if getattr(data, "cache", None) is not None:
+            batch = with_features(batch, model.module.tower)
         return cls(
             model,
             batch,
@@ -82,6 +86,16 @@ def decoding(job: Job, plan: planner.Plan) -> Iterator[str]:
     cache = planner.decode_cache(job.model, job.variables(), job.batch)
     size = total_bytes(cache, plan.layout)
     yield f"decoding a batch of {job.batch_size} keeps {size / GIB:.3f} GiB per device"
+
+
+def with_features(
+    batch: Mapping[str, jax.ShapeDtypeStruct], tower: vit.ViTConfig
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch with the tower's tokens, from a cache, in place of images."""
+    others = dict(batch)
+    images = others.pop("encoder_input_images").shape
+    shape = (images[0], math.prod(tower.grid_of(*images[1:3])), tower.width)
+    return {multimodal.FEATURES: jax.ShapeDtypeStruct(shape, tower.dtype), **others}
 
 
 def compare(job: Job, plan: planner.Plan) -> Iterator[str]:

@@ -48,9 +48,9 @@ def evaluate_checkpoint(
 ) -> dict[str, Scores]:
     """The scores of a checkpoint by task; a mixture stands for its tasks.
 
-    Predicts as `infer.infer_split` does, into `output_dir`, or takes the predictions that are
-    there. Beside the tasks' own metrics stand the loss and its like on the targets, as
-    `token/...`. Prints a table and enters the scores as `TASK/SPLIT` in
+    Predicts as `infer.infer_split` does, into `output_dir`, or takes the predictions
+    that are there. Beside the tasks' own metrics stand the loss and its like on the
+    targets, as `token/...`. Prints a table and enters the scores as `TASK/SPLIT` in
     `output_dir/metrics.json`.
 
     Raises:
