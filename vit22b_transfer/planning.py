@@ -181,6 +181,7 @@ def _optimizer_values(model, variables) -> tuple[Value, ...]:
             tuple(leaf.shape),
             leaf.dtype.itemsize,
             owner.axes or (None,) * len(leaf.shape),
+            is_input=True,
         )
         for leaf, owner in zip(
             jax.tree.leaves(opt_state), jax.tree.leaves(owners), strict=True

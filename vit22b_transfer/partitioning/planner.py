@@ -120,6 +120,7 @@ def trace_run(
             array.shape,
             array.dtype.itemsize,
             ("batch", *[None] * (len(array.shape) - 1)),
+            is_input=True,
         )
         for name, array in batch.items()
     }
