@@ -14,7 +14,7 @@ import rich.console
 from jax.experimental import multihost_utils
 
 from vit22b_transfer.inference.progress import Progress
-from vit22b_transfer.models import vit
+from vit22b_transfer.models import int8, vit
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import checkpoints, partial_restore, tower_weights
 from vit22b_transfer.training.state import abstract_variables
@@ -132,8 +132,9 @@ class FrozenTower:
 
         def encode(params, images):
             output: Any = tower.apply({"params": params}, images)
-            tokens = output.tokens
-            return quantized(tokens) if self.storage == "int8" else (tokens,)
+            if self.storage == "int8":  # a scale for each token
+                return int8.quantized(output.tokens, axis=-1)
+            return (output.tokens,)
 
         images = jax.ShapeDtypeStruct(
             (self.batch_size, *self.image_shape),
@@ -155,14 +156,6 @@ class FrozenTower:
     def __call__(self, images: Any) -> tuple[jax.Array, ...]:
         """Tokens, or their int8 values and scales, of a device batch."""
         return self._compiled[0](self.params, images)
-
-
-def quantized(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 values [B, L, E] and float32 scales [B, L]; a token is value * scale."""
-    x = tokens.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(x), axis=-1) / 127.0
-    divisors = jnp.where(scales > 0, scales, jnp.ones_like(scales))
-    return jnp.round(x / divisors[..., None]).astype(jnp.int8), scales
 
 
 def _cache_split(

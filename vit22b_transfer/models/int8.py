@@ -19,13 +19,17 @@ _FRESH_RANGE = 3.0
 
 
 def quantized(
-    kernel: Float[Array, "*stacked inputs outputs"],
-) -> tuple[Int8[Array, "*stacked inputs outputs"], Float[Array, "*stacked outputs"]]:
-    """(values, scales) nearest to a kernel, of one layer or of stacked ones."""
+    kernel: Float[Array, "*stacked inputs outputs"], axis: int = -2
+) -> tuple[Int8[Array, "*stacked inputs outputs"], Float[Array, "..."]]:
+    """(values, scales) nearest to a kernel, of one layer or of stacked ones.
+
+    What lies along `axis` shares a scale: inputs here, -1 for vectors such as tokens.
+    """
     x = kernel.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(x), axis=-2) / 127.0
+    scales = jnp.max(jnp.abs(x), axis=axis) / 127.0
     divisors = jnp.where(scales > 0, scales, jnp.ones_like(scales))
-    return jnp.round(x / divisors[..., None, :]).astype(jnp.int8), scales
+    values = jnp.round(x / jnp.expand_dims(divisors, axis)).astype(jnp.int8)
+    return values, scales
 
 
 def dequantized(values: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
