@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from vit22b_transfer.models import gemma, prefix_lm, vit
 from vit22b_transfer.weights import tower_rows as tr
@@ -21,7 +20,7 @@ from vit22b_transfer.weights.mapping import (
     Row,
     Shape,
     per_layer,
-    unstack_shapes,
+    unrolled_shapes,
 )
 
 Config = Mapping[str, Any]
@@ -251,10 +250,7 @@ def shapes(tower: vit.ViTConfig | None, text: gemma.GemmaConfig) -> dict[str, Sh
     text = dataclasses.replace(text, scan_layers=True)
     init = functools.partial(prefix_lm.PrefixLMModule(tower, text).init)
     params = jax.eval_shape(init, jax.random.key(0), images, tokens, tokens)["params"]
-    flat = traverse_util.flatten_dict(params, sep="/")
-    # type: flax declares leaves to be dicts.
-    found = {name: tuple(leaf.shape) for name, leaf in flat.items()}  # type: ignore
-    return unstack_shapes(found)
+    return unrolled_shapes(params)
 
 
 def framing(config: Config, separator_id: int | None) -> tuple[str, ...]:

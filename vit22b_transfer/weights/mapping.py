@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 Arrays = tuple[np.ndarray, ...]
 Shape = tuple[int, ...]
@@ -324,6 +325,12 @@ def stack_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         else (depth, *shapes[re.sub(r"\blayers\b", "layers_0", stacked)])
         for stacked, depth in depths.items()
     }
+
+
+def unrolled_shapes(params: Mapping[str, Any]) -> dict[str, Shape]:
+    """Names and shapes, layer by layer, of a scanned model's abstract parameters."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    return unstack_shapes({name: tuple(leaf.shape) for name, leaf in flat.items()})
 
 
 def unstack_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:

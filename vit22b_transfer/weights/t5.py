@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from vit22b_transfer.models import multimodal, t5
 from vit22b_transfer.weights.mapping import (
@@ -22,7 +21,7 @@ from vit22b_transfer.weights.mapping import (
     Shape,
     nearest,
     per_layer,
-    unstack_shapes,
+    unrolled_shapes,
 )
 
 # Hugging Face calls them layer.0, layer.1, ... of a block: our attention and norm.
@@ -170,10 +169,7 @@ def shapes(tower: None, text: t5.T5Config) -> dict[str, Shape]:
     module = multimodal.ImageTextModule(tower, scanned)
     init = functools.partial(module.init, jax.random.key(0), None)
     params = jax.eval_shape(init, tokens, tokens)["params"]
-    flat = traverse_util.flatten_dict(params, sep="/")
-    # type: flax declares leaves to be dicts.
-    found = {name: tuple(leaf.shape) for name, leaf in flat.items()}  # type: ignore
-    return unstack_shapes(found)
+    return unrolled_shapes(params)
 
 
 HUGGING_FACE = Family("hf-t5", _recognises, _read, shapes)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit22b_transfer.models import vit, vit_positions
-from vit22b_transfer.weights.mapping import TRANSPOSE, Row, Shape
+from vit22b_transfer.weights.mapping import TRANSPOSE, Row, Shape, unrolled_shapes
 
 TOWER = "encoder/tower"
 BLOCK = f"{TOWER}/layers_{{i}}"
@@ -37,16 +37,9 @@ def tower_shapes(tower: vit.ViTConfig, text: Any = None) -> dict[str, Shape]:
     del text
     module = vit.VisionTower(dataclasses.replace(tower, scan_layers=True))
     images = jax.ShapeDtypeStruct((1, *tower.image_size, 3), jnp.uint8)
-    tree = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
-    shapes: dict[str, Shape] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        first, *rest = (part.key for part in path)
-        if first != "layers":
-            shapes["/".join([TOWER, first, *rest])] = leaf.shape
-            continue
-        for i in range(tower.depth):
-            shapes["/".join([TOWER, f"layers_{i}", *rest])] = leaf.shape[1:]
-    return shapes
+    params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    shapes = unrolled_shapes(params)
+    return {f"{TOWER}/{name}": shape for name, shape in shapes.items()}
 
 
 def resample(resampling: vit_positions.Resampling):
