@@ -22,6 +22,7 @@ from array_record.python.array_record_module import (
 )
 
 from vit22b_transfer.data.converters import Example
+from vit22b_transfer.data.sources import record_order
 
 STORAGES = ("exact", "int8")
 
@@ -217,9 +218,4 @@ class ShardsSource(seqio.DataSource):
         """All examples, or those of a shard of them; in order, or shuffled."""
         del unused  # of no effect in any source of ours
         size = self.num_records(split)
-        order = tf.data.Dataset.range(size)
-        if shard_info is not None:
-            order = order.shard(shard_info.num_shards, shard_info.index)
-        if shuffle:
-            order = order.shuffle(size, seed=seed)
-        return self.records(split, order)
+        return self.records(split, record_order(size, shuffle, seed, shard_info))

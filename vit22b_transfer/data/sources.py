@@ -74,6 +74,16 @@ class VqaFiles:
     image_file: str = "{image_id:012d}.jpg"
 
 
+def record_order(
+    size: int, shuffle: bool, seed: int | None, shard_info: seqio.ShardInfo | None
+) -> tf.data.Dataset:
+    """Indices of `size` records, or of a shard of them; in order, or shuffled."""
+    order = tf.data.Dataset.range(size)
+    if shard_info is not None:
+        order = order.shard(shard_info.num_shards, shard_info.index)
+    return order.shuffle(size, seed=seed) if shuffle else order
+
+
 class IndexedSource(seqio.DataSource):
     """A SeqIO source with random access over records.
 
@@ -174,12 +184,7 @@ class IndexedSource(seqio.DataSource):
             unused
         )  # sequence_length, use_cached, num_epochs: of no effect in any source
         size = self.num_records(split)
-        order = tf.data.Dataset.range(size)
-        if shard_info is not None:
-            order = order.shard(shard_info.num_shards, shard_info.index)
-        if shuffle:
-            order = order.shuffle(size, seed=seed)
-        return self.records(split, order)
+        return self.records(split, record_order(size, shuffle, seed, shard_info))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._split_to_files})"
