@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _ROOT not in sys.path:
         sys.path.append(_ROOT)
     code = _exit_code(args)
-    if code and getattr(args, "distributed", False):
+    if code and args.distributed:
         from vit22b_transfer.partitioning import processes
 
         processes.leave(code)
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--traceback", action="store_true", help="show where an error was raised"
         )
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, distributed=False)
         return command
 
     command = add("demo", _demo, "Run the main job on drawn scenes; needs no data.")
@@ -121,7 +121,6 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "bench", _run, "Measure this device, and a model's speed on it.", gin_epilog
     )
-    command.set_defaults(distributed=False)
     command.add_argument(
         "--gin_file",
         action="append",
