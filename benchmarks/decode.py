@@ -20,7 +20,7 @@ import torch_peers
 import workload
 
 from vit22b_transfer.inference import decoding
-from vit22b_transfer.models import multimodal
+from vit22b_transfer.models import encoder_decoder, multimodal
 
 ENCODED, BATCH, STEPS, NEVER = 256, 16, 32, -1
 
@@ -39,7 +39,7 @@ def our_decoder(dtype, layers, beams):
         return search(init_cache, step_fn, eos_id=NEVER, **options)
 
     model = multimodal.ImageTextModel(
-        multimodal.ImageTextModule(None, text),
+        encoder_decoder.ImageTextModule(None, text),
         vocabulary,
         vocabulary,
         decode_fn=decode_fn,

@@ -25,7 +25,9 @@ import time
 import ml_dtypes
 import numpy as np
 
-from vit22b_transfer.weights import mapping, t5, tensor_files, tensor_writing
+from vit22b_transfer.weights import mapping
+from vit22b_transfer.weights.families import t5
+from vit22b_transfer.weights.files import tensor_files, tensor_writing
 
 COPY = """
 import os, sys

@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import workload
 
-from vit22b_transfer import planning
-from vit22b_transfer.models import multimodal, vit
-from vit22b_transfer.partitioning import devices, planner
+from vit22b_transfer.models import encoder_decoder, multimodal, vit
 from vit22b_transfer.partitioning.rules import Partitioning
+from vit22b_transfer.planning import devices, jobs, planner
 from vit22b_transfer.training import optimizers
 
 # Variant, layers, rows: as shipped for training at scale, scanned with remat per block.
@@ -34,7 +33,7 @@ SIZES = {
 }
 
 
-def job_of(size: str) -> planning.Job:
+def job_of(size: str) -> jobs.Job:
     """A tower of that size before two layers of T5-v1.1-base."""
     variant, depth, rows = SIZES[size]
     stacked = dict(scan_layers=True, remat="block")
@@ -43,13 +42,13 @@ def job_of(size: str) -> planning.Job:
     text = workload.build_text(jnp.float32, 2)
     vocabulary = types.SimpleNamespace(vocab_size=workload.VOCABULARY)
     model = multimodal.ImageTextModel(
-        multimodal.ImageTextModule(tower, text),
+        encoder_decoder.ImageTextModule(tower, text),
         vocabulary,
         vocabulary,
         optimizers.adamw(1e-4, weight_decay=0.05),
     )
     batch = jax.eval_shape(lambda: workload.build_batch(rows))
-    return planning.Job(model, batch, Partitioning(data=1, model=1))
+    return jobs.Job(model, batch, Partitioning(data=1, model=1))
 
 
 def resident_bytes() -> int:
@@ -63,13 +62,13 @@ def measure(size: str) -> dict[str, float]:
     job = job_of(size)
     mesh = planner.planned(job.partitioning, 1)
     plan = planner.Plan(job.run(), mesh, devices.device("cpu"))
-    compiled = planning.compile_step(job, job.partitioning)
+    compiled = jobs.compile_step(job, job.partitioning)
     memory = compiled.memory_analysis()
     assert memory is not None
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
 
-    abstract = planning.abstract_arguments(job, job.partitioning)
+    abstract = jobs.abstract_arguments(job, job.partitioning)
     before = resident_bytes()
     new_state, window, batch, rng = jax.tree.map(_made, abstract)
     for _ in range(2):

@@ -33,16 +33,12 @@ from t5x import trainer as t5x_trainer
 from t5x import utils as t5x_utils
 
 from vit22b_transfer import t5x_adapter
-from vit22b_transfer.data import (
-    batches,
-    converters,
-    scenes,
-    task_access,
-    vocabularies,
-)
+from vit22b_transfer.data import converters, placement, vocabularies
+from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.prefetch import Prefetched
+from vit22b_transfer.demo import scenes
 from vit22b_transfer.inference import decoding, infer
-from vit22b_transfer.models import multimodal, t5, vit
+from vit22b_transfer.models import encoder_decoder, multimodal, t5, vit
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import optimizers, steps, train
 from vit22b_transfer.training.state import (
@@ -81,7 +77,7 @@ def build_model():
         **sizes,
     )
     return multimodal.ImageTextModel(
-        multimodal.ImageTextModule(tower, text),
+        encoder_decoder.ImageTextModule(tower, text),
         vocabulary,
         vocabulary,
         optimizers.adamw(1e-4),
@@ -118,7 +114,7 @@ class OurBatches:
     counters = Counters()
 
     def __init__(self, partitioning):
-        place = batches.Placement.on(partitioning, BATCH)
+        place = placement.Placement.on(partitioning, BATCH)
         drawn = itertools.cycle(list(host_batches()))
         self._items = Prefetched(place(batch) for batch in drawn)
 
@@ -306,7 +302,7 @@ def measure_inference(options, directory):
         THEIRS: t5x_inference(model, params, directory),
     }
     samples = interleave.interleave(runs, options.rounds)
-    count = task_access.num_examples(TASK, "test")
+    count = registered.num_examples(TASK, "test")
     rows = [
         [
             f"{name}, {count} examples",

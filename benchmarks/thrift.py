@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import workload
 
-from vit22b_transfer.models import lora, multimodal, t5, vit
+from vit22b_transfer.models import encoder_decoder, lora, multimodal, t5, vit
 from vit22b_transfer.training import optimizers
 from vit22b_transfer.training.state import to_checkpoint_tree
 
@@ -64,7 +64,7 @@ def build_model(name, options, optimizer):
         dtype=dtype,
     )
     vocabulary = types.SimpleNamespace(vocab_size=VOCABULARY)
-    module = multimodal.ImageTextModule(tower, text)
+    module = encoder_decoder.ImageTextModule(tower, text)
     return multimodal.ImageTextModel(
         module, vocabulary, vocabulary, optimizer, **VARIANTS[name]
     )

@@ -19,10 +19,11 @@ import interleave
 import jax
 from held_up_loop import HeldUp
 
-from vit22b_transfer.data import converters, scenes, vocabularies
-from vit22b_transfer.models import multimodal, t5, vit
+from vit22b_transfer.data import converters, vocabularies
+from vit22b_transfer.demo import scenes
+from vit22b_transfer.models import encoder_decoder, multimodal, t5, vit
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import optimizers, steps, train
+from vit22b_transfer.training import inputs, optimizers, steps, train
 from vit22b_transfer.training.state import (
     abstract_state,
     abstract_variables,
@@ -54,7 +55,7 @@ def build_model():
         image_size=(SIDE, SIDE),
     )
     return multimodal.ImageTextModel(
-        multimodal.ImageTextModule(tower, text),
+        encoder_decoder.ImageTextModule(tower, text),
         vocabulary,
         vocabulary,
         optimizers.adamw(1e-4),
@@ -99,7 +100,7 @@ def main():
     streams = []
 
     def batches(model, partitioning, **place):
-        data = train.TrainData("scenes_mixture", "train", LENGTHS, options.batch)
+        data = inputs.TrainData("scenes_mixture", "train", LENGTHS, options.batch)
         inner = data.batches(model, partitioning, **place)
 
         def make_others(kept):

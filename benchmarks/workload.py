@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit22b_transfer.models import multimodal, t5, vit
+from vit22b_transfer.models import encoder_decoder, multimodal, t5, vit
 
 SIDE, VOCABULARY, TARGETS, PROMPT = 256, 32128, 32, 16
 
@@ -30,7 +30,7 @@ def build_model(dtype, tower_layers, text_layers, **options):
     tower = vit.vit22b_config(
         "B/16", depth=tower_layers, image_size=(SIDE, SIDE), dtype=dtype
     )
-    module = multimodal.ImageTextModule(tower, build_text(dtype, text_layers))
+    module = encoder_decoder.ImageTextModule(tower, build_text(dtype, text_layers))
     vocabulary = types.SimpleNamespace(vocab_size=VOCABULARY)
     return multimodal.ImageTextModel(module, vocabulary, vocabulary, **options)
 

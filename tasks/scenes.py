@@ -8,13 +8,13 @@ import seqio
 
 from tasks.captioning import register_captioning
 from tasks.vqa import register_vqa
-from vit22b_transfer.data import scenes
 from vit22b_transfer.data.sources import (
     CaptionFiles,
     CocoCaptionsSource,
     VqaFiles,
     VqaSource,
 )
+from vit22b_transfer.demo import scenes
 
 DIRECTORY = "$VIT22B_DATA_DIR"
 ORDINARY = ("train", "validation", "test")

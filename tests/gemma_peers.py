@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch_peers import import_peer
 
-from vit22b_transfer import cli, recipes
+from vit22b_transfer import cli
+from vit22b_transfer.checkpoints import restoring
 from vit22b_transfer.models import prefix_lm
-from vit22b_transfer.training import checkpoints
-from vit22b_transfer.weights import tensor_files
+from vit22b_transfer.recipes import loading
+from vit22b_transfer.weights.files import tensor_files
 
 transformers = import_peer("transformers")
 
@@ -103,8 +104,8 @@ def our_module(out, *, blind=False):
     """The network that `model.gin` describes."""
     value = "None" if blind else "%TOWER"
     tower = [f"prefix_lm.PrefixLMModule.tower={value}"]
-    recipe = recipes.read([f"{out}/model.gin"], tower, ("",))
-    module = recipes.install(recipe, prefix_lm.PrefixLMModule, ("",))()
+    recipe = loading.read([f"{out}/model.gin"], tower, ("",))
+    module = loading.install(recipe, prefix_lm.PrefixLMModule, ("",))()
     gin.clear_config()
     return module
 
@@ -127,7 +128,7 @@ def our_params(module, out):
     """The imported parameters, restored as training restores them."""
     abstract = abstract_params(module)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return checkpoints.restore_params(out, abstract, shardings)
+    return restoring.restore_params(out, abstract, shardings)
 
 
 def assert_same_bytes(before, after):

@@ -16,9 +16,10 @@ import tiny_captions
 from PIL import Image
 
 from vit22b_transfer import cli
-from vit22b_transfer.data import preprocessors, scenes, sources
+from vit22b_transfer.checkpoints import identity
+from vit22b_transfer.data import preprocessors, sources
+from vit22b_transfer.demo import scenes
 from vit22b_transfer.inference import infer
-from vit22b_transfer.training import checkpoints
 
 RECIPE = "gin_configs/recipes/scenes_caption_vqa.gin"
 
@@ -191,7 +192,7 @@ def test_a_batch_that_the_mesh_cannot_divide_is_told(spoilt, tmp_path, capsys):
 def test_misspelt_tasks_and_splits_name_the_nearest(spoilt, tmp_path, capsys):
     error = train_error(capsys, tmp_path / "m", "--gin.TRAIN_TASK='scenes_mixtur'")
     assert_matches(error, "no task or mixture 'scenes_mixtur'. Nearest: scenes_mixture")
-    error = train_error(capsys, tmp_path / "m", "--gin.train.TrainData.split='trian'")
+    error = train_error(capsys, tmp_path / "m", "--gin.inputs.TrainData.split='trian'")
     assert_matches(error, "has no split 'trian'; it has test, train, validation")
 
 
@@ -339,7 +340,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(checkpoint, tmp_path):
     other = tiny_captions.model(vocabulary=seqio.ByteVocabulary(extra_ids=7))
     copy = tmp_path / "checkpoint_7"
     shutil.copytree(checkpoint, copy)
-    record = {"vocabularies": checkpoints.vocabulary_record(other)}
+    record = {"vocabularies": identity.vocabulary_record(other)}
     (copy / "run" / "metadata").write_text(json.dumps(record))
     message = refusal(str(copy), tiny_captions.model())
     assert "the model's input_vocabulary is not the one that" in message

@@ -8,9 +8,10 @@ import jax
 import pytest
 import tiny_models
 
-from vit22b_transfer import bench, cli
+from vit22b_transfer import cli
 from vit22b_transfer.models import vit
 from vit22b_transfer.partitioning.rules import Partitioning
+from vit22b_transfer.planning import bench
 from vit22b_transfer.training import optimizers
 
 ROWS, PATCH_VALUES = 4, 8 * 8 * 3

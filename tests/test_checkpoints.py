@@ -13,8 +13,10 @@ import tiny_runs
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vit22b_transfer.checkpoints import identity, reading, restoring, writing
+from vit22b_transfer.host import whole_files
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import checkpoints, optimizers, partial_restore, state
+from vit22b_transfer.training import optimizers, state
 
 
 def tree(partitioning=tiny_runs.ONE_DEVICE, model=None):
@@ -36,24 +38,24 @@ def tree(partitioning=tiny_runs.ONE_DEVICE, model=None):
 
 
 def save(directory, arrays, step=5, record=None, keep=1):
-    writer = checkpoints.CheckpointWriter(str(directory), keep)
+    writer = writing.CheckpointWriter(str(directory), keep)
     writer.save(step, arrays, record or {})
     writer.close()
-    return checkpoints.checkpoint_path(str(directory), step)
+    return reading.checkpoint_path(str(directory), step)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """(path, arrays, abstract, model) of a checkpoint that tests only read."""
     arrays, abstract, model = tree()
-    record = {"vocabularies": checkpoints.vocabulary_record(model)}
+    record = {"vocabularies": identity.vocabulary_record(model)}
     path = save(tmp_path_factory.mktemp("saved"), arrays, record=record)
     return path, arrays, abstract, model
 
 
 def replaced(abstract, name, **changes):
     """`abstract` parameters with another shape or dtype of one."""
-    flat = checkpoints.flatten(abstract)
+    flat = reading.flatten(abstract)
     fields = {k: getattr(flat[name], k) for k in ("shape", "dtype", "sharding")}
     fields |= changes
     flat[name] = jax.ShapeDtypeStruct(
@@ -71,19 +73,17 @@ def nested(flat):
 
 def test_a_train_state_comes_back_bit_for_bit_with_its_dtypes(saved):
     path, arrays, abstract, _ = saved
-    restored = checkpoints.restore_tree(path, abstract)
+    restored = reading.restore_tree(path, abstract)
     assert restored["target"]["encoder"]["tower"]["kernel"].dtype == jnp.bfloat16
     assert restored["state"]["step"].dtype == jnp.int32
-    tiny_runs.assert_same_bits(
-        checkpoints.flatten(restored), checkpoints.flatten(arrays)
-    )
+    tiny_runs.assert_same_bits(reading.flatten(restored), reading.flatten(arrays))
 
 
 def test_a_checkpoint_has_the_layout_of_t5x(saved):
     path, _, _, _ = saved
     assert os.path.basename(path) == "checkpoint_5"
     assert os.path.isfile(os.path.join(path, "_CHECKPOINT_METADATA"))
-    names = set(checkpoints.saved_arrays(path))
+    names = set(reading.saved_arrays(path))
     assert "target/decoder/kernel" in names and "state/step" in names
     states = {name for name in names if name.startswith("state/param_states/")}
     assert states and all("encoder/tower/kernel" not in name for name in states)
@@ -107,7 +107,7 @@ def test_checkpoints_that_still_have_those_parts_are_read(tmp_path):
     }
     older = arrays | {"state": {**arrays["state"], "param_states": states}}
     path = save(tmp_path, older)
-    restored = checkpoints.restore_tree(path, abstract)
+    restored = reading.restore_tree(path, abstract)
     tiny_runs.assert_same_bits(restored, arrays)
 
 
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
     path = save(tmp_path, arrays)
     for partitioning in (Partitioning(data=2, model=4), tiny_runs.ONE_DEVICE):
         _, abstract, _ = tree(partitioning)
-        restored = checkpoints.restore_tree(path, abstract)
+        restored = reading.restore_tree(path, abstract)
         jax.tree.map(
             lambda leaf, want: (
                 leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
@@ -125,9 +125,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(tmp_path):
             restored,
             abstract,
         )
-        tiny_runs.assert_same_bits(
-            checkpoints.flatten(restored), checkpoints.flatten(arrays)
-        )
+        tiny_runs.assert_same_bits(reading.flatten(restored), reading.flatten(arrays))
 
 
 def test_steps_taken_while_saving_do_not_reach_the_checkpoint(tmp_path):
@@ -135,13 +133,13 @@ def test_steps_taken_while_saving_do_not_reach_the_checkpoint(tmp_path):
     arrays = {"target": {"x": jax.device_put(jnp.zeros((1 << 22,)), sharding)}}
     add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1.0, tree), donate_argnums=0)
     abstract = jax.eval_shape(lambda: arrays)
-    writer = checkpoints.CheckpointWriter(str(tmp_path))
+    writer = writing.CheckpointWriter(str(tmp_path))
     writer.save(1, arrays, {})
     for _ in range(5):
         arrays = add(arrays)
     writer.close()
-    path = checkpoints.checkpoint_path(str(tmp_path), 1)
-    restored = checkpoints.restore_params(
+    path = reading.checkpoint_path(str(tmp_path), 1)
+    restored = restoring.restore_params(
         path, abstract["target"], jax.tree.map(lambda _: sharding, abstract["target"])
     )
     assert not np.any(restored["x"])
@@ -151,7 +149,7 @@ def test_only_the_parameters_are_read_for_inference(saved):
     path, arrays, abstract, model = saved
     params = abstract["target"]
     for source in (path, os.path.dirname(path)):
-        restored = checkpoints.restore_params(
+        restored = restoring.restore_params(
             source, params, state.shardings_of(params), model=model
         )
         tiny_runs.assert_same_bits(restored, arrays["target"])
@@ -163,7 +161,7 @@ def test_files_that_only_newer_versions_of_orbax_write_may_be_absent(saved, tmp_
     (copy / "_CHECKPOINT_METADATA").unlink()
     (copy / "state" / "_sharding").unlink()
     shutil.rmtree(copy / "state" / "array_metadatas")
-    restored = checkpoints.restore_tree(str(tmp_path), abstract)
+    restored = reading.restore_tree(str(tmp_path), abstract)
     tiny_runs.assert_same_bits(restored, arrays)
 
 
@@ -177,7 +175,7 @@ def test_half_written_checkpoints_are_ignored(saved, tmp_path):
     (tmp_path / "checkpoint_9" / "state" / "_METADATA").unlink()
     shutil.copytree(path, tmp_path / "checkpoint_8.orbax-checkpoint-tmp-123")
     (tmp_path / "checkpoint_10").mkdir()
-    assert checkpoints.latest_step(str(tmp_path)) == 5
+    assert reading.latest_step(str(tmp_path)) == 5
 
 
 def test_a_half_written_checkpoint_is_written_over(tmp_path):
@@ -186,16 +184,16 @@ def test_a_half_written_checkpoint_is_written_over(tmp_path):
     arrays, abstract, _ = tree()
     path = save(tmp_path, arrays)
     assert os.listdir(tmp_path) == ["checkpoint_5"]
-    checkpoints.restore_tree(path, abstract)
+    reading.restore_tree(path, abstract)
 
 
 @pytest.mark.parametrize(("keep", "left"), [(2, [3, 4]), (None, [1, 2, 3, 4])])
 def test_the_newest_checkpoints_are_kept(tmp_path, keep, left):
-    writer = checkpoints.CheckpointWriter(str(tmp_path), keep)
+    writer = writing.CheckpointWriter(str(tmp_path), keep)
     for step in (1, 2, 3, 4):
         writer.save(step, {"target": {"x": jnp.zeros((2,))}}, {})
     writer.close()
-    assert checkpoints.complete_steps(str(tmp_path)) == left
+    assert reading.complete_steps(str(tmp_path)) == left
 
 
 def test_checkpoints_of_other_programs_are_never_removed(tmp_path):
@@ -203,32 +201,34 @@ def test_checkpoints_of_other_programs_are_never_removed(tmp_path):
     shutil.rmtree(os.path.join(theirs, "run"))  # T5X writes none
     save(tmp_path, {"target": np.ones(3)}, step=2)
     save(tmp_path, {"target": np.ones(3)}, step=3)
-    assert checkpoints.complete_steps(str(tmp_path)) == [1, 3]
+    assert reading.complete_steps(str(tmp_path)) == [1, 3]
 
 
 def test_keeping_no_checkpoint_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="keep=0 must be at least 1"):
-        checkpoints.CheckpointWriter(str(tmp_path), 0)
+        writing.CheckpointWriter(str(tmp_path), 0)
 
 
 def test_a_relative_model_dir_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert checkpoints.prepare_model_dir("a/b") == str(tmp_path / "a" / "b")
+    assert whole_files.writable_directory("a/b", "model_dir") == str(
+        tmp_path / "a" / "b"
+    )
     assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_an_unwritable_model_dir_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file/run.*cannot be written: Not a dir"):
-        checkpoints.prepare_model_dir(str(tmp_path / "file" / "run"))
+        whole_files.writable_directory(str(tmp_path / "file" / "run"), "model_dir")
 
 
 def test_a_path_without_a_checkpoint_says_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="there is no directory"):
-        checkpoints.resolve(str(tmp_path / "nothing"))
+        reading.resolve(str(tmp_path / "nothing"))
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match="It holds: notes.txt"):
-        checkpoints.resolve(str(tmp_path))
+        reading.resolve(str(tmp_path))
 
 
 # --- What is refused ---
@@ -239,7 +239,7 @@ def test_another_shape_or_dtype_is_an_error_that_names_each_parameter(saved):
     params = replaced(abstract["target"], "token_embedder/embedding", shape=(72, 8))
     params = replaced(params, "encoder/tower/kernel", dtype=jnp.dtype("float32"))
     with pytest.raises(ValueError) as error:
-        checkpoints.restore_params(path, params, state.shardings_of(params))
+        restoring.restore_params(path, params, state.shardings_of(params))
     message = str(error.value)
     assert (
         "target/token_embedder/embedding: shape (64, 8) in the checkpoint, (72, 8) in "
@@ -254,11 +254,11 @@ def test_another_shape_or_dtype_is_an_error_that_names_each_parameter(saved):
 
 def test_missing_and_left_over_parameters_are_named(saved):
     path, _, abstract, _ = saved
-    params = checkpoints.flatten(abstract["target"])
+    params = reading.flatten(abstract["target"])
     params["decoder/kernels"] = params.pop("decoder/kernel")
     params = nested(params)
     with pytest.raises(ValueError) as error:
-        checkpoints.restore_params(path, params, state.shardings_of(params))
+        restoring.restore_params(path, params, state.shardings_of(params))
     assert "target/decoder/kernel: not in the model" in str(error.value)
     assert (
         "target/decoder/kernels: not in the checkpoint; nearest: target/decoder/kernel"
@@ -275,7 +275,7 @@ def test_another_optimizer_is_refused_by_name(saved):
     )
     _, abstract, _ = tree(model=model)
     with pytest.raises(ValueError, match=r"state/param_states/.*: not in the model"):
-        checkpoints.restore_tree(path, abstract)
+        reading.restore_tree(path, abstract)
 
 
 def test_a_vocabulary_that_is_not_the_checkpoints_is_an_error(saved):
@@ -283,9 +283,7 @@ def test_a_vocabulary_that_is_not_the_checkpoints_is_an_error(saved):
     params = abstract["target"]
     other = tiny_runs.LinearModel(vocab_size=60)
     with pytest.raises(ValueError, match="there Vocabulary with 64 .* here .* with 60"):
-        checkpoints.restore_params(
-            path, params, state.shardings_of(params), model=other
-        )
+        restoring.restore_params(path, params, state.shardings_of(params), model=other)
 
 
 def test_equally_large_vocabularies_differ_by_their_content():
@@ -297,7 +295,7 @@ def test_equally_large_vocabularies_differ_by_their_content():
 
     model, other = tiny_runs.LinearModel(), tiny_runs.LinearModel()
     model.input_vocabulary, other.input_vocabulary = SentencePieces(), OtherPieces()
-    ours, theirs = (checkpoints.vocabulary_record(m) for m in (model, other))
+    ours, theirs = (identity.vocabulary_record(m) for m in (model, other))
     assert ours["input_vocabulary"]["sha256"] != theirs["input_vocabulary"]["sha256"]
     assert ours["output_vocabulary"] == theirs["output_vocabulary"]
 
@@ -307,13 +305,13 @@ def test_equally_large_vocabularies_differ_by_their_content():
 
 def test_a_partial_restore_loads_keeps_and_renames_by_rules(saved):
     path, arrays, abstract, _ = saved
-    params = checkpoints.flatten(abstract["target"])
+    params = reading.flatten(abstract["target"])
     params["head/kernel"] = params.pop("decoder/kernel")
     params["new/bias"] = params["encoder/tower/bias"]
     rules = [(r"head/(.*)", r"decoder/\1"), (r"new/.*", None), (r".*embedding", None)]
-    restored = partial_restore.restore_partial(path, nested(params), rules)
-    loaded = checkpoints.flatten(restored.params)
-    saved_params = checkpoints.flatten(arrays["target"])
+    restored = restoring.restore_partial(path, nested(params), rules)
+    loaded = reading.flatten(restored.params)
+    saved_params = reading.flatten(arrays["target"])
     assert set(loaded) == {
         "head/kernel",
         "encoder/tower/kernel",
@@ -329,7 +327,7 @@ def test_a_partial_restore_loads_keeps_and_renames_by_rules(saved):
 
 def test_numbered_layers_share_a_line_of_the_summary():
     names = [f"tower/layers_{i}/kernel" for i in range(12)]
-    restored = partial_restore.PartialRestore({}, {}, names, [])
+    restored = restoring.PartialRestore({}, {}, names, [])
     assert "  tower/layers_*/kernel  (x12)" in restored.summary().splitlines()
 
 
@@ -338,10 +336,10 @@ def test_a_partial_restore_casts_only_when_told(saved):
     name = "encoder/tower/kernel"
     params = replaced(abstract["target"], name, dtype=jnp.dtype("float32"))
     with pytest.raises(ValueError, match=f"{name}: dtype bfloat16 in the checkpoint"):
-        partial_restore.restore_partial(path, params)
-    restored = partial_restore.restore_partial(path, params, cast=True)
-    kernel = checkpoints.flatten(restored.params)[name]
-    expected = checkpoints.flatten(arrays["target"])[name].astype(jnp.float32)
+        restoring.restore_partial(path, params)
+    restored = restoring.restore_partial(path, params, cast=True)
+    kernel = reading.flatten(restored.params)[name]
+    expected = reading.flatten(arrays["target"])[name].astype(jnp.float32)
     tiny_runs.assert_same_bits(kernel, expected)
 
 
@@ -359,16 +357,14 @@ def test_a_partial_restore_casts_only_when_told(saved):
 def test_rules_that_cannot_work_are_an_error(saved, rules, message):
     path, _, abstract, _ = saved
     with pytest.raises(ValueError, match=message):
-        partial_restore.restore_partial(path, abstract["target"], rules)
+        restoring.restore_partial(path, abstract["target"], rules)
 
 
 def test_another_vocabulary_may_keep_its_own_token_table(saved):
     path, _, abstract, _ = saved
     other = tiny_runs.LinearModel(vocab_size=60)
     with pytest.raises(ValueError, match="vocabulary is not the one"):
-        partial_restore.restore_partial(path, abstract["target"], model=other)
+        restoring.restore_partial(path, abstract["target"], model=other)
     rules = [(r"token_embedder/.*", None), (r"decoder/.*", None)]
-    restored = partial_restore.restore_partial(
-        path, abstract["target"], rules, model=other
-    )
+    restored = restoring.restore_partial(path, abstract["target"], rules, model=other)
     assert set(restored.loaded) == {"encoder/tower/kernel", "encoder/tower/bias"}

@@ -6,12 +6,15 @@ import sys
 
 import pytest
 
-from vit22b_transfer import cli, recipes
-from vit22b_transfer.recipe_reader import RecipeError
+from vit22b_transfer import cli
+from vit22b_transfer.models import encoder_decoder
+from vit22b_transfer.recipes import loading
+from vit22b_transfer.recipes.reader import RecipeError
 
 HEADER = """
 from __gin__ import dynamic_registration
 from vit22b_transfer.inference import decoding
+from vit22b_transfer.models import encoder_decoder
 from vit22b_transfer.models import multimodal
 from vit22b_transfer.models import t5
 from vit22b_transfer.models import vit
@@ -20,8 +23,8 @@ MODEL = (
     HEADER
     + """
 VOCAB_SIZE = 300
-multimodal.ImageTextModule.tower = @vit.ViTConfig()
-multimodal.ImageTextModule.text = @t5.T5Config()
+encoder_decoder.ImageTextModule.tower = @vit.ViTConfig()
+encoder_decoder.ImageTextModule.text = @t5.T5Config()
 vit.ViTConfig:
   width = 8
   depth = 1
@@ -50,7 +53,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def read(*overrides, file="model.gin"):
-    return recipes.read([file], overrides, [""])
+    return loading.read([file], overrides, [""])
 
 
 def error_of(*overrides, file="model.gin"):
@@ -62,7 +65,7 @@ def error_of(*overrides, file="model.gin"):
 def error_in(folder, text, *overrides):
     (folder / "extra.gin").write_text(text)
     with pytest.raises(RecipeError) as caught:
-        recipes.read(["model.gin", "extra.gin"], overrides, [""])
+        loading.read(["model.gin", "extra.gin"], overrides, [""])
     return str(caught.value)
 
 
@@ -133,11 +136,14 @@ def test_config_show_resolves_macros_and_tells_where_values_come_from(folder, ca
     arguments = ["config", "show", "--gin_file=model.gin", "--gin.T5Config.width=16"]
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "VOCAB_SIZE = 300  # model.gin:8" in lines
-    assert "t5.T5Config.vocab_size = 300  # model.gin:18" in lines
+    assert "VOCAB_SIZE = 300  # model.gin:9" in lines
+    assert "t5.T5Config.vocab_size = 300  # model.gin:19" in lines
     assert "t5.T5Config.width = 16  # command line" in lines
     assert "t5.T5Config.tied_logits = False  # default" in lines
-    assert "multimodal.ImageTextModule.tower = @vit.ViTConfig()  # model.gin:9" in lines
+    assert (
+        "encoder_decoder.ImageTextModule.tower = @vit.ViTConfig()  # model.gin:10"
+        in lines
+    )
 
 
 def test_config_show_needs_no_tensorflow(folder):
@@ -156,10 +162,10 @@ def test_config_show_needs_no_tensorflow(folder):
 
 def test_later_files_and_overrides_win(folder):
     (folder / "wide.gin").write_text(f"{HEADER}t5.T5Config.width = 32")
-    recipe = recipes.read(["model.gin", "wide.gin"], [], [""])
+    recipe = loading.read(["model.gin", "wide.gin"], [], [""])
     bound = recipe.bound_to("vit22b_transfer.models.t5.T5Config")
     assert bound["width"].value == 32
-    recipe = recipes.read(["model.gin", "wide.gin"], ["T5Config.width=64"], [""])
+    recipe = loading.read(["model.gin", "wide.gin"], ["T5Config.width=64"], [""])
     bound = recipe.bound_to("vit22b_transfer.models.t5.T5Config")
     assert bound["width"].value == 64
 
@@ -167,7 +173,7 @@ def test_later_files_and_overrides_win(folder):
 def test_files_are_found_in_every_search_path(folder):
     (folder / "sub").mkdir()
     (folder / "sub" / "top.gin").write_text("include 'model.gin'")
-    recipe = recipes.read(["top.gin"], [], ["sub", ""])
+    recipe = loading.read(["top.gin"], [], ["sub", ""])
     assert "VOCAB_SIZE" in recipe.macros
 
 
@@ -221,11 +227,11 @@ def test_right_overrides_are_accepted(folder, override):
     [
         (
             f"{HEADER}t5.T5Confg.width = 3",
-            "extra.gin:7: t5.T5Confg.width: vit22b_transfer.models.t5 has no "
+            "extra.gin:8: t5.T5Confg.width: vit22b_transfer.models.t5 has no "
             "'T5Confg'. Did you mean T5Config?",
         ),
         (f"{HEADER}vt.ViTConfig.width = 3", "does not import 'vt'. Did you mean vit?"),
-        (f"{HEADER}t5.T5Config.text = 1", "extra.gin:7: t5.T5Config has no parameter"),
+        (f"{HEADER}t5.T5Config.text = 1", "extra.gin:8: t5.T5Config has no parameter"),
         (f"{HEADER}t5.T5Config.dtype = @vit.Tower()", "Did you mean VisionTower"),
         ("A = (1,\n", "EOF in multi-line statement"),
         ("t5.T5Config.width = 3", "needs `from __gin__ import dynamic_registration`"),
@@ -266,24 +272,22 @@ def test_required_values_are_listed_together(folder):
         f"include 'model.gin'\n{HEADER}{required}t5.T5Config.width = %gin.REQUIRED"
     )
     recipe = read(file="need.gin")
-    from vit22b_transfer.models import multimodal
 
     with pytest.raises(RecipeError) as caught:
-        recipes.check_complete(recipe, multimodal.ImageTextModule)
+        loading.check_complete(recipe, encoder_decoder.ImageTextModule)
     assert re.search(
-        r"must be set: VOCAB_SIZE \(need.gin:8\), t5.T5Config.width \(need.gin:9\). "
+        r"must be set: VOCAB_SIZE \(need.gin:9\), t5.T5Config.width \(need.gin:10\). "
         r"Set them in the recipe or with --gin.NAME=VALUE.",
         str(caught.value),
     )
 
 
 def test_unbound_parameters_of_everything_that_is_built_are_listed(folder):
-    from vit22b_transfer.models import multimodal
 
     text = MODEL.replace("  depth = 1\n", "").replace("  head_dim = 4\n", "")
     (folder / "less.gin").write_text(text)
     with pytest.raises(RecipeError) as caught:
-        recipes.check_complete(read(file="less.gin"), multimodal.ImageTextModule)
+        loading.check_complete(read(file="less.gin"), encoder_decoder.ImageTextModule)
     message = str(caught.value)
     assert "must be bound: " in message
     assert "vit.ViTConfig.depth" in message
@@ -295,26 +299,25 @@ def test_a_recipe_that_does_not_configure_the_command_is_refused(folder):
     with pytest.raises(RecipeError, match="does not configure .*greedy"):
         from vit22b_transfer.inference import decoding
 
-        recipes.check_complete(read(), decoding.greedy)
+        loading.check_complete(read(), decoding.greedy)
 
 
 def test_gin_builds_what_the_recipe_says(folder):
-    from vit22b_transfer.models import multimodal, vit
+    from vit22b_transfer.models import vit
 
     recipe = read("ViTConfig.patch_size=2", "VOCAB_SIZE=512")
-    module = recipes.install(recipe, multimodal.ImageTextModule, [""])()
+    module = loading.install(recipe, encoder_decoder.ImageTextModule, [""])()
     assert isinstance(module.tower, vit.ViTConfig)
     assert module.tower.patch_size == 2
     assert module.text.vocab_size == 512
 
 
 def test_what_gin_alone_refuses_is_a_recipe_error_too(folder):
-    from vit22b_transfer.models import multimodal
 
     recipe = read()
     (folder / "model.gin").write_text("A = %B")
     with pytest.raises(RecipeError, match="gin refuses the recipe"):
-        recipes.install(recipe, multimodal.ImageTextModule, [""])
+        loading.install(recipe, encoder_decoder.ImageTextModule, [""])
 
 
 def test_errors_of_our_own_code_are_told_without_traceback(folder, capsys):

@@ -12,7 +12,7 @@ import seqio
 import tiny_captions
 from tiny_captions import BAD_IMAGE, BATCH_SIZE, LENGTHS, NUM_IMAGES, ONE_DEVICE
 
-from vit22b_transfer.data import batches, task_access
+from vit22b_transfer.data import batches, task_metrics
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
 from vit22b_transfer.evaluation import evaluate
 from vit22b_transfer.inference.prediction_files import read_lines
@@ -312,7 +312,7 @@ def test_the_majority_of_a_source_without_records_is_read_from_its_examples(fold
 
     source = seqio.FunctionDataSource(unordered, ["train"])
     tiny_captions.register("tiny_function", folder, source=source)
-    found = task_access.most_frequent_target("tiny_function", "train", LENGTHS)
+    found = task_metrics.most_frequent_target("tiny_function", "train", LENGTHS)
     assert found == "a dog"
 
 
@@ -322,4 +322,4 @@ def test_the_majority_of_equally_common_targets_is_the_first(tmp_path):
     text = "\n".join(map(json.dumps, [*lines, {"file_name": "3.png", "caption": "a"}]))
     (tmp_path / "captions.jsonl").write_text(text + "\n")
     tiny_captions.register("tiny_tie", tmp_path)
-    assert task_access.most_frequent_target("tiny_tie", "train", LENGTHS) == "b"
+    assert task_metrics.most_frequent_target("tiny_tie", "train", LENGTHS) == "b"

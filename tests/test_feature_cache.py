@@ -22,21 +22,18 @@ from flax.traverse_util import flatten_dict
 from tiny_captions import BATCH_SIZE, LENGTHS, ONE_DEVICE
 from tiny_models import assert_within
 
-from vit22b_transfer import recipes
-from vit22b_transfer.data import batches, feature_cache, scenes, sources
+from vit22b_transfer.checkpoints import reading, writing
+from vit22b_transfer.data import batches, feature_cache, sources
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
 from vit22b_transfer.data.feature_shards import STORAGES, Shard, TokenFormat
+from vit22b_transfer.demo import scenes
 from vit22b_transfer.inference import cache_features, infer
-from vit22b_transfer.models import lora, multimodal
+from vit22b_transfer.models import encoder_decoder, lora, multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import checkpoints, tower_weights
-from vit22b_transfer.training.train import (
-    EvalData,
-    InitialCheckpoint,
-    Periods,
-    TrainData,
-    fine_tune,
-)
+from vit22b_transfer.recipes import loading
+from vit22b_transfer.training import inputs
+from vit22b_transfer.training.inputs import EvalData, TrainData
+from vit22b_transfer.training.train import InitialCheckpoint, Periods, fine_tune
 
 ROOT = Path(__file__).parent.parent
 TASK = "feature_cache_test"
@@ -52,7 +49,7 @@ def model(**arguments):
         vocab_size=320, num_encoder_layers=0, num_decoder_layers=1
     )
     return multimodal.ImageTextModel(
-        multimodal.ImageTextModule(tiny_models.tower_config(depth=1), text),
+        encoder_decoder.ImageTextModule(tiny_models.tower_config(depth=1), text),
         seqio.ByteVocabulary(),
         seqio.ByteVocabulary(),
         optimizer_def=optax.sgd(1e-2),  # compiles fastest
@@ -64,11 +61,11 @@ def model(**arguments):
 def write_checkpoint(model_dir, seed=0):
     """A checkpoint of random parameters for `model()`; returns its path."""
     params = tiny_models.model_params(model(), seed=seed)
-    writer = checkpoints.CheckpointWriter(str(model_dir), keep=None)
+    writer = writing.CheckpointWriter(str(model_dir), keep=None)
     tree = {"target": params, "state": {"step": np.int32(7), "param_states": {}}}
     writer.save(7, tree, {})
     writer.close()
-    return checkpoints.checkpoint_path(str(model_dir), 7)
+    return reading.checkpoint_path(str(model_dir), 7)
 
 
 def write(cache, the_model=None, *, task=TASK, partitioning=ONE_DEVICE, **arguments):
@@ -79,11 +76,9 @@ def write(cache, the_model=None, *, task=TASK, partitioning=ONE_DEVICE, **argume
     )
 
 
-def reading(cache, the_model=None, *, task=TASK, split="train"):
+def reading_from(cache, the_model=None, *, task=TASK, split="train"):
     """Arguments to read batches from the cache with."""
-    return tower_weights.batch_arguments(
-        cache, the_model or model(), task, split, LENGTHS
-    )
+    return inputs.batch_arguments(cache, the_model or model(), task, split, LENGTHS)
 
 
 def train_batch(arguments, step=0, task=TASK):
@@ -159,7 +154,7 @@ LIVE = dict(feature_lengths=LENGTHS, converter_cls=ImageTextFeatureConverter)
 
 @pytest.mark.parametrize("step", [0, 5])
 def test_cached_batches_are_the_live_ones_with_tokens_for_pixels(cache, written, step):
-    live, cached = train_batch(LIVE, step), train_batch(reading(cache), step)
+    live, cached = train_batch(LIVE, step), train_batch(reading_from(cache), step)
     images = live.pop("encoder_input_images")
     tokens = cached.pop("encoder_input_features")
     assert tokens.shape == (len(images), 4, 32) and tokens.dtype == np.float32
@@ -216,7 +211,7 @@ def test_the_loss_is_that_of_live_features(
     params = tiny_models.model_params(model(), seed=0)
     live = mean_loss(dtype)(params, train_batch(LIVE))
     without = dict(params, encoder=dict(params["encoder"], tower={}))
-    cached = mean_loss(dtype)(without, train_batch(reading(cache, the_model)))
+    cached = mean_loss(dtype)(without, train_batch(reading_from(cache, the_model)))
     assert_within(tolerance, cached, live, f"{dtype} {storage}")
 
 
@@ -260,7 +255,7 @@ def test_a_run_that_dies_goes_on_and_ends_with_the_same_bytes(
         with pytest.raises(ValueError, match="the disk is gone"):
             write(cache)
         with pytest.raises(ValueError, match="lack 2 of 4 shards.* Run .*it goes on"):
-            reading(cache)
+            reading_from(cache)
     finally:
         tiny_captions.register(TASK, folder)
     [result] = write(cache)
@@ -290,7 +285,7 @@ def test_a_shard_that_was_cut_off_is_refused_and_made_anew(copied):
     for rest in (path.read_bytes()[:-1000], b""):
         path.write_bytes(rest)
         with pytest.raises(ValueError, match=f"{path} .* is cut off or damaged"):
-            reading(cache)
+            reading_from(cache)
     assert write(cache)[0].num_kept == 3
     assert contents(directory) == before
 
@@ -302,7 +297,7 @@ def test_a_changed_byte_is_an_error_that_names_the_file(copied):
     row = Shard(str(path)).row(1)
     whole[whole.index(row[100:140])] ^= 1
     path.write_bytes(whole)
-    arguments = reading(cache)
+    arguments = reading_from(cache)
     with pytest.raises(ValueError, match=f"of {path} is damaged"):
         for step in range(5):
             train_batch(arguments, step)
@@ -313,7 +308,7 @@ def test_a_changed_byte_is_an_error_that_names_the_file(copied):
 
 def refused(cache, message, **arguments):
     with pytest.raises(ValueError, match=message):
-        reading(cache, **arguments)
+        reading_from(cache, **arguments)
 
 
 def test_a_cache_that_is_not_there_says_how_to_write_it(tmp_path, checkpoint):
@@ -337,7 +332,7 @@ def test_how_the_tower_is_computed_does_not_make_a_cache_stale(cache, written):
     other = model()
     tower = dataclasses.replace(other.module.tower, remat="block", pooling="gap")
     other.module = other.module.clone(tower=tower)
-    reading(cache, other)
+    reading_from(cache, other)
 
 
 def test_a_cache_of_other_texts_or_preprocessing_is_stale(cache, written, folder):
@@ -353,9 +348,7 @@ def test_a_cache_of_other_texts_or_preprocessing_is_stale(cache, written, folder
     finally:
         tiny_captions.register(TASK, folder)
     with pytest.raises(ValueError, match=r"stale.*\n.*: feature_lengths.targets \("):
-        tower_weights.batch_arguments(
-            cache, model(), TASK, "train", LENGTHS | {"targets": 5}
-        )
+        inputs.batch_arguments(cache, model(), TASK, "train", LENGTHS | {"targets": 5})
     int8 = dataclasses.replace(cache, storage="int8")
     refused(int8, r"storage \('exact' there, 'int8' here\)")
 
@@ -400,7 +393,7 @@ def test_a_task_that_drops_examples_is_cached_without_them(cache):
     name = "feature_cache_dropping"
     add_task(name, ArraySource(9, picture), [drop_odd])
     assert write(cache, task=name)[0].num_examples == 5
-    arguments = reading(cache, task=name)
+    arguments = reading_from(cache, task=name)
     rows = batches.eval_batches(
         name, "train", **arguments, batch_size=8, partitioning=ONE_DEVICE
     )
@@ -412,7 +405,7 @@ def test_a_task_that_drops_examples_is_cached_without_them(cache):
 
 
 def test_low_rank_updates_of_the_tower_are_refused(cache, written):
-    batch = train_batch(reading(cache))
+    batch = train_batch(reading_from(cache))
     shapes = {name: rows.shape for name, rows in batch.items()}
 
     def initialise(pattern):
@@ -477,7 +470,7 @@ def test_two_processes_share_the_shards_out_and_train_on_them(tmp_path):
         for name in ("rows", "examples")
     )
     assert set(rows) == set(shown) and len(set(shown)) == 12
-    assert checkpoints.latest_step(str(on_cache)) == 2
+    assert reading.latest_step(str(on_cache)) == 2
 
 
 # --- Training ---
@@ -516,7 +509,7 @@ def test_training_gives_the_losses_and_parameters_of_a_frozen_tower(runs):
     )
     assert smaller < size
     names = [
-        {name for name in checkpoints.saved_arrays(run.checkpoint) if "target/" in name}
+        {name for name in reading.saved_arrays(run.checkpoint) if "target/" in name}
         for run in (live, cached)
     ]
     assert names[0] == names[1]
@@ -566,8 +559,8 @@ def test_one_gin_file_turns_a_recipe_to_its_cache(name, root):
     files = [f"gin_configs/recipes/{name}.gin", "gin_configs/runs/cached_features.gin"]
     overrides = ["CACHE_DIR='/c'", "TOWER_CHECKPOINT='/t'", "MODEL_DIR='/nowhere'"]
     try:
-        recipe = recipes.read(files, overrides, [str(ROOT)])
-        assert callable(recipes.install(recipe, root, [str(ROOT)]))
+        recipe = loading.read(files, overrides, [str(ROOT)])
+        assert callable(loading.install(recipe, root, [str(ROOT)]))
         data = gin.get_configurable(TrainData)()
         assert data.cache == feature_cache.FeatureCache("/c", "/t")
         assert gin.get_configurable(EvalData)().cache == data.cache

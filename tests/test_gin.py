@@ -10,9 +10,17 @@ import gin
 import jax
 import pytest
 
-from vit22b_transfer import recipes
-from vit22b_transfer.models import gemma, lora, multimodal, prefix_lm, t5, vit
+from vit22b_transfer.models import (
+    encoder_decoder,
+    gemma,
+    lora,
+    multimodal,
+    prefix_lm,
+    t5,
+    vit,
+)
 from vit22b_transfer.partitioning import rules
+from vit22b_transfer.recipes import loading
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "gin_configs"
@@ -29,8 +37,8 @@ def stem(path):
 def installed(root, paths, *overrides):
     """The configured `root`; paths relative to the repository."""
     names = [path.relative_to(ROOT).as_posix() for path in paths]
-    recipe = recipes.read(names, overrides, [str(ROOT)])
-    return recipes.install(recipe, root, [str(ROOT)])
+    recipe = loading.read(names, overrides, [str(ROOT)])
+    return loading.install(recipe, root, [str(ROOT)])
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +63,7 @@ def module_of(tower, text):
     if tower.stem.startswith("vit_"):
         overrides.append(MACROS["vit"])
     paths = [tower, text, CONFIGS / "models/image_text.gin"]
-    return installed(multimodal.ImageTextModule, paths, *overrides)()
+    return installed(encoder_decoder.ImageTextModule, paths, *overrides)()
 
 
 @pytest.mark.parametrize("path", TOWERS, ids=stem)
@@ -90,7 +98,7 @@ def test_text_models_have_the_published_sizes(name, expected):
     names = ("no_tower", name, "image_text")
     paths = [CONFIGS / f"models/{name}.gin" for name in names]
     overrides = ["VOCAB_SIZE=32128", "T5Config.scan_layers=True"]
-    module = installed(multimodal.ImageTextModule, paths, *overrides)()
+    module = installed(encoder_decoder.ImageTextModule, paths, *overrides)()
     tokens = jax.ShapeDtypeStruct((1, 4), "int32")
     params = jax.eval_shape(module.init, jax.random.key(0), None, tokens, tokens)
     count = sum(leaf.size for leaf in jax.tree.leaves(params["params"]))
@@ -157,7 +165,7 @@ def required_macros(path):
 def read_recipe(path, *overrides, behind=()):
     overrides = [*overrides, *(SETTINGS[name] for name in required_macros(path))]
     names = [file.relative_to(ROOT).as_posix() for file in (path, *behind)]
-    return recipes.read(names, overrides, [str(ROOT)])
+    return loading.read(names, overrides, [str(ROOT)])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=stem)
@@ -165,13 +173,13 @@ def test_every_recipe_serves_train_eval_and_infer(path):
     for module, function in COMMANDS:
         module = importlib.import_module(f"vit22b_transfer.{module}")
         root = getattr(module, function)
-        assert callable(recipes.install(read_recipe(path), root, [str(ROOT)]))
+        assert callable(loading.install(read_recipe(path), root, [str(ROOT)]))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=stem)
 def test_every_recipe_requires_exactly_what_its_header_says(path):
     name = path.relative_to(ROOT).as_posix()
-    unset = recipes.read([name], [], [str(ROOT)]).required()
+    unset = loading.read([name], [], [str(ROOT)]).required()
     macros = {text.split()[0] for text in unset if "." not in text.split()[0]}
     assert macros == set(required_macros(path))
 
@@ -193,7 +201,7 @@ def test_every_recipe_builds_its_model_on_its_mesh(path, behind):
     # Scanned layers have the same parameters, stacked, and are traced once.
     text = "GemmaConfig" if "paligemma" in path.stem else "T5Config"
     recipe = read_recipe(path, f"{text}.scan_layers=True", behind=behind)
-    model = recipes.install(recipe, multimodal.ImageTextModel, [str(ROOT)])()
+    model = loading.install(recipe, multimodal.ImageTextModel, [str(ROOT)])()
     if behind:
         assert model.frozen == lora.ALL_BUT_LORA
     layout = gin.get_configurable(rules.Partitioning)()

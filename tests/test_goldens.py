@@ -14,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from tiny_models import text_config
 
-from vit22b_transfer.models import gemma, multimodal, prefix_lm, stacking, t5, vit
+from vit22b_transfer.models import encoder_decoder, gemma, prefix_lm, stacking, t5, vit
 
 GOLDENS = pathlib.Path(__file__).parent / "testdata" / "goldens"
 NAMES = (
@@ -46,7 +46,9 @@ def abstract_tower(config):
 def abstract_model(tower, text):
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     images = tower and jax.ShapeDtypeStruct((1, *tower.image_size, 3), jnp.uint8)
-    return abstract(multimodal.ImageTextModule(tower, text), images, tokens, tokens)
+    return abstract(
+        encoder_decoder.ImageTextModule(tower, text), images, tokens, tokens
+    )
 
 
 def described(variables):

@@ -17,13 +17,14 @@ import seqio
 import tiny_captions
 from tiny_captions import BAD_IMAGE, BATCH_SIZE, LENGTHS, NUM_IMAGES, ONE_DEVICE
 
-from vit22b_transfer.inference import decoding, fingerprints, infer
+from vit22b_transfer.checkpoints import fingerprints
+from vit22b_transfer.host.progress import Progress
+from vit22b_transfer.inference import decoding, infer
 from vit22b_transfer.inference.prediction_files import (
     PredictionFiles,
     Recovered,
     read_lines,
 )
-from vit22b_transfer.inference.progress import Progress
 from vit22b_transfer.partitioning.rules import Partitioning
 
 TASK = "tiny_infer"
@@ -226,10 +227,10 @@ def test_decode_settings_are_seen_through_any_binding():
         return bound(*args, **kwargs, alpha=0.5)
 
     expected = {"method": "beam_search", "num_beams": 3, "alpha": 0.5}
-    assert fingerprints.decode_settings(wrapped_as_gin_does) == expected
-    assert fingerprints.decode_settings(decoding.greedy) == {"method": "greedy"}
+    assert infer.decode_settings(wrapped_as_gin_does) == expected
+    assert infer.decode_settings(decoding.greedy) == {"method": "greedy"}
     nucleus = functools.partial(decoding.sample, top_k=50, top_p=0.9)
-    assert fingerprints.decode_settings(nucleus)["top_p"] == 0.9
+    assert infer.decode_settings(nucleus)["top_p"] == 0.9
 
 
 def test_parameter_digests_see_every_change_and_no_mesh():

@@ -16,14 +16,16 @@ import tiny_runs
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tiny_models import assert_within
 
-from vit22b_transfer import recipes
+from vit22b_transfer.checkpoints import reading, restoring, writing
 from vit22b_transfer.inference import infer
 from vit22b_transfer.models import int8, layers, lora, multimodal, vit
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import checkpoints, optimizers, partial_restore, steps
+from vit22b_transfer.recipes import loading
+from vit22b_transfer.training import optimizers, steps
 from vit22b_transfer.training.state import TrainState, abstract_variables
 from vit22b_transfer.training.train import InitialCheckpoint, Periods, fine_tune
-from vit22b_transfer.weights import export, families
+from vit22b_transfer.weights import export
+from vit22b_transfer.weights.families import table
 
 ROOT = Path(__file__).parent.parent
 FROZEN = ("encoder/tower/.*",)
@@ -149,7 +151,7 @@ def checkpoint(tmp_path_factory):
 
 def restored(path, the_model, partitioning=ONE_DEVICE, **arguments):
     abstract = abstract_variables(the_model, partitioning, tiny_models.batch(2))
-    return partial_restore.restore_partial(path, abstract, **arguments).params
+    return restoring.restore_partial(path, abstract, **arguments).params
 
 
 def assert_tower_is_rounded(ours, params):
@@ -172,12 +174,12 @@ def test_a_run_starts_from_kernels_in_floating_point(checkpoint, params, mesh):
 
 
 def test_rules_rename_the_kernels_too(checkpoint, params):
-    writer = checkpoints.CheckpointWriter(str(Path(checkpoint).parent), keep=None)
+    writer = writing.CheckpointWriter(str(Path(checkpoint).parent), keep=None)
     tree = {"target": {"vit": params["encoder"]["tower"]}, "state": {"step": 1}}
     writer.save(8, tree, {})
     writer.close()
     rules = ((r"encoder/tower/(.*)", r"vit/\1"), (".*", None))
-    path = checkpoints.checkpoint_path(str(Path(checkpoint).parent), 8)
+    path = reading.checkpoint_path(str(Path(checkpoint).parent), 8)
     tower = restored(path, model(), rules=rules)
     expected = restored(checkpoint, model())["encoder"]["tower"]
     tiny_runs.assert_same_bits(tower, {"encoder": {"tower": expected}})
@@ -205,7 +207,7 @@ def test_training_int8_kernels_is_refused(tmp_path):
         ValueError, match="encoder/tower/.*kernel is stored as int8 and"
     ):
         tiny_runs.run(tmp_path, model(frozen=()), eval_data=None, total_steps=1)
-    assert not checkpoints.complete_steps(str(tmp_path))
+    assert not reading.complete_steps(str(tmp_path))
 
 
 def test_a_blind_model_has_no_tower_to_round():
@@ -258,16 +260,16 @@ def test_a_training_keeps_the_int8_tower_and_moves_the_rest(run, checkpoint):
 def test_an_int8_checkpoint_is_not_exported_as_if_it_were_floats(run, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="int8"):
-        export.export_weights(run, str(out), families.FAMILIES, family="hf-t5")
+        export.export_weights(run, str(out), table.FAMILIES, family="hf-t5")
     assert not out.exists()
 
 
 def test_the_gin_file_rounds_and_freezes_the_tower_of_a_recipe():
     files = ["gin_configs/recipes/scenes_vqa.gin", "gin_configs/models/int8_tower.gin"]
     try:
-        recipe = recipes.read(files, ["MODEL_DIR='/nowhere'"], [str(ROOT)])
+        recipe = loading.read(files, ["MODEL_DIR='/nowhere'"], [str(ROOT)])
         root = multimodal.ImageTextModel
-        built = recipes.install(recipe, root, [str(ROOT)])()
+        built = loading.install(recipe, root, [str(ROOT)])()
         assert built.module.tower.int8_kernels and built.frozen == FROZEN
     finally:
         gin.clear_config()

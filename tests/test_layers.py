@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import assert_within, jit, random_params, relative_difference
 
-from vit22b_transfer.models import layers, stacking
+from vit22b_transfer.models import layers, multi_head_attention, stacking
 
 BFLOAT16_EPSILON = 2.0**-8
 
@@ -123,7 +123,9 @@ def test_masked_keys_have_no_weight_at_all():
 
 
 def test_attention_with_projected_keys_equals_attention_from_inputs():
-    attention = layers.MultiHeadAttention(16, 2, 8, qk_norm=True, qkv_bias=True)
+    attention = multi_head_attention.MultiHeadAttention(
+        16, 2, 8, qk_norm=True, qkv_bias=True
+    )
     x, kv = normal(2, 3, 16), normal(2, 5, 16, seed=1)
     variables = {"params": random_params(attention, x, kv)}
     key, value = attention.apply(variables, kv, method="project_key_value")

@@ -12,14 +12,9 @@ import tensorstore
 import tiny_runs
 from flax import serialization, traverse_util
 
+from vit22b_transfer.checkpoints import legacy, reading, restoring
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import (
-    checkpoints,
-    legacy_checkpoints,
-    optimizers,
-    partial_restore,
-    state,
-)
+from vit22b_transfer.training import optimizers, state
 
 FSDP = Partitioning(data=4, model=2, parameter_partitioning_dims=2)
 KERNEL = "encoder/tower/kernel"
@@ -119,7 +114,7 @@ def change_spec(path, **changes):
 
 def restore_params(path, abstract):
     params = abstract["target"]
-    return checkpoints.restore_params(str(path), params, state.shardings_of(params))
+    return restoring.restore_params(str(path), params, state.shardings_of(params))
 
 
 # --- What comes back ---
@@ -129,7 +124,7 @@ def restore_params(path, abstract):
 def test_a_train_state_comes_back_bit_for_bit_in_its_shardings(saved, partitioning):
     path, arrays, _ = saved
     _, abstract = tree(partitioning)
-    restored = checkpoints.restore_tree(path, abstract)
+    restored = reading.restore_tree(path, abstract)
     tiny_runs.assert_same_bits(restored, arrays)
     jax.tree.map(
         lambda leaf, want: leaf.sharding == want.sharding or pytest.fail(str(leaf)),
@@ -152,7 +147,7 @@ def test_shapes_and_dtypes_are_known_without_the_data(copied, saved):
                 chunk.unlink() if chunk.name != ".zarray" else None
     found = {
         name: (leaf.shape, leaf.dtype)
-        for name, leaf in checkpoints.saved_arrays(str(copied)).items()
+        for name, leaf in reading.saved_arrays(str(copied)).items()
     }
     _, arrays, _ = saved
     assert found == {n: (x.shape, x.dtype) for n, x in flatten(arrays).items()}
@@ -160,21 +155,21 @@ def test_shapes_and_dtypes_are_known_without_the_data(copied, saved):
 
 def test_little_memory_reads_the_same(saved, monkeypatch):
     path, arrays, _ = saved
-    monkeypatch.setattr(legacy_checkpoints, "_BYTES_IN_FLIGHT", 100)
+    monkeypatch.setattr(legacy, "_BYTES_IN_FLIGHT", 100)
     _, abstract = tree(FSDP)
-    tiny_runs.assert_same_bits(checkpoints.restore_tree(path, abstract), arrays)
+    tiny_runs.assert_same_bits(reading.restore_tree(path, abstract), arrays)
 
 
 def test_training_resumes_from_a_legacy_checkpoint(tmp_path):
     whole = tiny_runs.run(tmp_path / "whole", keep=None)
     abstract = state.to_checkpoint_tree(abstract_of_a_run())
-    path = checkpoints.checkpoint_path(str(tmp_path / "whole"), 10)
-    arrays = checkpoints.restore_tree(path, abstract)
+    path = reading.checkpoint_path(str(tmp_path / "whole"), 10)
+    arrays = reading.restore_tree(path, abstract)
     write(tmp_path / "legacy" / "checkpoint_10", arrays)
     resumed = tiny_runs.run(tmp_path / "legacy")
     assert resumed.step == whole.step == 12
     restored = [
-        checkpoints.restore_tree(str(tmp_path / name), abstract)
+        reading.restore_tree(str(tmp_path / name), abstract)
         for name in ("legacy", "whole")
     ]
     tiny_runs.assert_same_bits(*restored)
@@ -207,7 +202,7 @@ def path_outside_of_the_store(spec):
 def test_arrays_are_found_beside_the_index_wherever_they_were_written(tmp_path, spec):
     arrays, abstract = tree()
     path = write(tmp_path / "checkpoint_5", arrays, spec=spec)
-    tiny_runs.assert_same_bits(checkpoints.restore_tree(path, abstract), arrays)
+    tiny_runs.assert_same_bits(reading.restore_tree(path, abstract), arrays)
 
 
 def test_version_2_holds_bfloat16_as_its_bits(tmp_path):
@@ -216,7 +211,7 @@ def test_version_2_holds_bfloat16_as_its_bits(tmp_path):
         lambda x: x.view(np.uint16) if x.dtype == jnp.bfloat16 else x, arrays
     )
     path = write(tmp_path / "checkpoint_5", bits, version=2)
-    tiny_runs.assert_same_bits(checkpoints.restore_tree(path, abstract), arrays)
+    tiny_runs.assert_same_bits(reading.restore_tree(path, abstract), arrays)
 
 
 def test_version_3_does_not(tmp_path):
@@ -225,7 +220,7 @@ def test_version_3_does_not(tmp_path):
     arrays["target"]["encoder"]["tower"]["kernel"] = bits
     path = write(tmp_path / "checkpoint_5", arrays)
     with pytest.raises(ValueError, match=f"{KERNEL}: dtype uint16 in the checkpoint"):
-        checkpoints.restore_tree(path, abstract)
+        reading.restore_tree(path, abstract)
 
 
 def test_arrays_may_all_be_in_the_index_and_untrained_states_none(tmp_path):
@@ -240,7 +235,7 @@ def test_arrays_may_all_be_in_the_index_and_untrained_states_none(tmp_path):
     path = write(tmp_path / "checkpoint_5", arrays, index=index)
     for directory in (tmp_path / "checkpoint_5").iterdir():
         shutil.rmtree(directory) if directory.is_dir() else None
-    tiny_runs.assert_same_bits(checkpoints.restore_tree(path, abstract), arrays)
+    tiny_runs.assert_same_bits(reading.restore_tree(path, abstract), arrays)
 
 
 def test_the_first_orbax_layout_names_arrays_by_placeholders(tmp_path):
@@ -257,7 +252,7 @@ def test_the_first_orbax_layout_names_arrays_by_placeholders(tmp_path):
         )
 
     write(tmp_path / "checkpoint_5" / "state", arrays, index=index)
-    restored = checkpoints.restore_tree(str(tmp_path), abstract)
+    restored = reading.restore_tree(str(tmp_path), abstract)
     tiny_runs.assert_same_bits(restored, arrays)
 
 
@@ -275,7 +270,7 @@ def test_an_index_cut_off_anywhere_is_an_error(copied):
     for length in range(0, len(content), 7):
         (copied / "checkpoint").write_bytes(content[:length])
         with pytest.raises(ValueError, match="damaged or cut off"):
-            checkpoints.saved_arrays(str(copied))
+            reading.saved_arrays(str(copied))
 
 
 @pytest.mark.parametrize(
@@ -294,13 +289,13 @@ def test_an_index_cut_off_anywhere_is_an_error(copied):
 def test_an_index_of_another_kind_is_an_error(copied, content, message):
     write_index(copied, content)
     with pytest.raises(ValueError, match=message):
-        checkpoints.saved_arrays(str(copied))
+        reading.saved_arrays(str(copied))
 
 
 def test_a_tensorflow_checkpoint_is_named(copied):
     (copied / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-0"\n')
     with pytest.raises(ValueError, match="this is a TensorFlow checkpoint"):
-        checkpoints.saved_arrays(str(copied))
+        reading.saved_arrays(str(copied))
 
 
 @pytest.mark.parametrize(
@@ -310,7 +305,7 @@ def test_a_path_out_of_the_checkpoint_is_an_error(copied, outside):
     (copied.parent / "elsewhere").mkdir()
     change_spec(copied, kvstore={"driver": "file", "path": outside})
     with pytest.raises(ValueError, match=f"{KERNEL}: .* leads out of the checkpoint"):
-        checkpoints.saved_arrays(str(copied))
+        reading.saved_arrays(str(copied))
 
 
 def test_a_link_out_of_the_checkpoint_is_an_error(copied):
@@ -318,14 +313,14 @@ def test_a_link_out_of_the_checkpoint_is_an_error(copied):
     inside.rename(outside)
     inside.symlink_to(outside)
     with pytest.raises(ValueError, match=f"{KERNEL}: .* leads out of the checkpoint"):
-        checkpoints.saved_arrays(str(copied))
+        reading.saved_arrays(str(copied))
 
 
 def test_missing_arrays_are_all_named(copied):
     shutil.rmtree(copied / "target.encoder.tower.kernel")
     (copied / "target.decoder.kernel" / ".zarray").unlink()
     with pytest.raises(ValueError) as error:
-        checkpoints.saved_arrays(str(copied))
+        reading.saved_arrays(str(copied))
     message = str(error.value)
     assert "incomplete or damaged" in message
     assert f"target/{KERNEL}: the directory " in message and "is missing" in message
@@ -340,7 +335,7 @@ def test_damaged_arrays_are_errors_that_name_them(copied, saved):
     assert "tensorstore_spec" not in str(e.value)
     (copied / "target.decoder.kernel" / ".zarray").write_text("{")
     with pytest.raises(ValueError, match="target/decoder/kernel: .*JSON") as e:
-        checkpoints.saved_arrays(str(copied))
+        reading.saved_arrays(str(copied))
     assert "tensorstore_spec" not in str(e.value)
 
 
@@ -355,7 +350,7 @@ def test_damaged_arrays_are_errors_that_name_them(copied, saved):
 def test_an_index_entry_that_cannot_be_followed_is_an_error(copied, changes, message):
     change_spec(copied, **changes)
     with pytest.raises(ValueError, match=f"{KERNEL}: .*{message}"):
-        checkpoints.saved_arrays(str(copied))
+        reading.saved_arrays(str(copied))
 
 
 def test_a_leaf_that_is_no_array_is_an_error(copied):
@@ -363,14 +358,14 @@ def test_a_leaf_that_is_no_array_is_an_error(copied):
     contents["optimizer"]["state"]["step"] = "five"
     write_index(copied, contents)
     with pytest.raises(ValueError, match="state/step: .* in the index is a str"):
-        checkpoints.saved_arrays(str(copied))
+        reading.saved_arrays(str(copied))
 
 
 def test_half_written_checkpoints_are_ignored(copied):
     shutil.copytree(copied, copied.parent / "checkpoint_9.tmp-1700000000")
     shutil.copytree(copied, copied.parent / "checkpoint_8")
     (copied.parent / "checkpoint_8" / "checkpoint").unlink()
-    assert checkpoints.complete_steps(str(copied.parent)) == [5]
+    assert reading.complete_steps(str(copied.parent)) == [5]
 
 
 def test_shapes_dtypes_and_names_must_fit_the_model(saved):
@@ -399,7 +394,7 @@ def test_a_state_of_another_optimizer_says_how_to_load_the_parameters(saved):
     path, arrays, _ = saved
     _, abstract = tree(optimizer=optimizers.sgd(0.1))
     with pytest.raises(ValueError, match="of another optimizer") as error:
-        checkpoints.restore_tree(path, abstract)
+        reading.restore_tree(path, abstract)
     assert "/train/inner_state/1/trace/decoder/kernel: not in the che" in str(
         error.value
     )
@@ -407,7 +402,7 @@ def test_a_state_of_another_optimizer_says_how_to_load_the_parameters(saved):
         error.value
     )
     assert "gin_configs/runs/from_checkpoint.gin" in str(error.value)
-    restored = partial_restore.restore_partial(path, abstract["target"])
+    restored = restoring.restore_partial(path, abstract["target"])
     tiny_runs.assert_same_bits(restored.params, arrays["target"])
 
 
@@ -423,8 +418,8 @@ def test_a_partial_restore_renames_and_casts(saved):
     )
     rules = [(r"vit/(.*)", r"encoder/tower/\1"), (r"token_.*", None)]
     with pytest.raises(ValueError, match=r"vit/kernel .*: dtype bfloat16"):
-        partial_restore.restore_partial(path, nested(params), rules)
-    restored = partial_restore.restore_partial(path, nested(params), rules, cast=True)
+        restoring.restore_partial(path, nested(params), rules)
+    restored = restoring.restore_partial(path, nested(params), rules, cast=True)
     expected = flatten(arrays["target"])[KERNEL].astype(np.float32)
     tiny_runs.assert_same_bits(restored.params["vit"]["kernel"], expected)
     assert restored.kept == ["token_embedder/embedding"]
@@ -436,7 +431,7 @@ def test_float32_is_rounded_to_the_nearest_bfloat16(tmp_path):
     exact = np.random.default_rng(1).standard_normal((768, 8)).astype(np.float32)
     arrays["target"]["encoder"]["tower"]["kernel"] = exact
     path = write(tmp_path / "checkpoint_5", arrays)
-    restored = partial_restore.restore_partial(path, abstract["target"], cast=True)
+    restored = restoring.restore_partial(path, abstract["target"], cast=True)
     kernel = restored.params["encoder"]["tower"]["kernel"]
     tiny_runs.assert_same_bits(kernel, jnp.asarray(exact).astype(jnp.bfloat16))
 

@@ -14,10 +14,20 @@ import tiny_runs
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tiny_models import assert_within, image_text_model, jit
 
+from vit22b_transfer.checkpoints import identity, reading, restoring, writing
 from vit22b_transfer.inference import decoding
-from vit22b_transfer.models import freezing, layers, lora, multimodal, stacking, t5, vit
+from vit22b_transfer.models import (
+    encoder_decoder,
+    freezing,
+    layers,
+    lora,
+    multimodal,
+    stacking,
+    t5,
+    vit,
+)
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import checkpoints, optimizers, partial_restore, state
+from vit22b_transfer.training import optimizers, state
 from vit22b_transfer.training.train import InitialCheckpoint
 
 QUERY_VALUE = (".*attention/(query|value)/kernel",)
@@ -248,11 +258,11 @@ def base(tmp_path_factory):
 
 
 def write_checkpoint(folder, model, params):
-    writer = checkpoints.CheckpointWriter(folder)
+    writer = writing.CheckpointWriter(folder)
     tree = {"target": params, "state": {"step": jnp.int32(1)}}
-    writer.save(1, tree, {"lora": checkpoints.lora_record(model)})
+    writer.save(1, tree, {"lora": identity.lora_record(model)})
     writer.close()
-    return checkpoints.checkpoint_path(folder, 1)
+    return reading.checkpoint_path(folder, 1)
 
 
 def test_a_run_from_a_plain_checkpoint_trains_the_updates_and_nothing_else(
@@ -276,7 +286,7 @@ def test_a_run_from_a_plain_checkpoint_trains_the_updates_and_nothing_else(
         elif not name.endswith("lora_a"):
             assert value.dtype == jnp.bfloat16
             assert value.tobytes() == np.asarray(base[name]).tobytes(), name
-    moments = checkpoints.saved_arrays(result.checkpoint).keys() - {
+    moments = reading.saved_arrays(result.checkpoint).keys() - {
         f"target/{name}" for name in trained
     }
     assert all("lora_" in name or "count" in name or "step" in name for name in moments)
@@ -286,14 +296,14 @@ def test_a_run_from_a_plain_checkpoint_trains_the_updates_and_nothing_else(
 def test_all_but_the_updates_must_be_in_the_checkpoint(base):
     path, params = base
     abstract = tiny_runs.abstract_params(bfloat16_model())
-    kept = partial_restore.restore_partial(path, abstract).kept
+    kept = restoring.restore_partial(path, abstract).kept
     assert kept and all(name.endswith(("/lora_a", "/lora_b")) for name in kept)
     without = tiny_runs.abstract_params(bfloat16_model(None, param_dtype="float32"))
     with pytest.raises(ValueError, match="dtype bfloat16 in the checkpoint"):
-        partial_restore.restore_partial(path, without)
+        restoring.restore_partial(path, without)
     wider = bfloat16_model(sizes=dict(num_decoder_layers=1, mlp_dim=64))
     with pytest.raises(ValueError, match=r"wi_0/kernel: shape \(1, 24, 48\) in the c"):
-        partial_restore.restore_partial(path, tiny_runs.abstract_params(wider))
+        restoring.restore_partial(path, tiny_runs.abstract_params(wider))
 
 
 def test_what_is_neither_loaded_nor_trained_is_named(base, tmp_path):
@@ -312,10 +322,10 @@ def test_updates_of_another_rank_or_factor_are_refused(tmp_path):
     other = bfloat16_model(dataclasses.replace(CONFIG, alpha=3.0))
     abstract = tiny_runs.abstract_params(other)
     with pytest.raises(ValueError, match="alpha 3.0, but .* trained with 1.5"):
-        partial_restore.restore_partial(path, abstract, model=other)
+        restoring.restore_partial(path, abstract, model=other)
     with pytest.raises(ValueError, match="set LoraConfig.alpha = 1.5"):
         shardings = state.shardings_of(abstract)
-        checkpoints.restore_params(path, abstract, shardings, model=other)
+        restoring.restore_params(path, abstract, shardings, model=other)
 
 
 def test_the_whole_model_trains_if_nothing_is_frozen():
@@ -340,7 +350,7 @@ def test_the_optimizer_state_is_below_two_percent_of_that_of_full_fine_tuning():
     batch = dict(tiny_models.batch(1), encoder_input_images=images)
     sizes = {}
     for config in (None, lora.LoraConfig(16, 32.0, QUERY_VALUE)):
-        module = multimodal.ImageTextModule(tower, text)
+        module = encoder_decoder.ImageTextModule(tower, text)
         model = multimodal.ImageTextModel(
             module, tiny_models.Vocabulary(), tiny_models.Vocabulary(), lora=config
         )

@@ -12,12 +12,14 @@ import tiny_captions
 import tiny_models
 from tiny_captions import BATCH_SIZE, LENGTHS, ONE_DEVICE
 
-from vit22b_transfer import recipes
+from vit22b_transfer.checkpoints import reading, restoring
 from vit22b_transfer.evaluation import evaluate
 from vit22b_transfer.partitioning import rules
-from vit22b_transfer.training import checkpoints, optimizers
+from vit22b_transfer.recipes import loading
+from vit22b_transfer.training import optimizers
+from vit22b_transfer.training.inputs import EvalData, TrainData
 from vit22b_transfer.training.state import abstract_variables, shardings_of
-from vit22b_transfer.training.train import EvalData, Periods, TrainData, fine_tune
+from vit22b_transfer.training.train import Periods, fine_tune
 
 ROOT = Path(__file__).parent.parent
 MESHES = sorted((ROOT / "gin_configs" / "meshes").glob("*.gin"))
@@ -35,9 +37,9 @@ def exact(targets, predictions):
 def partitioning_of(path):
     """What a gin mesh file configures."""
     name = path.relative_to(ROOT).as_posix()
-    recipe = recipes.read([name], [], [str(ROOT)])
+    recipe = loading.read([name], [], [str(ROOT)])
     try:
-        return recipes.install(recipe, rules.Partitioning, [str(ROOT)])()
+        return loading.install(recipe, rules.Partitioning, [str(ROOT)])()
     finally:
         gin.clear_config()
 
@@ -74,8 +76,8 @@ def evaluate_checkpoint(folder, output, partitioning, model):
     (path,) = Path(output).glob(f"{TASK}*.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     abstract = abstract_variables(model, partitioning, tiny_models.batch(8))
-    params = checkpoints.restore_params(
-        checkpoints.resolve(str(folder)), abstract, shardings_of(abstract)
+    params = restoring.restore_params(
+        reading.resolve(str(folder)), abstract, shardings_of(abstract)
     )
     return params, scores[TASK].metrics, lines
 

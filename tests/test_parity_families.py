@@ -18,15 +18,11 @@ from flax.traverse_util import unflatten_dict
 from tiny_models import assert_within, images, jit
 from torch_peers import import_peer
 
-from vit22b_transfer import recipes
 from vit22b_transfer.models import vit
-from vit22b_transfer.weights import (
-    convert,
-    export,
-    sources,
-    tensor_files,
-)
-from vit22b_transfer.weights.families import FAMILIES
+from vit22b_transfer.recipes import loading
+from vit22b_transfer.weights import convert, export, sources
+from vit22b_transfer.weights.families.table import FAMILIES
+from vit22b_transfer.weights.files import tensor_files
 
 transformers = import_peer("transformers")
 timm = import_peer("timm")
@@ -426,8 +422,8 @@ def test_the_imported_gin_file_builds_the_tower_that_was_verified(case):
         f"include '{out}/model.gin'\n"
         "vit.VisionTower.config = %TOWER\n"
     )
-    read = recipes.read([str(recipe)], [], [""])
-    assert recipes.install(read, vit.VisionTower, [""])().config == tower
+    read = loading.read([str(recipe)], [], [""])
+    assert loading.install(read, vit.VisionTower, [""])().config == tower
 
 
 def test_what_was_imported_and_exported_again_has_the_same_bytes_and_loads(

@@ -18,8 +18,8 @@ import torch
 from tiny_models import assert_within, jit, tower_config
 
 from vit22b_transfer import cli
-from vit22b_transfer.training import partial_restore
-from vit22b_transfer.weights import tensor_files
+from vit22b_transfer.checkpoints import restoring
+from vit22b_transfer.weights.files import tensor_files
 
 BATCH, LENGTH = 2, 14
 
@@ -73,7 +73,7 @@ def test_an_image_text_model_starts_from_it_by_the_rules_of_the_gin_file(text):
     with open(f"{text.out}/model.gin", encoding="utf-8") as file:
         (rules,) = re.findall(r"train\.InitialCheckpoint\.rules = (.*)", file.read())
     whole = blind.clone(tower=tower_config())
-    restored = partial_restore.restore_partial(
+    restored = restoring.restore_partial(
         text.out, peers.abstract_params(whole), ast.literal_eval(rules)
     )
     assert {name.split("/")[1] for name in restored.kept} == {"tower", "projection"}

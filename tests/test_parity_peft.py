@@ -19,10 +19,12 @@ from flax.traverse_util import unflatten_dict
 from tiny_models import Vocabulary, assert_within, image_text_model, images, jit
 from torch_peers import import_peer
 
-from vit22b_transfer import cli, recipes
-from vit22b_transfer.models import lora, multimodal, prefix_lm, vit
-from vit22b_transfer.weights import peft_adapters, peft_modules, tensor_files
-from vit22b_transfer.weights.tower_rows import CLIP, HALF, IMAGENET
+from vit22b_transfer import cli
+from vit22b_transfer.models import encoder_decoder, lora, multimodal, prefix_lm, vit
+from vit22b_transfer.recipes import loading
+from vit22b_transfer.weights.adapters import peft_adapters, peft_modules
+from vit22b_transfer.weights.families.tower_rows import CLIP, HALF, IMAGENET
+from vit22b_transfer.weights.files import tensor_files
 
 transformers = import_peer("transformers")
 peft = import_peer("peft")
@@ -185,7 +187,7 @@ CASES = {
         lambda: t5(feed_forward_proj="gated-gelu"),
         ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
         t5_logits,
-        multimodal.ImageTextModule,
+        encoder_decoder.ImageTextModule,
         "None",
     ),
     "Gemma 2": Case(
@@ -355,7 +357,7 @@ def our_model(case, out):
 
     The patterns of the gin file choose the kernels that the adapter updates.
     """
-    whole = case.root if case.tower else multimodal.ImageTextModule
+    whole = case.root if case.tower else encoder_decoder.ImageTextModule
     module = whole.__module__.rpartition(".")[2]
     with open(f"{out}/tower.gin", "w") as file:
         file.write(
@@ -363,9 +365,9 @@ def our_model(case, out):
             f"from vit22b_transfer.models import {module}\n"
             f"{module}.{whole.__name__}.tower = {case.tower or '%TOWER'}\n"
         )
-    recipe = recipes.read([f"{out}/model.gin", f"{out}/tower.gin"], [], (ROOT, ""))
+    recipe = loading.read([f"{out}/model.gin", f"{out}/tower.gin"], [], (ROOT, ""))
     config, module = (
-        recipes.install(recipe, root, (ROOT, ""))()
+        loading.install(recipe, root, (ROOT, ""))()
         for root in (lora.LoraConfig, case.root)
     )
     gin.clear_config()

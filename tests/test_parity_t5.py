@@ -8,7 +8,7 @@ import torch
 from tiny_models import VOCAB_SIZE, assert_within, jit, random_params, text_config
 from torch_peers import import_peer
 
-from vit22b_transfer.models import layers, multimodal
+from vit22b_transfer.models import encoder_decoder, layers
 
 transformers = import_peer("transformers")
 modeling_t5 = import_peer("transformers.models.t5.modeling_t5")
@@ -105,7 +105,7 @@ def stack(side, ours, depth):
 def compare(config, tokens):
     """Encodings and logits of both: (ours, theirs), (ours, theirs)."""
     prompts, shifted = tokens
-    module = multimodal.ImageTextModule(None, config)
+    module = encoder_decoder.ImageTextModule(None, config)
     params = random_params(module, None, prompts, shifted)
 
     def run(params, prompts, shifted):
@@ -172,7 +172,7 @@ def test_t5_xxl_has_as_many_parameters_as_hugging_faces():
         theirs = transformers.T5ForConditionalGeneration(hugging_face_config(config))
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = jax.eval_shape(
-        lambda *x: multimodal.ImageTextModule(None, config).init(
+        lambda *x: encoder_decoder.ImageTextModule(None, config).init(
             jax.random.key(0), None, *x
         ),
         tokens,

@@ -15,11 +15,14 @@ import torch
 from tiny_models import Vocabulary, assert_within, jit, tower_config
 from torch_peers import import_peer
 
-from vit22b_transfer import cli, recipes
+from vit22b_transfer import cli
+from vit22b_transfer.checkpoints import restoring, writing
 from vit22b_transfer.inference import decoding
-from vit22b_transfer.models import multimodal
-from vit22b_transfer.training import checkpoints, partial_restore
-from vit22b_transfer.weights import mapping, t5, tensor_files
+from vit22b_transfer.models import encoder_decoder, multimodal
+from vit22b_transfer.recipes import loading
+from vit22b_transfer.weights import mapping
+from vit22b_transfer.weights.families import t5
+from vit22b_transfer.weights.files import tensor_files
 
 transformers = import_peer("transformers")
 
@@ -128,16 +131,16 @@ def imported(request, tmp_path_factory):
 
 def our_model(out, **fields):
     """The model that `model.gin` describes, and the imported parameters."""
-    blind = ["multimodal.ImageTextModule.tower=None"]
-    recipe = recipes.read([f"{out}/model.gin"], blind, ("",))
-    module = recipes.install(recipe, multimodal.ImageTextModule, ("",))()
+    blind = ["encoder_decoder.ImageTextModule.tower=None"]
+    recipe = loading.read([f"{out}/model.gin"], blind, ("",))
+    module = loading.install(recipe, encoder_decoder.ImageTextModule, ("",))()
     gin.clear_config()
     model = multimodal.ImageTextModel(
         module, Vocabulary(VOCAB), Vocabulary(VOCAB), **fields
     )
     abstract = abstract_params(model, (1, 0, 0, 3))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return model, checkpoints.restore_params(out, abstract, shardings)
+    return model, restoring.restore_params(out, abstract, shardings)
 
 
 def abstract_params(model, images):
@@ -228,12 +231,12 @@ def test_an_image_text_model_starts_from_it_by_the_rules_of_the_gin_file(importe
     (rules,) = re.findall(r"train\.InitialCheckpoint\.rules = (.*)", said)
     blind, params = our_model(imported.out)
     model = multimodal.ImageTextModel(
-        multimodal.ImageTextModule(tower_config(), blind.module.text),
+        encoder_decoder.ImageTextModule(tower_config(), blind.module.text),
         Vocabulary(VOCAB),
         Vocabulary(VOCAB),
     )
     abstract = abstract_params(model, (1, *tower_config().image_size, 3))
-    restored = partial_restore.restore_partial(
+    restored = restoring.restore_partial(
         imported.out, abstract, ast.literal_eval(rules)
     )
     assert jax.tree.structure(restored.params) == jax.tree.structure(params)
@@ -343,7 +346,7 @@ def test_what_was_one_tensor_is_written_apart_once_it_differs(
     params["decoder"]["logits_dense"]["kernel"] = kernel + 1
     tuned = tmp_path / "tuned"
     tuned.mkdir()
-    writer = checkpoints.CheckpointWriter(str(tuned))
+    writer = writing.CheckpointWriter(str(tuned))
     writer.save(7, {"target": params, "state": {"step": jnp.int32(7)}}, {})
     writer.close()
     shutil.copytree(f"{imported.out}/hf-t5", tuned / "hf-t5")

@@ -23,7 +23,7 @@ from tiny_models import (
 )
 from torch_peers import import_peer
 
-from vit22b_transfer.models import layers, vit
+from vit22b_transfer.models import multi_head_attention, vit
 
 timm_vit = import_peer("timm.models.vision_transformer")
 RmsNorm = import_peer("timm.layers").RmsNorm
@@ -296,7 +296,7 @@ def test_vit22b_tower_equals_timms_parallel_tower():
 
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_centred_qk_norm_attention_equals_flaxs_own(use_bias):
-    ours = layers.MultiHeadAttention(
+    ours = multi_head_attention.MultiHeadAttention(
         32,
         4,
         8,

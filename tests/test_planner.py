@@ -10,11 +10,11 @@ import pytest
 from tiny_gemma import prefix_lm_model, prefix_lm_module
 from tiny_models import IMAGE_SIZE, image_text_model, text_config, tower_config
 
-from vit22b_transfer import cli, plan_advice, planning
+from vit22b_transfer import cli
 from vit22b_transfer.models import lora
-from vit22b_transfer.partitioning import devices, planner
-from vit22b_transfer.partitioning.plan_memory import Layout
 from vit22b_transfer.partitioning.rules import Partitioning
+from vit22b_transfer.planning import advice, devices, jobs, planner, report
+from vit22b_transfer.planning.memory import Layout
 from vit22b_transfer.training import optimizers
 
 BATCH, PROMPT, TARGETS = 8, 4, 6
@@ -56,7 +56,7 @@ def model_of(name, optimizer=optimizers.adamw):
 
 @functools.cache
 def job_of(name):
-    return planning.Job(model_of(name), abstract_batch(), Partitioning())
+    return jobs.Job(model_of(name), abstract_batch(), Partitioning())
 
 
 @functools.cache
@@ -125,20 +125,20 @@ def test_argument_bytes_are_those_of_the_compiled_step():
     optimizer = optimizers.adafactor(1e-3)
     model = image_text_model(TOWER, TEXT, optimizer_def=optimizer, frozen=frozen)
     partitioning = Partitioning(4, 2, 2, 2)
-    job = planning.Job(model, abstract_batch(), partitioning)
+    job = jobs.Job(model, abstract_batch(), partitioning)
     plan = planner.Plan(job.run(), planner.planned(partitioning, 8), H100)
-    memory = planning.compile_step(job, partitioning).memory_analysis()
+    memory = jobs.compile_step(job, partitioning).memory_analysis()
     assert memory is not None
     assert plan.arguments == pytest.approx(memory.argument_size_in_bytes, rel=0.01)
 
 
 def test_cached_features_leave_the_tower_out():
     tower = dataclasses.replace(TOWER, dtype=jnp.bfloat16)
-    batch = planning.with_features(abstract_batch(), tower)
+    batch = jobs.with_features(abstract_batch(), tower)
     assert "encoder_input_images" not in batch
     model = image_text_model(TOWER, TEXT, optimizer_def=optimizers.adamw(1e-3))
-    run = planning.Job(model, batch, Partitioning()).run()
-    whole = planning.Job(model, abstract_batch(), Partitioning()).run()
+    run = jobs.Job(model, batch, Partitioning()).run()
+    whole = jobs.Job(model, abstract_batch(), Partitioning()).run()
     counts, others = run.count(), whole.count()
     del others["tower"]
     assert counts == others
@@ -209,7 +209,7 @@ def test_a_device_that_is_too_small_is_told():
 def test_knobs_are_ranked_by_what_they_leave_and_name_their_gin_lines():
     small = dataclasses.replace(H100, memory=1e5)
     plan = plan_of("scanned", 8, device=small)
-    found = plan_advice.knobs(job_of("scanned"), plan)
+    found = advice.knobs(job_of("scanned"), plan)
     totals = [knob.plan.total for knob in found]
     assert totals == sorted(totals) and totals[-1] < plan.total
     lines = {line for knob in found for line in knob.lines}
@@ -226,20 +226,20 @@ def test_knobs_are_ranked_by_what_they_leave_and_name_their_gin_lines():
 
 def test_the_search_finds_the_fastest_mesh_that_fits():
     plan = plan_of("plain", 8)
-    found = plan_advice.meshes(plan)
+    found = advice.meshes(plan)
     assert {p.partitioning.mesh.size for p in found} == {8}
     times = [p.time.longest for p in found]
     assert times == sorted(times) and all(p.fits for p in found)
     # Between the largest and the smallest: the largest are put behind.
     limit = (min(p.total for p in found) + max(p.total for p in found)) / 2 / 0.95
     small = dataclasses.replace(H100, memory=limit)
-    best = plan_advice.meshes(dataclasses.replace(plan, device=small))
+    best = advice.meshes(dataclasses.replace(plan, device=small))
     assert best[0].fits and not best[-1].fits
 
 
 def test_no_mesh_of_devices_that_divide_nothing():
     with pytest.raises(ValueError, match="no mesh of 7 devices divides"):
-        plan_advice.meshes(planner.Plan(run_of("plain"), planned_on(7), H100))
+        advice.meshes(planner.Plan(run_of("plain"), planned_on(7), H100))
 
 
 def test_unknown_devices_list_the_nearest():
@@ -255,7 +255,7 @@ def test_the_decode_cache_is_that_of_every_layer():
         text_config(**SIZES, head_dim=4),
         decode_fn=decoding.greedy,
     )
-    job = planning.Job(model, abstract_batch(), Partitioning())
+    job = jobs.Job(model, abstract_batch(), Partitioning())
     cache = planner.decode_cache(model, job.variables(), job.batch)
     keys_and_values = [v for v in cache if len(v.shape) == 4 and v.itemsize == 4]
     joined, layers, encoded = 32, 2, 4 + PROMPT
@@ -271,10 +271,10 @@ def test_a_prefix_lm_is_planned_alike():
         prefix_lm_module("gemma2", scan_layers=True),
         optimizer_def=optimizers.adafactor(1e-3),
     )
-    job = planning.Job(model, abstract_batch(), Partitioning())
+    job = jobs.Job(model, abstract_batch(), Partitioning())
     plan = planner.Plan(job.run(), planner.planned(Partitioning(), 1), H100)
     assert plan.flops["decoder", "backward"] == 2 * plan.flops["decoder", "forward"]
-    assert "DOES NOT" not in "\n".join(planning.report(plan))
+    assert "DOES NOT" not in "\n".join(report.report(plan))
 
 
 def test_the_command_plans_a_recipe_without_its_model_dir_or_data(capsys):

@@ -23,10 +23,11 @@ import yaml
 from flax import traverse_util
 from tiny_captions import ONE_DEVICE
 
-from vit22b_transfer import cli, recipes
-from vit22b_transfer.data import scenes
+from vit22b_transfer import cli
+from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.demo import scenes
 from vit22b_transfer.partitioning import processes
-from vit22b_transfer.training import checkpoints
+from vit22b_transfer.recipes import loading
 
 ROOT = Path(__file__).parent.parent
 DEVICES = 4
@@ -199,7 +200,7 @@ def one(folder, survivors):
 
     The step at which it went on.
     """
-    step = checkpoints.latest_step(str(folder / "killed"))
+    step = reading.latest_step(str(folder / "killed"))
     commands = [
         train(folder, folder / "one", STEPS, 2),
         *infer_and_evaluate(folder, folder / "two", folder / "one_of_two"),
@@ -212,7 +213,7 @@ def one(folder, survivors):
 
 def arrays(path):
     """Every array of a checkpoint, or of the latest in a directory."""
-    saved = checkpoints.saved_arrays(checkpoints.resolve(str(path)))
+    saved = reading.saved_arrays(reading.resolve(str(path)))
     abstract = {
         name: jax.ShapeDtypeStruct(
             array.shape, array.dtype, sharding=ONE_DEVICE.replicated
@@ -220,7 +221,7 @@ def arrays(path):
         for name, array in saved.items()
     }
     abstract = traverse_util.unflatten_dict(abstract, sep="/")
-    return jax.device_get(checkpoints.restore_tree(str(path), abstract))
+    return jax.device_get(reading.restore_tree(str(path), abstract))
 
 
 def logged(folder):
@@ -272,7 +273,7 @@ def test_when_a_process_dies_the_others_end_and_the_run_goes_on(folder, survivor
     assert "Start all of them again" in message or "another task died" in message
     # What was saved is whole and was gone on with, in one process.
     assert one % PERIOD == 0
-    assert checkpoints.latest_step(str(folder / "killed")) == one + 2
+    assert reading.latest_step(str(folder / "killed")) == one + 2
     losses = logged(folder / "killed")
     assert list(losses) == list(range(1, one + 3))
     early = {step: losses[step] for step in range(1, STEPS + 1)}
@@ -313,7 +314,7 @@ def test_four_processes_do_what_one_does(folder, one):
     assert_same_training(on_one, folder / "one", steps=(STEPS,))
     assert_same_training(on_two, folder / "one", steps=(STEPS,))
     assert_same_predictions(four, folder / "one_of_four")
-    step = checkpoints.latest_step(str(folder / "stopped"))
+    step = reading.latest_step(str(folder / "stopped"))
     assert step == max(logged(folder / "stopped"))
 
 
@@ -367,7 +368,7 @@ def test_launch_examples_use_what_there_is():
         assert args.command == "train" and args.distributed
         assert all((ROOT / file).is_file() for file in args.gin_file)
         assert [text.partition("=")[0] for text in overrides] == ["--gin.MODEL_DIR"]
-        recipes.read(args.gin_file, [overrides[0][6:]], [str(ROOT)])
+        loading.read(args.gin_file, [overrides[0][6:]], [str(ROOT)])
     names = {variable["name"]: variable for variable in container["env"]}
     assert set(processes.VARIABLES) <= set(names)
     assert names["JAX_NUM_PROCESSES"]["value"] == str(job["spec"]["completions"])

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from torch_peers import import_peer
 
-from vit22b_transfer.data import scenes, vocabularies
+from vit22b_transfer.data import vocabularies
+from vit22b_transfer.demo import scenes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,8 +8,8 @@ import pytest
 import tiny_imports
 
 from vit22b_transfer import cli
-from vit22b_transfer.data import scenes
-from vit22b_transfer.weights import tensor_files
+from vit22b_transfer.demo import scenes
+from vit22b_transfer.weights.files import tensor_files
 
 STEPS, RATE = 2, 1e-3
 

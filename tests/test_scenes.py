@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vit22b_transfer.data import scene_layout, scene_text, scenes
-from vit22b_transfer.data.scene_layout import COLORS, SHAPES, SceneConfig
-from vit22b_transfer.data.scenes import COMPOSITIONAL, describe_scene
+from vit22b_transfer.demo import scene_layout, scene_text, scenes
+from vit22b_transfer.demo.scene_layout import COLORS, SHAPES, SceneConfig
+from vit22b_transfer.demo.scenes import COMPOSITIONAL, describe_scene
 from vit22b_transfer.evaluation import text_metrics, vqa_metrics
 
 CONFIG = SceneConfig()

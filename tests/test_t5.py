@@ -19,7 +19,7 @@ from tiny_models import (
     without_type_checks,
 )
 
-from vit22b_transfer.models import multimodal, stacking, t5
+from vit22b_transfer.models import encoder_decoder, stacking, t5
 
 BATCH = jax.tree.map(jnp.asarray, batch(3))
 PROMPTS, SHIFTED = BATCH["encoder_input_tokens"], BATCH["decoder_input_tokens"]
@@ -27,7 +27,7 @@ PROMPTS, SHIFTED = BATCH["encoder_input_tokens"], BATCH["decoder_input_tokens"]
 
 def module_of(**options):
     """The text model alone: token embedder, encoder, decoder."""
-    return multimodal.ImageTextModule(None, text_config(**options))
+    return encoder_decoder.ImageTextModule(None, text_config(**options))
 
 
 def params_of(module, seed=0):
@@ -236,7 +236,9 @@ def test_decoding_with_scanned_layers_is_refused_with_what_to_do():
     with pytest.raises(ValueError, match="unstack the parameters"):
         model.module.apply(
             variables,
-            multimodal.Encoded(jnp.zeros((1, 2, 24)), jnp.ones((1, 1, 1, 2), bool)),
+            encoder_decoder.Encoded(
+                jnp.zeros((1, 2, 24)), jnp.ones((1, 1, 1, 2), bool)
+            ),
             method="cross_key_values",
         )
 

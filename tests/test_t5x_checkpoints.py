@@ -13,9 +13,10 @@ import tiny_models
 import tiny_runs
 from flax.core import freeze, unfreeze
 
+from vit22b_transfer.checkpoints import reading, restoring, writing
 from vit22b_transfer.models.freezing import frozen_mask
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import checkpoints, optimizers, partial_restore, state
+from vit22b_transfer.training import optimizers, state
 
 _REASON = "T5X is not importable: pip install --no-deps -r requirements-t5x.txt"
 t5x_checkpoints = pytest.importorskip("t5x.checkpoints", reason=_REASON)
@@ -119,7 +120,7 @@ class Run:
         directory.mkdir()
         partitioning = Partitioning(data=4, model=2, parameter_partitioning_dims=2)
         tree = state.to_checkpoint_tree(self.ours(partitioning)[1])
-        writer = checkpoints.CheckpointWriter(str(directory))
+        writer = writing.CheckpointWriter(str(directory))
         arrays = jax.tree.map(
             lambda x, leaf: jax.device_put(x, leaf.sharding), self.arrays, tree
         )
@@ -142,14 +143,14 @@ def tree_of_metadata(model_dir):
 def test_a_checkpoint_of_t5x_comes_back_bit_for_bit(run, form, tmp_path):
     model_dir = tmp_path / form
     run.save_orbax(model_dir) if form == "orbax" else run.save_legacy(model_dir)
-    assert checkpoints.complete_steps(str(model_dir)) == [STEP]
+    assert reading.complete_steps(str(model_dir)) == [STEP]
     for partitioning in MESHES:
         _, abstract = run.ours(partitioning)
         tree = state.to_checkpoint_tree(abstract)
-        restored = checkpoints.restore_tree(str(model_dir), tree)
+        restored = reading.restore_tree(str(model_dir), tree)
         tiny_runs.assert_same_bits(restored, run.arrays)
         shardings = state.shardings_of(abstract.params)
-        params = checkpoints.restore_params(
+        params = restoring.restore_params(
             str(model_dir), abstract.params, shardings, model=run.model
         )
         tiny_runs.assert_same_bits(params, run.arrays["target"])
@@ -184,7 +185,7 @@ def test_both_write_the_same_tree(run, tmp_path):
 def test_a_step_after_the_checkpoint_of_t5x_is_the_step_of_t5x(run, tmp_path):
     run.save_orbax(tmp_path / "t5x")
     optimizer, abstract = run.ours()
-    tree = checkpoints.restore_tree(
+    tree = reading.restore_tree(
         str(tmp_path / "t5x"), state.to_checkpoint_tree(abstract)
     )
     ours = state.from_checkpoint_tree(tree, abstract)
@@ -214,8 +215,8 @@ def test_what_t5x_upcast_is_refused_without_cast(tmp_path):
     _, abstract = run.ours()
     path, params = str(tmp_path / "legacy"), abstract.params
     with pytest.raises(ValueError, match="tower/kernel: dtype float32 in the check"):
-        checkpoints.restore_params(path, params, state.shardings_of(params))
-    restored = partial_restore.restore_partial(path, params, cast=True)
+        restoring.restore_params(path, params, state.shardings_of(params))
+    restored = restoring.restore_partial(path, params, cast=True)
     tiny_runs.assert_same_bits(restored.params, run.arrays["target"])
 
 
@@ -224,5 +225,5 @@ def test_another_optimizer_of_t5x_is_refused_by_name(tmp_path):
     run = Run("adamw")
     tree = state.to_checkpoint_tree(run.ours()[1])
     with pytest.raises(ValueError, match="is of another optimizer") as error:
-        checkpoints.restore_tree(str(tmp_path / "legacy"), tree)
+        reading.restore_tree(str(tmp_path / "legacy"), tree)
     assert "state/param_states/0/trace/decoder/kernel: not in the" in str(error.value)

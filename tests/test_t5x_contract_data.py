@@ -17,7 +17,8 @@ import tiny_models
 from seqio.evaluation import Evaluator
 
 import tasks.scenes  # noqa: F401
-from vit22b_transfer.data import scenes, task_access, vocabularies
+from vit22b_transfer.data import task_metrics, vocabularies
+from vit22b_transfer.demo import scenes
 from vit22b_transfer.inference import decoding
 
 LENGTHS = {"images": 16, "inputs": 48, "targets": 64}
@@ -309,6 +310,6 @@ def test_seqios_evaluator_computes_the_metrics_of_our_own_evaluation(name, size)
         example["targets_pretokenized"].decode() if index % 3 else "x"
         for index, example in enumerate(examples)
     ]
-    expected = task_access.metrics(name, examples, texts, [0.0] * len(texts))
+    expected = task_metrics.metrics(name, examples, texts, [0.0] * len(texts))
     assert dict(measured) == expected
     assert any(0 < value for value in expected.values() if not isinstance(value, str))

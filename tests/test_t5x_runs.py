@@ -21,9 +21,11 @@ import tiny_models
 import tiny_runs
 from flax.traverse_util import unflatten_dict
 
-from vit22b_transfer.data import scenes, vocabularies
+from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.data import vocabularies
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
-from vit22b_transfer.training import checkpoints, optimizers
+from vit22b_transfer.demo import scenes
+from vit22b_transfer.training import optimizers
 from vit22b_transfer.training.train import Periods
 
 _REASON = "T5X is not importable: pip install --no-deps -r requirements-t5x.txt"
@@ -150,17 +152,15 @@ def train_in_t5x(model_dir, model, start_step, total_steps, *, microbatches=None
 
 def arrays_of(model_dir, step):
     """Every array of a checkpoint, parameters and optimizer state, by name."""
-    path = checkpoints.checkpoint_path(str(model_dir), step)
+    path = reading.checkpoint_path(str(model_dir), step)
     abstract = {
         name: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=tiny_runs.ONE_DEVICE.replicated
         )
-        for name, leaf in checkpoints.saved_arrays(path).items()
+        for name, leaf in reading.saved_arrays(path).items()
     }
     tree = unflatten_dict(abstract, sep="/")
-    return checkpoints.flatten(
-        jax.tree.map(np.asarray, checkpoints.read_arrays(path, tree))
-    )
+    return reading.flatten(jax.tree.map(np.asarray, reading.read_arrays(path, tree)))
 
 
 def assert_same_curve(actual, expected):

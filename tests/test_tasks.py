@@ -15,13 +15,14 @@ import tasks.my_captions
 import tasks.scenes  # noqa: F401
 from tasks.captioning import register_captioning
 from tasks.vqa import register_vqa
-from vit22b_transfer.data import preprocessors, scenes, vocabularies
+from vit22b_transfer.data import preprocessors, vocabularies
 from vit22b_transfer.data.preprocessors import ReadingOptions
 from vit22b_transfer.data.sources import (
     CaptionFiles,
     CaptionFileSource,
     ImageFolderSource,
 )
+from vit22b_transfer.demo import scenes
 
 LENGTHS = {"images": 64, "inputs": 64, "targets": 96}
 SCENES_TASKS = {

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors import numpy as safetensors_numpy
 
-from vit22b_transfer.training import checkpoints
-from vit22b_transfer.weights import tensor_files, tensor_writing
-from vit22b_transfer.weights.tensor_writing import LazyTensor
+from vit22b_transfer.checkpoints import writing
+from vit22b_transfer.weights.files import tensor_files, tensor_writing
+from vit22b_transfer.weights.files.tensor_writing import LazyTensor
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -113,7 +113,7 @@ def test_npz_that_we_write_is_loaded_by_numpy_without_pickle(tmp_path):
 def test_our_checkpoints_are_read_by_name(tmp_path):
     tree = {"target": {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}}}
     tree["state"] = {"step": jnp.int32(3)}
-    writer = checkpoints.CheckpointWriter(str(tmp_path))
+    writer = writing.CheckpointWriter(str(tmp_path))
     writer.save(3, tree, {})
     writer.close()
     expected = {

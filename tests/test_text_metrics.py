@@ -21,6 +21,7 @@ from caption_oracles import (
     without_punctuation,
 )
 
+from vit22b_transfer import UserError
 from vit22b_transfer.evaluation import text_metrics
 from vit22b_transfer.evaluation.ptb_tokenizer import ptb_tokenize
 
@@ -254,9 +255,9 @@ def test_bad_input_is_refused(metric):
         metric([["a dog"], ["a cat"]], ["a dog"])
     with pytest.raises(ValueError, match="no examples"):
         metric([], [])
-    with pytest.raises(TypeError, match=r"targets\[1\] is a single text"):
+    with pytest.raises(UserError, match=r"targets\[1\] is a single text"):
         metric([["a dog"], "a cat"], ["a dog", "a cat"])
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, UserError)):  # checked annotations come first
         metric([["a dog"], ["a cat"]], ["a dog", None])
 
 

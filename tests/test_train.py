@@ -16,9 +16,10 @@ import tiny_models
 import tiny_runs
 from tiny_runs import ONE_DEVICE, Data, EvalData, LinearModel, logged, run, saved_params
 
+from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import checkpoints, optimizers, state, steps
+from vit22b_transfer.training import optimizers, state, steps
 from vit22b_transfer.training.train import InitialCheckpoint, Periods
 
 EIGHT_DEVICES = Partitioning(data=4, model=2)
@@ -88,7 +89,7 @@ def test_a_signal_stops_after_the_step_with_a_resumable_state(
     stop = Data(events={6: lambda: os.kill(os.getpid(), number)})
     result = run(tmp_path, data=stop)
     assert result.interrupted and result.step == 7
-    assert checkpoints.latest_step(str(tmp_path)) == 7
+    assert reading.latest_step(str(tmp_path)) == 7
     assert signal.getsignal(number) is handler
     assert not run(tmp_path).interrupted
     assert_same_end(tmp_path, uninterrupted)
@@ -230,7 +231,7 @@ def test_frozen_parameters_keep_their_bits_and_their_bfloat16(tmp_path):
     assert last["encoder"]["tower"]["kernel"].dtype == jnp.bfloat16
     tiny_runs.assert_same_bits(last["encoder"], first["encoder"])
     assert np.all(last["decoder"]["kernel"] != first["decoder"]["kernel"])
-    arrays = checkpoints.saved_arrays(str(tmp_path / "checkpoint_12"))
+    arrays = reading.saved_arrays(str(tmp_path / "checkpoint_12"))
     states = [name for name in arrays if name.startswith("state/param_states")]
     assert any(name.endswith("mu/decoder/kernel") for name in states)
     assert not any("tower" in name for name in states)
@@ -373,7 +374,7 @@ def test_another_vocabulary_cannot_resume_a_run_and_loses_nothing(
     with pytest.raises(ValueError, match="not the one .* was trained with"):
         run(uninterrupted, LinearModel(vocab_size=60), total_steps=20)
     assert logged(uninterrupted) == lines
-    assert checkpoints.latest_step(str(uninterrupted)) == 12
+    assert reading.latest_step(str(uninterrupted)) == 12
 
 
 # --- Bad input ---
@@ -385,11 +386,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_next_checkpoint(tmp_path):
         FloatingPointError, match="loss .* is nan at step 8; .*_5 is un"
     ):
         run(tmp_path, data=broken)
-    assert checkpoints.complete_steps(str(tmp_path)) == [5]
+    assert reading.complete_steps(str(tmp_path)) == [5]
     broken = Data(broken=(9,))
     with pytest.raises(FloatingPointError, match="at step 10; .*_5 is untouched"):
         run(tmp_path, data=broken)
-    assert checkpoints.complete_steps(str(tmp_path)) == [5]
+    assert reading.complete_steps(str(tmp_path)) == [5]
 
 
 def test_batches_that_do_not_divide_are_an_error(tmp_path):

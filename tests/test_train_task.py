@@ -13,10 +13,12 @@ import tiny_runs
 from flax import traverse_util
 from tiny_captions import BATCH_SIZE, LENGTHS, ONE_DEVICE
 
+from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
-from vit22b_transfer.models import multimodal
-from vit22b_transfer.training import checkpoints, optimizers
-from vit22b_transfer.training.train import EvalData, Periods, TrainData, fine_tune
+from vit22b_transfer.models import encoder_decoder, multimodal
+from vit22b_transfer.training import optimizers
+from vit22b_transfer.training.inputs import EvalData, TrainData
+from vit22b_transfer.training.train import Periods, fine_tune
 
 TASK = "train_task_test"
 STEPS = 6
@@ -54,7 +56,7 @@ def model(vocabulary=None):
     )
     schedule = optimizers.cosine(1e-2, total_steps=STEPS)
     return multimodal.ImageTextModel(
-        multimodal.ImageTextModule(tiny_models.tower_config(depth=1), text),
+        encoder_decoder.ImageTextModule(tiny_models.tower_config(depth=1), text),
         vocabulary,
         vocabulary,
         optimizer_def=optimizers.adafactor(schedule),
@@ -92,7 +94,7 @@ def runs(tmp_path_factory):
     result = run(folder / "straight")
     with pytest.raises(tiny_runs.Killed):
         run(folder / "killed", ShortData, lasts=3)
-    assert checkpoints.latest_step(str(folder / "killed")) == 2
+    assert reading.latest_step(str(folder / "killed")) == 2
     run(folder / "killed")
     yield folder / "straight", folder / "killed", result
     for name, value in before.items():
@@ -102,7 +104,7 @@ def runs(tmp_path_factory):
 
 def saved(path):
     """The whole train state in a directory's latest checkpoint."""
-    arrays = checkpoints.saved_arrays(checkpoints.resolve(str(path)))
+    arrays = reading.saved_arrays(reading.resolve(str(path)))
     abstract = {
         name: jax.ShapeDtypeStruct(
             array.shape, array.dtype, sharding=ONE_DEVICE.replicated
@@ -110,7 +112,7 @@ def saved(path):
         for name, array in arrays.items()
     }
     abstract = traverse_util.unflatten_dict(abstract, sep="/")
-    return checkpoints.restore_tree(str(path), abstract)
+    return reading.restore_tree(str(path), abstract)
 
 
 def test_a_task_trains_bit_for_bit_the_same_after_a_kill(runs):

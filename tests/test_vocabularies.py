@@ -7,7 +7,8 @@ import seqio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vit22b_transfer.data import scenes, vocabularies
+from vit22b_transfer.data import vocabularies
+from vit22b_transfer.demo import scenes
 
 CAPTIONS = [
     f"a {size} {color} {shape}, number {n}"

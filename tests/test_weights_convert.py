@@ -12,14 +12,16 @@ import pytest
 
 from vit22b_transfer import cli
 from vit22b_transfer.models import vit
-from vit22b_transfer.weights import convert, export, mapping, t5, tensor_files
+from vit22b_transfer.weights import convert, export, mapping
 from vit22b_transfer.weights.convert import ImportOptions
-from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
-from vit22b_transfer.weights.tensor_writing import (
+from vit22b_transfer.weights.families import t5
+from vit22b_transfer.weights.files import tensor_files
+from vit22b_transfer.weights.files.tensor_writing import (
     LazyTensor,
     write_npz,
     write_safetensors,
 )
+from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
 
 CONFIG = dict(
     model_type="t5",

@@ -8,8 +8,9 @@ import torch
 from torch_peers import import_peer
 
 from vit22b_transfer.models import gemma as models
-from vit22b_transfer.weights import gemma, mapping, sources
-from vit22b_transfer.weights.families import FAMILIES
+from vit22b_transfer.weights import mapping, sources
+from vit22b_transfer.weights.families import gemma
+from vit22b_transfer.weights.families.table import FAMILIES
 
 transformers = import_peer("transformers")
 saved_names = import_peer("transformers.core_model_loading").revert_weight_conversion

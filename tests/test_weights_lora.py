@@ -15,9 +15,11 @@ from flax.traverse_util import unflatten_dict
 from tiny_models import assert_within, image_text_model, jit
 
 from vit22b_transfer import cli
+from vit22b_transfer.checkpoints import identity, reading, writing
 from vit22b_transfer.models import lora, vit
-from vit22b_transfer.training import checkpoints
-from vit22b_transfer.weights import families, sources, t5, tensor_files
+from vit22b_transfer.weights import sources
+from vit22b_transfer.weights.families import t5, table
+from vit22b_transfer.weights.files import tensor_files
 
 SIZES = dict(d_model=24, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64)
 CONFIG = SIZES | dict(
@@ -99,7 +101,7 @@ def test_an_adapter_becomes_parameters_beside_the_kernels(source, tmp_path, scan
     kept = ["encoder/projection/bias", "encoder/tower/cls/embedding", f"{layer}/lora_a"]
     assert not any(re.fullmatch(frozen, name) for name in kept)
     assert re.fullmatch(frozen, f"{layer}/kernel")
-    record = checkpoints.read_record(f"{out}/checkpoint_0")
+    record = reading.read_record(f"{out}/checkpoint_0")
     assert record["lora"] == {"alpha": 4.0}
     back = str(tmp_path / "back")
     command = ["export", out, "--format", "hf-t5", "--adapter", "--out", back]
@@ -224,7 +226,7 @@ def trained(tmp_path_factory):
     model = image_text_model(text=t5.HUGGING_FACE.read(CONFIG, {}).text, lora=config)
     params = tiny_models.model_params(model)
     folder = tmp_path_factory.mktemp("trained")
-    save(folder, params, {"lora": checkpoints.lora_record(model)})
+    save(folder, params, {"lora": identity.lora_record(model)})
     (folder / "t5").mkdir()
     (folder / "t5" / "config.json").write_text(json.dumps(CONFIG))
     return folder, params
@@ -232,7 +234,7 @@ def trained(tmp_path_factory):
 
 def save(folder, params, record):
     os.makedirs(folder, exist_ok=True)
-    writer = checkpoints.CheckpointWriter(str(folder))
+    writer = writing.CheckpointWriter(str(folder))
     tree = {"target": params, "state": {"step": jnp.int32(1)}}
     writer.save(1, tree, record)
     writer.close()
@@ -317,7 +319,7 @@ def test_updates_without_a_place_in_an_adapter_are_refused(
     kind = {"hf-siglip": "siglip_vision_model", "hf-internvit": "intern_vit_6b"}[family]
     config = sizes | dict(model_type=kind)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = sources.by_name(families.FAMILIES, family)
+    found = sources.by_name(table.FAMILIES, family)
     tower = found.read(config, {}).tower
     updated = lora.LoraConfig(RANK, 3.0, (".*attention/query/kernel",))
     module = vit.VisionTower(dataclasses.replace(tower, lora=updated))
@@ -344,4 +346,4 @@ def test_an_imported_checkpoint_is_not_removed_by_a_run_in_its_directory(
     path, out = adapter(tmp_path / "adapter"), tmp_path / "out"
     assert cli.main(["import", source, path, "--out", str(out)]) == 0
     save(out, {"x": jnp.zeros(2)}, {})
-    assert checkpoints.complete_steps(str(out)) == [0, 1]
+    assert reading.complete_steps(str(out)) == [0, 1]

@@ -10,9 +10,10 @@ from flax import serialization, traverse_util
 from tiny_models import Vocabulary, assert_within, jit, model_params, text_config
 
 from vit22b_transfer import cli
-from vit22b_transfer.models import multimodal
-from vit22b_transfer.training import checkpoints
-from vit22b_transfer.weights import t5x, tensor_files
+from vit22b_transfer.checkpoints import writing
+from vit22b_transfer.models import encoder_decoder, multimodal
+from vit22b_transfer.weights.families import t5x
+from vit22b_transfer.weights.files import tensor_files
 
 CONFIGS = {
     "t5x-t5": text_config(num_decoder_layers=3),
@@ -23,7 +24,7 @@ CONFIGS = {
 
 def flat_target(config):
     """Drawn parameters by T5X's names, and ours."""
-    module = multimodal.ImageTextModule(None, config)
+    module = encoder_decoder.ImageTextModule(None, config)
     params = model_params(multimodal_model(module))
     ours = traverse_util.flatten_dict(params, sep="/")
     theirs = {name.replace("encoder/text/", "encoder/"): x for name, x in ours.items()}
@@ -37,7 +38,7 @@ def multimodal_model(module):
 def write_orbax(folder, theirs):
     tree = {"target": traverse_util.unflatten_dict(theirs, sep="/")}
     tree["state"] = {"step": jnp.int32(5)}
-    writer = checkpoints.CheckpointWriter(str(folder))
+    writer = writing.CheckpointWriter(str(folder))
     writer.save(5, tree, {})
     writer.close()
     return folder
@@ -138,7 +139,7 @@ def test_t5xs_own_network_gives_the_same_logits(name):
             jnp.ones_like(shifted),
             enable_dropout=False,
         )
-    module = multimodal.ImageTextModule(None, config)
+    module = encoder_decoder.ImageTextModule(None, config)
     params = traverse_util.unflatten_dict(ours, sep="/")
     logits = jit(module.apply)({"params": params}, None, prompts, shifted)
     assert_within(1e-4, logits, expected, f"{name} vs T5X's network")

@@ -10,16 +10,15 @@ from tiny_models import assert_within
 from torch_peers import import_peer
 
 from vit22b_transfer.models import vit_positions
-from vit22b_transfer.weights import (
-    mapping,
-    sources,
+from vit22b_transfer.weights import mapping, sources
+from vit22b_transfer.weights.families import (
     tower_rows,
     towers_big_vision,
     towers_dino,
     towers_hugging_face,
     towers_internvit,
 )
-from vit22b_transfer.weights.families import FAMILIES
+from vit22b_transfer.weights.families.table import FAMILIES
 
 transformers = import_peer("transformers")
 saved_names = import_peer("transformers.core_model_loading").revert_weight_conversion

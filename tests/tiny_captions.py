@@ -7,12 +7,12 @@ import seqio
 import tiny_models
 from PIL import Image
 
+from vit22b_transfer.checkpoints import reading, writing
 from vit22b_transfer.data import preprocessors, sources
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
 from vit22b_transfer.inference import decoding
-from vit22b_transfer.models import multimodal
+from vit22b_transfer.models import encoder_decoder, multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import checkpoints
 
 SIZE = tiny_models.IMAGE_SIZE[0]
 LENGTHS = {"images": SIZE, "inputs": 8, "targets": 6}
@@ -58,7 +58,7 @@ def register(name, folder, *, metric_fns=(), vocabulary=None, source=None):
 
 def model(decode_fn=decoding.greedy, *, vocabulary=None, **arguments):
     """An image-text model over bytes, its tables padded to divide among devices."""
-    module = multimodal.ImageTextModule(
+    module = encoder_decoder.ImageTextModule(
         tiny_models.tower_config(depth=1, fused_projections=True),
         tiny_models.text_config(
             vocab_size=320, num_encoder_layers=1, num_decoder_layers=1
@@ -78,8 +78,8 @@ def model(decode_fn=decoding.greedy, *, vocabulary=None, **arguments):
 def write_checkpoint(model_dir, *, step=7, seed=0):
     """A checkpoint of random parameters for `model()`; returns its path."""
     params = tiny_models.model_params(model(), seed=seed)
-    writer = checkpoints.CheckpointWriter(str(model_dir), keep=None)
+    writer = writing.CheckpointWriter(str(model_dir), keep=None)
     tree = {"target": params, "state": {"step": np.int32(step), "param_states": {}}}
     writer.save(step, tree, {})
     writer.close()
-    return checkpoints.checkpoint_path(str(model_dir), step)
+    return reading.checkpoint_path(str(model_dir), step)

@@ -10,7 +10,7 @@ import jaxtyping
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vit22b_transfer.models import multimodal, t5, vit
+from vit22b_transfer.models import encoder_decoder, multimodal, t5, vit
 
 VOCAB_SIZE = 64
 IMAGE_SIZE = (16, 16)
@@ -76,7 +76,7 @@ def text_config(**overrides):
 
 def image_text_model(tower=None, text=None, *, blind=False, **arguments):
     """An `ImageTextModel` without optimizer; arguments are the constructor's."""
-    module = multimodal.ImageTextModule(
+    module = encoder_decoder.ImageTextModule(
         None if blind else tower or tower_config(), text or text_config()
     )
     return multimodal.ImageTextModel(module, Vocabulary(), Vocabulary(), **arguments)

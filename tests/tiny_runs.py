@@ -13,9 +13,10 @@ from clu import metrics as clu_metrics
 from flax.linen.partitioning import AxisMetadata
 from flax.traverse_util import unflatten_dict
 
+from vit22b_transfer.checkpoints import restoring
 from vit22b_transfer.models import losses
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import checkpoints, optimizers, state
+from vit22b_transfer.training import optimizers, state
 from vit22b_transfer.training.train import Periods, fine_tune
 
 BATCH_SIZE = 16
@@ -148,7 +149,7 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """In place of `train.TrainData`: no files, no TensorFlow.
+    """In place of `inputs.TrainData`: no files, no TensorFlow.
 
     dies_at: the step whose batch is not given any more. events: functions called when
     the batch of a step is asked for. broken: steps whose loss weights are not numbers.
@@ -169,7 +170,7 @@ class EvalBatch:
 
 @dataclasses.dataclass(frozen=True)
 class EvalData:
-    """In place of `train.EvalData`: `examples` of one batch, dealt out in batches."""
+    """In place of `inputs.EvalData`: `examples` of one batch, dealt out in batches."""
 
     examples: int = 20
     batch_size: int = 8
@@ -232,7 +233,7 @@ def saved_params(path, model=None, partitioning=ONE_DEVICE):
     """The parameters of a checkpoint or of the latest in a directory, as NumPy."""
     abstract = abstract_params(model or LinearModel(), partitioning)
     shardings = state.shardings_of(abstract)
-    params = checkpoints.restore_params(str(path), abstract, shardings)
+    params = restoring.restore_params(str(path), abstract, shardings)
     return jax.tree.map(np.asarray, params)
 
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import linecache
 import logging
 import os
 import pkgutil
@@ -13,7 +12,8 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 
-from vit22b_transfer import plan_commands, weights_commands
+from vit22b_transfer import UserError
+from vit22b_transfer.commands import plan, weights
 
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
 
@@ -71,12 +71,12 @@ def _exit_code(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        message = _own_message(error)
+        message = _message(error)
         if message is None or args.traceback or os.environ.get("VIT22B_TRACEBACK"):
             traceback.print_exc()
         else:
             print(f"vit22b: error: {message}", file=sys.stderr)
-        return 2 if _is_recipe_error(error) else 1
+        return error.exit_code if isinstance(error, UserError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,8 +142,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE",
         help="module that registers tasks (default: every module in ./tasks)",
     )
-    weights_commands.add_to(add)
-    plan_commands.add_to(add, _add_gin_file, _SEARCH_PATHS, _without_startup_notes)
+    weights.add_to(add)
+    plan.add_to(add, _add_gin_file, _SEARCH_PATHS, _without_startup_notes)
     command = add("config", _config, "Show what a recipe resolves to.", gin_epilog)
     command.add_argument("action", choices=["show"])
     _add_gin_file(command)
@@ -172,23 +172,14 @@ def _override(
     return override
 
 
-def _is_recipe_error(error: Exception) -> bool:
-    # By name: importing the class would import gin.
-    return type(error).__name__ == "RecipeError"
-
-
-def _own_message(error: Exception) -> str | None:
-    """The message of an error that our code raised on purpose, else None."""
-    if _is_recipe_error(error):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    file, line = frames[-1].filename, frames[-1].lineno or 0
-    ours = file.startswith(_PACKAGE + os.sep) or f"{os.sep}tasks{os.sep}" in file
-    raised = linecache.getline(file, line).lstrip().startswith("raise ")
-    if not ours or not (raised or isinstance(error, OSError)):
+def _message(error: Exception) -> str | None:
+    """What the user can do about an error, None if it is a fault of ours."""
+    if not isinstance(error, UserError | OSError):
         return None
     # gin appends to each message the configurables on the way.
     message = re.sub(r"\n  In call to configurable .*", "", str(error))
+    if isinstance(error, UserError) and error.exit_code == 2:
+        return message  # a recipe says itself where
     return f"{message} (--traceback shows where)"
 
 
@@ -216,35 +207,35 @@ def _without_startup_notes() -> Iterator[None]:
 
 def _demo(args: argparse.Namespace) -> None:
     with _without_startup_notes():
-        from vit22b_transfer import demo
+        from vit22b_transfer.demo import demo
 
     demo.run(main, out=args.out, steps=args.steps, seed=args.seed)
 
 
 def _run(args: argparse.Namespace) -> None:
-    from vit22b_transfer import recipes
+    from vit22b_transfer.recipes import loading
 
     if args.distributed:
         from vit22b_transfer.partitioning import processes
 
         processes.join()  # before anything asks JAX for devices
     with _without_startup_notes():
-        recipe = recipes.read(args.gin_file, args.overrides, _SEARCH_PATHS)
+        recipe = loading.read(args.gin_file, args.overrides, _SEARCH_PATHS)
         if "tensorflow" in sys.modules:
             from vit22b_transfer.data import streams
 
             streams.keep_tensorflow_off_accelerators()
     module, function = _RUNS[args.command]
     root = getattr(importlib.import_module(module), function)
-    recipes.install(recipe, root, _SEARCH_PATHS)()
+    loading.install(recipe, root, _SEARCH_PATHS)()
 
 
 def _config(args: argparse.Namespace) -> None:
-    from vit22b_transfer import recipes
+    from vit22b_transfer.recipes import loading
 
     with _without_startup_notes():
-        recipe = recipes.read(args.gin_file, args.overrides, _SEARCH_PATHS)
-    for line in recipes.show(recipe):
+        recipe = loading.read(args.gin_file, args.overrides, _SEARCH_PATHS)
+    for line in loading.show(recipe):
         print(line)
 
 
@@ -258,7 +249,7 @@ def _vocab(args: argparse.Namespace) -> None:
 
 def _tasks(args: argparse.Namespace) -> None:
     with _without_startup_notes():
-        from vit22b_transfer.data import registered
+        from vit22b_transfer.data import tasks as registered
 
         for module in args.modules or _modules_in("tasks"):
             try:
@@ -266,7 +257,7 @@ def _tasks(args: argparse.Namespace) -> None:
             except ModuleNotFoundError as error:
                 if error.name not in (module, module.partition(".")[0]):
                     raise
-                raise ModuleNotFoundError(
+                raise UserError(
                     f"there is no module {module} in {os.getcwd()} or on Python's path."
                 ) from error
     for line in registered.describe():
@@ -275,7 +266,7 @@ def _tasks(args: argparse.Namespace) -> None:
 
 def _modules_in(folder: str) -> Iterator[str]:
     if not os.path.isdir(folder):
-        raise FileNotFoundError(
+        raise UserError(
             f"there is no folder {folder} in {os.getcwd()}; go to where it is or name "
             "the modules with --import."
         )

@@ -18,10 +18,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, UInt8
 
+from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import reading, restoring
 from vit22b_transfer.data import batches, preprocessors
 from vit22b_transfer.inference.decoding import PAD_ID, Decoded, InitCache, StepFn
 from vit22b_transfer.partitioning import rules
-from vit22b_transfer.training import checkpoints, optimizers, state, steps
+from vit22b_transfer.training import optimizers, state, steps
 
 # pyright: reportMissingImports=false
 try:
@@ -63,7 +65,7 @@ def absolute_path(path: str) -> str:
 
 def latest_checkpoint(model_dir: str) -> str:
     """The newest finished checkpoint in `model_dir`, of our runtime or T5X's."""
-    return checkpoints.resolve(model_dir)
+    return reading.resolve(model_dir)
 
 
 # --- Training ---
@@ -285,7 +287,7 @@ class InteractiveModel(t5x_interactive.InteractiveModel):
             input_types=types,
         )
         fresh = self._train_state.params
-        params = checkpoints.restore_params(
+        params = restoring.restore_params(
             checkpoint,
             flax.core.unfreeze(fresh),
             flax.core.unfreeze(state.shardings_of(fresh)),
@@ -299,7 +301,7 @@ class InteractiveModel(t5x_interactive.InteractiveModel):
     ) -> list[str]:
         """The text decoded for each image and its prompt."""
         if len(images) != len(prompts):
-            raise ValueError(
+            raise UserError(
                 f"there are {len(images)} images and {len(prompts)} prompts; every "
                 "image needs its own prompt."
             )

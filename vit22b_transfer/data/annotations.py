@@ -11,15 +11,16 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from vit22b_transfer import UserError
 from vit22b_transfer.data.records import BadRecords, ImageFolder, PathLike, resolve_path
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The content of a JSON file; ValueError with line and column if malformed."""
+    """The content of a JSON file; UserError with line and column if malformed."""
     try:
         return json.loads(_read_text(path))
     except json.JSONDecodeError as e:
-        raise ValueError(
+        raise UserError(
             f"{path}, line {e.lineno}, column {e.colno}: malformed JSON: {e.msg}."
         ) from e
 
@@ -27,25 +28,25 @@ def read_json(path: pathlib.Path) -> Any:
 def _read_text(path):
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {kind}; an annotation file is expected there.")
+        raise UserError(f"{path} {kind}; an annotation file is expected there.")
     try:
         # utf-8-sig: files written on Windows may start with a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(
+        raise UserError(
             f"{path} is not UTF-8 text ({e.reason} at byte {e.start})."
         ) from e
     if not text.strip():
-        raise ValueError(f"{path} is empty; an annotation file is expected there.")
+        raise UserError(f"{path} is empty; an annotation file is expected there.")
     return text
 
 
 def json_list(content: Any, key: str, path: pathlib.Path, kind: str) -> list:
-    """The list under `key` of a JSON object; ValueError saying what was found."""
+    """The list under `key` of a JSON object; UserError saying what was found."""
     if isinstance(content, dict) and isinstance(content.get(key), list):
         return content[key]
     found = f"keys {sorted(content)}" if isinstance(content, dict) else "no JSON object"
-    raise ValueError(
+    raise UserError(
         f"{path} is not a {kind} file: a JSON object with a list {key!r} is expected, "
         f"found {found}."
     )
@@ -81,7 +82,7 @@ def read_caption_lines(
     """
     readers = {".jsonl": _jsonl_lines, ".csv": _csv_lines, ".txt": _txt_lines}
     if path.suffix.lower() not in readers:
-        raise ValueError(
+        raise UserError(
             f"{path} has suffix {path.suffix!r}; captions beside an image folder are "
             f"read from {', '.join(readers)}."
         )
@@ -96,7 +97,7 @@ def _jsonl_lines(path, text, bad):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as e:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}, column {e.colno}: malformed JSON: {e.msg}."
             ) from e
         several = isinstance(entry, dict) and "captions" in entry
@@ -119,7 +120,7 @@ def _jsonl_lines(path, text, bad):
 def _csv_lines(path, text, bad):
     rows = csv.DictReader(text.splitlines(keepends=True))
     if not {"file_name", "caption"} <= set(rows.fieldnames or ()):
-        raise ValueError(
+        raise UserError(
             f"{path}: the header must have columns file_name and caption, found "
             f"{rows.fieldnames}."
         )
@@ -230,7 +231,7 @@ def _json_texts(path):
                 yield entry[field]
                 break
         else:
-            raise ValueError(
+            raise UserError(
                 f"{path} is neither COCO captions nor VQAv2: no caption, question or "
                 f"multiple_choice_answer in {_brief(entry)}."
             )

@@ -2,18 +2,17 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Generator, Iterator, Mapping
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, TypeVar
 
-import jax
 import numpy as np
 import seqio
 import tensorflow as tf
-from jax.sharding import NamedSharding
 
-from vit22b_transfer.data import streams
-from vit22b_transfer.data.converters import Lengths, feature_specs, known_shape
+from vit22b_transfer import UserError
+from vit22b_transfer.data import placement, streams
+from vit22b_transfer.data import tasks as registered
+from vit22b_transfer.data.converters import FLAGS, Lengths, feature_specs, known_shape
 from vit22b_transfer.data.host_batches import (
     ConverterFactory,
     Request,
@@ -21,22 +20,10 @@ from vit22b_transfer.data.host_batches import (
     host_eval_batches,
     host_train_batches,
 )
-from vit22b_transfer.data.order import HostShard
 from vit22b_transfer.data.prefetch import Prefetched
 
 logger = logging.getLogger(__name__)
-
-Features = Mapping[str, jax.Array | np.ndarray]
 Item = TypeVar("Item")
-
-
-@runtime_checkable
-class BatchPartitioning(Protocol):
-    """What batches need of `partitioning.rules.Partitioning`."""
-
-    def batch_sharding(self, ndim: int) -> NamedSharding:
-        """Sharding of a batch array: dimension 0 over the data axis."""
-        ...
 
 
 @dataclasses.dataclass
@@ -67,9 +54,9 @@ class BatchCounters:
         )
 
     def add(self, flags: np.ndarray) -> None:
-        """Counts a batch by its rows of `streams.FLAGS`; warns of each first loss."""
+        """Counts a batch by its rows of `FLAGS`; warns of each first loss."""
         self.examples += len(flags)
-        for name, count in zip(streams.FLAGS, flags.sum(axis=0), strict=True):
+        for name, count in zip(FLAGS, flags.sum(axis=0), strict=True):
             if count and not getattr(self, name):
                 logger.warning(
                     "%s: %d of the %d examples of this batch, the first to be seen. "
@@ -92,7 +79,7 @@ class EvalBatch:
     they have every example once. Rows without an example are zero, weights included.
     """
 
-    features: Features
+    features: placement.Features
     examples: list[dict[str, Any]]
     start_index: int
 
@@ -144,10 +131,10 @@ def train_batches(
     converter_cls: ConverterFactory,
     batch_size: int,
     seed: int,
-    partitioning: BatchPartitioning,
+    partitioning: placement.BatchPartitioning,
     start_step: int = 0,
     instead: Mapping[str, seqio.Task] | None = None,
-) -> Batches[Features]:
+) -> Batches[placement.Features]:
     """Endless device batches, the first being that of `start_step`.
 
     A batch is a function of seed and step alone. Each epoch is a new shuffle of the
@@ -159,7 +146,7 @@ def train_batches(
     the registered ones (`data.feature_cache`).
 
     Raises:
-      ValueError: if a name, split, length or batch size does not fit, or while
+      UserError: if a name, split, length or batch size does not fit, or while
         iterating if there are no examples or one cannot be used; it is named.
     """
     request = Request(
@@ -171,15 +158,15 @@ def train_batches(
         instead or {},
     )
     if start_step < 0:
-        raise ValueError(f"start_step must not be negative, got {start_step}.")
+        raise UserError(f"start_step must not be negative, got {start_step}.")
     provider = request.provider()  # checks the name now, not at the first batch
-    place = Placement.on(partitioning, batch_size)
+    place = placement.Placement.on(partitioning, batch_size)
 
     def items():
         for batch in host_train_batches(request, seed, start_step, place.shard):
             yield place(batch.features), batch.flags
 
-    skipped = streams.skipped_records(provider, split)
+    skipped = registered.skipped_records(provider, split)
     return Batches(items(), f"{task_or_mixture_name} {split}", sum(skipped.values()))
 
 
@@ -190,7 +177,7 @@ def eval_batches(
     feature_lengths: Lengths,
     converter_cls: ConverterFactory,
     batch_size: int,
-    partitioning: BatchPartitioning,
+    partitioning: placement.BatchPartitioning,
     start_index: int = 0,
     instead: Mapping[str, seqio.Task] | None = None,
 ) -> Batches[EvalBatch]:
@@ -200,7 +187,7 @@ def eval_batches(
     weights are zero.
 
     Raises:
-      ValueError: if a name, split, length or batch size does not fit, if the name is a
+      UserError: if a name, split, length or batch size does not fit, if the name is a
         mixture's, or while iterating if there are no examples or one cannot be used;
         it is named.
     """
@@ -208,14 +195,14 @@ def eval_batches(
         task_name, split, feature_lengths, converter_cls, batch_size, instead or {}
     )
     if start_index < 0:
-        raise ValueError(f"start_index must not be negative, got {start_index}.")
+        raise UserError(f"start_index must not be negative, got {start_index}.")
     provider = request.provider()
     if isinstance(provider, seqio.Mixture):
         names = ", ".join(task.name for task in provider.tasks)
-        raise ValueError(
+        raise UserError(
             f"{task_name!r} is a mixture; evaluate its tasks one by one: {names}."
         )
-    place = Placement.on(partitioning, batch_size)
+    place = placement.Placement.on(partitioning, batch_size)
 
     def items():
         for batch in host_eval_batches(request, start_index, place.shard):
@@ -223,7 +210,7 @@ def eval_batches(
             features = place(batch.features)
             yield EvalBatch(features, examples, batch.start_index), batch.flags
 
-    skipped = streams.skipped_records(provider, split)
+    skipped = registered.skipped_records(provider, split)
     return Batches(items(), f"{task_name} {split}", sum(skipped.values()))
 
 
@@ -243,76 +230,3 @@ def batch_shapes(
     shapes = {name: (batch_size, *known_shape(spec)) for name, spec in specs.items()}
     types = {name: np.dtype(spec.dtype.as_numpy_dtype) for name, spec in specs.items()}
     return shapes, types
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Puts one host's rows on its devices, as part of a global batch.
-
-    `shard` says which rows those are. Hosts that share rows (a model axis across hosts)
-    all read them; `reports` is true on one of them.
-    """
-
-    partitioning: BatchPartitioning
-    batch_size: int
-    shard: HostShard
-    reports: bool
-
-    @classmethod
-    def on(cls, partitioning: BatchPartitioning, batch_size: int) -> "Placement":
-        """The placement on this process's part of the mesh.
-
-        Raises:
-          ValueError: if the batch does not divide among the data axis.
-        """
-        sharding = partitioning.batch_sharding(1)
-        axes = sharding.spec[0] if sharding.spec else None
-        axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
-        parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
-        if batch_size % parts:
-            raise ValueError(
-                f"batch_size {batch_size} does not divide by {parts}, the parts that "
-                f"the mesh {dict(sharding.mesh.shape)} cuts a batch into; use "
-                f"{max(1, batch_size // parts) * parts} or another multiple of {parts}."
-            )
-        rows_of = {}
-        for device, (rows,) in sharding.devices_indices_map((batch_size,)).items():
-            start, stop, _ = rows.indices(batch_size)
-            rows_of.setdefault(device.process_index, set()).add((start, stop))
-        mine = sorted(rows_of.get(jax.process_index(), ()))
-        size = sum(stop - start for start, stop in mine)
-        if not mine or mine[-1][1] - mine[0][0] != size or mine[0][0] % size:
-            raise ValueError(
-                f"the mesh {dict(sharding.mesh.shape)} gives process "
-                f"{jax.process_index()} the rows {mine} of a batch of {batch_size}; "
-                "they must be one block."
-            )
-        sharers = [host for host, rows in rows_of.items() if sorted(rows) == mine]
-        return cls(
-            partitioning,
-            batch_size,
-            HostShard(mine[0][0] // size, batch_size // size),
-            reports=jax.process_index() == min(sharers),
-        )
-
-    def __call__(self, features: dict[str, np.ndarray]) -> Features:
-        """The global batch, of which this host holds its own rows.
-
-        For a single device it stays as it is: the compiled call that takes it moves it
-        in half the time, and without a second thread at the interpreter.
-        """
-        if self.partitioning.batch_sharding(1).mesh.size == 1:
-            return features
-        shardings = {
-            name: self.partitioning.batch_sharding(rows.ndim)
-            for name, rows in features.items()
-        }
-        if jax.process_count() == 1:
-            # One call for all features: half the time of a call each.
-            return jax.device_put(features, shardings)
-        return {
-            name: jax.make_array_from_process_local_data(
-                shardings[name], rows, (self.batch_size, *rows.shape[1:])
-            )
-            for name, rows in features.items()
-        }

@@ -6,12 +6,16 @@ from typing import Any, cast
 import seqio
 import tensorflow as tf
 
+from vit22b_transfer import UserError
+
 Spec = seqio.FeatureConverter.FeatureSpec
 # Task feature lengths: int, or of images a sequence of them (SeqIO says int only).
 Lengths = Mapping[str, Any]
 Example = dict[str, tf.Tensor]
 
 TEXT_FEATURES = ("inputs", "targets")
+# Counted features of each example: see `streams.fitted`.
+FLAGS = ("truncated_inputs", "truncated_targets", "skipped_images")
 
 
 class ImageTextFeatureConverter(seqio.FeatureConverter):
@@ -56,7 +60,7 @@ class ImageTextFeatureConverter(seqio.FeatureConverter):
         passthrough_features: Mapping[str, Spec] | None = None,
     ):
         if pack:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} got pack=True, but images cannot be packed: "
                 "each row holds one example. Set pack=False (T5X's run files for "
                 "training set utils.DatasetConfig.pack = True)."
@@ -75,7 +79,7 @@ class ImageTextFeatureConverter(seqio.FeatureConverter):
         if len(sizes) == 3 and sizes[-1] == 3:
             sizes = sizes[:2]
         if len(sizes) != 2:
-            raise ValueError(
+            raise UserError(
                 "the feature length of images must be a height (square images) or "
                 f"(height, width), got {length!r}."
             )
@@ -140,7 +144,7 @@ class MultiImageTextFeatureConverter(ImageTextFeatureConverter):
         if len(sizes) == 4 and sizes[-1] == 3:
             sizes = sizes[:3]
         if len(sizes) != 3:
-            raise ValueError(
+            raise UserError(
                 "with several images per example the feature length of images must be "
                 f"(number, height, width), got {length!r}."
             )
@@ -206,7 +210,7 @@ _RESIZE = (
 
 def _check_known_shape(known: tf.TensorShape, shape: tuple[int, ...]) -> None:
     if known.rank is not None and not known.is_compatible_with(shape):
-        raise ValueError(
+        raise UserError(
             f"images of shape {_size(shape)} are expected, but the task gives "
             f"{_size(known.as_list())}. {_RESIZE}"
         )

@@ -20,7 +20,9 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from vit22b_transfer import UserError
 from vit22b_transfer.data import streams, vocabularies
+from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.converters import (
     TEXT_FEATURES,
     ImageTextFeatureConverter,
@@ -38,6 +40,7 @@ from vit22b_transfer.data.feature_shards import (
 )
 from vit22b_transfer.data.records import check_choice
 from vit22b_transfer.data.sources import IndexedSource
+from vit22b_transfer.host import whole_files
 
 # Examples that are read twice, to see whether they are the same.
 _COMPARED = 16
@@ -101,7 +104,7 @@ class Wanted:
         return os.path.join(root, f"{_stem(self)}-{digest}")
 
     def check_repeatable(self, *, by_reading: bool) -> None:
-        """Raises ValueError if the task gives other examples each time it is read.
+        """Raises UserError if the task gives other examples each time it is read.
 
         Only reading some twice shows randomness that does not come from SeqIO's seeds.
         """
@@ -114,7 +117,7 @@ class Wanted:
             )
             found = once != again
         if found:
-            raise ValueError(
+            raise UserError(
                 f"task {self.task.name!r} draws random numbers in its preprocessors, "
                 "such as for crops or flips: every epoch shows other images, and a "
                 "cache would show the same ones. Train with the tower (leave out "
@@ -184,9 +187,8 @@ class Layout:
         os.makedirs(wanted.directory, exist_ok=True)
         content = dataclasses.asdict(self) | {"fingerprint": wanted.fingerprint}
         path = _layout_path(wanted.directory)
-        with open(f"{path}.unfinished", "w", encoding="utf-8") as file:
+        with whole_files.replacing(path) as file:
             json.dump(content, file, indent=1)
-        os.replace(f"{path}.unfinished", path)
 
     @classmethod
     def read(cls, directory: str) -> "Layout | None":
@@ -240,7 +242,7 @@ def open_tasks(wanted: Sequence[Wanted]) -> CachedTasks:
     """The tasks, to be read from their caches.
 
     Raises:
-      ValueError: if a cache is missing, unfinished, cut off, or made with something
+      UserError: if a cache is missing, unfinished, cut off, or made with something
         else than is wanted: it is said what.
     """
     layouts = []
@@ -260,11 +262,11 @@ def open_tasks(wanted: Sequence[Wanted]) -> CachedTasks:
 def _open(wanted: Wanted) -> tuple[Layout, ShardsSource]:
     layout = Layout.read(wanted.directory)
     if layout is None:
-        raise ValueError(_why_not(wanted))
+        raise UserError(_why_not(wanted))
     paths = layout.paths(wanted.directory)
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"the cached features in {wanted.directory} lack {len(missing)} of "
             f"{len(paths)} shards, such as {os.path.basename(missing[0])}. Run `vit22b "
             "cache-features` again: it goes on where it was."
@@ -347,7 +349,7 @@ def _records_digest(task: seqio.Task, split: str) -> str:
     """Hash of the source's records, or of their number where it tells no more."""
     source = task.source
     if not isinstance(source, IndexedSource):
-        return f"{streams.num_records(task, split)} records"
+        return f"{registered.num_records(task, split)} records"
     digest = hashlib.sha256()
     for number in range(source.num_records(split)):
         record = source.record(split, number)

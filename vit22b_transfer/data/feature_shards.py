@@ -21,8 +21,10 @@ from array_record.python.array_record_module import (
     ArrayRecordWriter,
 )
 
+from vit22b_transfer import UserError
 from vit22b_transfer.data.converters import Example
 from vit22b_transfer.data.sources import record_order
+from vit22b_transfer.host import whole_files
 
 STORAGES = ("exact", "int8")
 
@@ -82,16 +84,18 @@ class ShardWriter:
         index = {"rows": self._rows, "examples": [image for image, _ in examples]}
         self._writer.write(json.dumps(index).encode())
         self._writer.close()
+        # ArrayRecord writes to a name, not to an open file.
         with open(self._unfinished, "rb") as written:
             os.fsync(written.fileno())
         os.replace(self._unfinished, self._path)
+        whole_files.sync_directory(os.path.dirname(os.path.abspath(self._path)))
 
 
 class Shard:
     """A shard to read. `rows` and `examples` are the hashes of their images.
 
     Raises:
-      ValueError: naming the file, if it was cut off or is no shard.
+      UserError: naming the file, if it was cut off or is no shard.
     """
 
     def __init__(self, path: str):
@@ -104,7 +108,7 @@ class Shard:
             self.rows: list[str] = index["rows"]
             self.examples: list[str] = index["examples"]
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(
+            raise UserError(
                 f"the shard {path} of cached features is cut off or damaged "
                 f"({str(error).partition(';')[0]}). Run `vit22b cache-features` again: "
                 "it writes such a shard anew and keeps the others."
@@ -122,7 +126,7 @@ class Shard:
         try:
             return self._read(record)
         except RuntimeError as error:
-            raise ValueError(
+            raise UserError(
                 f"record {record} of {self.path} is damaged ({error}). Delete that "
                 "file and run `vit22b cache-features` again."
             ) from error

@@ -8,8 +8,11 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from vit22b_transfer.data import streams
+from vit22b_transfer import UserError
+from vit22b_transfer.data import example_metadata, streams
+from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.converters import (
+    FLAGS,
     ImageTextFeatureConverter,
     Lengths,
     feature_specs,
@@ -18,9 +21,6 @@ from vit22b_transfer.data.converters import (
 from vit22b_transfer.data.order import HostShard, MixtureSchedule, ReadingPlan
 
 ConverterFactory = Callable[..., ImageTextFeatureConverter]
-
-# The encoded picture that sources hand to preprocessors. Never part of a result.
-_PIXELS = ("image", "images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +39,19 @@ class Request:
 
     def __post_init__(self):
         if self.batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got {self.batch_size}.")
+            raise UserError(f"batch_size must be positive, got {self.batch_size}.")
         check_lengths(self.converter_cls(pack=False), self.feature_lengths)
 
     def provider(self) -> seqio.Task | seqio.Mixture:
         """The registered task or mixture; an error if there is none, or no split."""
-        return streams.find_provider(self.name, self.split)
+        return registered.find_provider(self.name, self.split)
 
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
     """One host's rows of a batch; only the first len(flags) rows are examples.
 
-    `flags` has a column per name in `streams.FLAGS`. `examples` holds the metadata of
+    `flags` has a column per name in `FLAGS`. `examples` holds the metadata of
     evaluation, none in training. `start_index` is the position of the first row.
     """
 
@@ -62,9 +62,9 @@ class HostBatch:
 
 
 def check_lengths(converter: ImageTextFeatureConverter, lengths: Lengths) -> None:
-    """Raises ValueError unless there is a length for each feature of the converter."""
+    """Raises UserError unless there is a length for each feature of the converter."""
     if set(lengths) != set(converter.TASK_FEATURES):
-        raise ValueError(
+        raise UserError(
             f"feature_lengths must name {sorted(converter.TASK_FEATURES)}, got "
             f"{dict(lengths)}."
         )
@@ -72,7 +72,7 @@ def check_lengths(converter: ImageTextFeatureConverter, lengths: Lengths) -> Non
     for name in streams.TEXT_FEATURES:
         length = lengths[name]
         if not isinstance(length, int) or length < 1:
-            raise ValueError(
+            raise UserError(
                 f"the feature length of {name} must be a positive number of tokens, "
                 f"got {length!r}."
             )
@@ -100,7 +100,7 @@ def host_train_batches(
     for step, features in enumerate(streams.as_numpy(batches), start_step):
         index = step * request.batch_size + rows.start
         yield _host_batch(request, features, {}, index, len(rows))
-    raise ValueError(
+    raise UserError(
         f"split {request.split!r} of {request.name!r} ended, but training repeats it "
         "for ever: it is empty, or its preprocessors drop every example."
     )
@@ -122,11 +122,11 @@ def host_eval_batches(
         task, request.split, request.feature_lengths, size, shard, start_index
     )
     if num_examples is not None and start_index > num_examples:
-        raise ValueError(
+        raise UserError(
             f"start_index {start_index} lies beyond split {request.split!r} of "
             f"{request.name!r}, which has {num_examples} examples."
         )
-    metadata = _metadata(task, examples)
+    metadata = example_metadata.specs(task, examples)
     examples = streams.fitted(examples, request.feature_lengths, metadata)
     # Without a known number, every host reads all rows to know when the last one came.
     reads_all = num_examples is None
@@ -138,7 +138,7 @@ def host_eval_batches(
         yield _host_batch(request, features, metadata, index + rows.start, len(rows))
         index += size
     if reads_all and index == start_index == 0:
-        raise ValueError(f"split {request.split!r} of {request.name!r} is empty.")
+        raise UserError(f"split {request.split!r} of {request.name!r} is empty.")
     if num_examples is not None and index < num_examples:
         # The last batch has rows for other hosts only, but all take part in each step.
         features = {
@@ -157,7 +157,7 @@ def _batched(
     """Batches of model features, `example_flags` and `example_metadata`."""
     # SeqIO's own way to carry features past a converter: of fixed length and rank 1.
     extra = {
-        "example_flags": (len(streams.FLAGS), tf.int32),
+        "example_flags": (len(FLAGS), tf.int32),
         "example_metadata": (len(metadata), tf.string),
     }
     converter = request.converter_cls(
@@ -191,43 +191,9 @@ def _host_batch(
             name: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
             for name, value in features.items()
         }
-    examples = [_unpacked(request, row, metadata) for row in packed] if metadata else []
+    examples = (
+        [example_metadata.unpacked(request.name, row, metadata) for row in packed]
+        if metadata
+        else []
+    )
     return HostBatch(features, flags, examples, start_index)
-
-
-def _metadata(task: seqio.Task, examples: tf.data.Dataset) -> dict[str, tf.TensorSpec]:
-    """Specs of the features that evaluation needs beside the model's own."""
-    return {
-        name: spec
-        for name, spec in sorted(feature_specs(examples).items())
-        if name not in task.output_features
-        and name not in (*_PIXELS, *streams.FLAGS)
-        and spec.dtype != tf.uint8
-        and spec.shape.rank in (0, 1)
-    }
-
-
-def _unpacked(
-    request: Request, row: np.ndarray, metadata: Mapping[str, tf.TensorSpec]
-) -> dict[str, Any]:
-    """The features in a row of `example_metadata`: str, number or list of them."""
-    example = {}
-    for (name, spec), value in zip(metadata.items(), row, strict=True):
-        if not streams.is_scalar_string(spec):
-            value = tf.io.parse_tensor(value, spec.dtype).numpy()
-            value = value.tolist()
-        try:
-            example[name] = _text(value)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"feature {name!r} of task {request.name!r} is not UTF-8 text. If it "
-                "is an encoded image, drop it in a preprocessor: predictions carry no "
-                "pixels."
-            ) from error
-    return example
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_text(item) for item in value]
-    return value.decode() if isinstance(value, bytes) else value

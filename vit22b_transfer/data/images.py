@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vit22b_transfer import UserError
 from vit22b_transfer.data.records import check_choice
 
 # 256 MiB of RGB pixels, and what Pillow itself begins to warn about.
@@ -33,7 +34,7 @@ def read_image(
     """The image in a file or in encoded bytes, resized to `size` = (height, width).
 
     Raises:
-      ValueError: it cannot be read or has more than `max_pixels` pixels; the message
+      UserError: it cannot be read or has more than `max_pixels` pixels; the message
         says why but not which image it is, unless a path was given.
     """
     if isinstance(source, bytes):
@@ -42,11 +43,11 @@ def read_image(
         with open(source, "rb") as file:
             data = file.read()
     except OSError as e:
-        raise ValueError(f"{os.fspath(source)}: {e.strerror or e}") from e
+        raise UserError(f"{os.fspath(source)}: {e.strerror or e}") from e
     try:
         return resize(decode(data, max_pixels=max_pixels), size, method=method)
     except ValueError as e:
-        raise ValueError(f"{os.fspath(source)}: {e}") from e
+        raise UserError(f"{os.fspath(source)}: {e}") from e
 
 
 def decode(
@@ -58,7 +59,7 @@ def decode(
     first frame is taken.
     """
     if not data:
-        raise ValueError("the file is empty (0 bytes)")
+        raise UserError("the file is empty (0 bytes)")
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
@@ -68,17 +69,17 @@ def decode(
     except _TooLarge:
         raise
     except UnidentifiedImageError as e:
-        raise ValueError(
+        raise UserError(
             "not an image in a known format, or its header is corrupt"
         ) from e
     except Image.DecompressionBombError as e:
-        raise ValueError(f"the image is too large to decode: {e}") from e
+        raise UserError(f"the image is too large to decode: {e}") from e
     except Exception as e:
         # Pillow's plugins raise many types (OSError, SyntaxError, struct.error, ...).
-        raise ValueError(f"corrupt or truncated image: {e}") from e
+        raise UserError(f"corrupt or truncated image: {e}") from e
 
 
-class _TooLarge(ValueError):
+class _TooLarge(UserError):
     def __init__(self, width, height, max_pixels):
         super().__init__(
             f"{width}x{height} = {width * height:,} pixels are more than the limit of "
@@ -100,7 +101,7 @@ def _to_rgb(image):
 def _grey_to_8_bits(image):
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(
+        raise UserError(
             f"pixels of mode {image.mode} from {values.min()} to {values.max()} have "
             "no known range; convert the image to 8 or 16 bits"
         )

@@ -11,6 +11,8 @@ import zlib
 import numpy as np
 from jaxtyping import Int64, UInt64
 
+from vit22b_transfer import UserError
+
 _ROUNDS = 8
 _ALL = (1 << 64) - 1
 _ONE = 1 << 32  # fixed-point 1.0 of mixture shares
@@ -35,7 +37,7 @@ def shuffled_records(
     `num_records`.
     """
     if num_records < 1:
-        raise ValueError(f"cannot order {num_records} records.")
+        raise UserError(f"cannot order {num_records} records.")
     words = [key & _ALL, (key >> 64) & _ALL]
     epochs = positions // num_records
     keys = _mixed(_mixed(epochs.astype(np.uint64) ^ _word(words[0])) + _word(words[1]))
@@ -94,7 +96,7 @@ class MixtureSchedule:
 
     def __post_init__(self):
         if not self.rates or min(self.rates) <= 0:
-            raise ValueError(f"mixture rates must be positive, got {self.rates}.")
+            raise UserError(f"mixture rates must be positive, got {self.rates}.")
 
     @functools.cached_property
     def _shares_of_rest(self) -> tuple[int, ...]:
@@ -151,7 +153,7 @@ class HostShard:
     def rows(self, batch_size: int) -> range:
         """Rows of a batch of `batch_size` that this host reads."""
         if batch_size % self.count:
-            raise ValueError(
+            raise UserError(
                 f"batch_size {batch_size} does not divide among {self.count} hosts; "
                 f"use a multiple of {self.count}."
             )

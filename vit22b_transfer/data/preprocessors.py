@@ -27,6 +27,7 @@ from jaxtyping import UInt8
 from seqio.utils import Feature
 from seqio.vocabularies import Vocabulary
 
+from vit22b_transfer import UserError
 from vit22b_transfer.data.images import MAX_PIXELS, RESIZE_METHODS, read_image, resize
 from vit22b_transfer.data.records import Tally, check_choice
 from vit22b_transfer.data.sources import IndexedSource
@@ -63,7 +64,7 @@ class ReadingOptions:
         check_choice("on_bad_image", self.on_bad_image, BAD_IMAGE_POLICIES)
         check_choice("on_long_text", self.on_long_text, LONG_TEXT_POLICIES)
         if self.image_size is not None and min(_height_width(self.image_size)) < 1:
-            raise ValueError(f"image_size is {self.image_size}; it must be positive.")
+            raise UserError(f"image_size is {self.image_size}; it must be positive.")
 
 
 def image_text_features(
@@ -95,7 +96,7 @@ def image_text_preprocessors(
     """
     options = options or ReadingOptions()
     if prompt.replace(QUESTION_FIELD, "", 1).count("{") or prompt.count("}") > 1:
-        raise ValueError(
+        raise UserError(
             f"prompt {prompt!r} may contain {QUESTION_FIELD} once and no other braces."
         )
     tally = Tally()
@@ -110,16 +111,16 @@ def _height_width(size) -> tuple[int, int]:
     if isinstance(size, int | np.integer):
         return int(size), int(size)
     if len(size) not in (2, 3) or (len(size) == 3 and size[2] != 3):
-        raise ValueError(f"image size {size} is neither a side nor (height, width).")
+        raise UserError(f"image size {size} is neither a side nor (height, width).")
     return int(size[0]), int(size[1])
 
 
 def _target_size(options, sequence_length) -> tuple[int, int]:
-    """The size to resize to; ValueError if the task and the run disagree."""
+    """The size to resize to; UserError if the task and the run disagree."""
     asked = (sequence_length or {}).get("images")
     if options.image_size is None:
         if asked is None:
-            raise ValueError(
+            raise UserError(
                 "the size of the images is open: give the feature length 'images' (for "
                 "example {'images': 224}) or register the task with an image_size."
             )
@@ -130,7 +131,7 @@ def _target_size(options, sequence_length) -> tuple[int, int]:
         asked == size[0] if isinstance(asked, int) else _height_width(asked) == size
     )
     if not agrees:
-        raise ValueError(
+        raise UserError(
             f"the task makes images of {size[0]}x{size[1]} (height x width), but the "
             f"feature length 'images' is {asked}; make them equal."
         )
@@ -201,7 +202,7 @@ def load_images(
             return pixels, b""
         except ValueError as e:
             if options.on_bad_image == "error":
-                raise ValueError(
+                raise UserError(
                     f"image {name!r}: {e}. Remove it, or register the task with "
                     "on_bad_image='skip' to leave out bad images and count them."
                 ) from None
@@ -219,7 +220,7 @@ def load_images(
         path = example.pop("image_path", None)
         encoded = example.pop("image", None)
         if (path is None) == (encoded is None):
-            raise ValueError(
+            raise UserError(
                 "an example needs either 'image_path' or 'image' (encoded bytes or "
                 f"uint8 pixels); its features are {sorted(example)}."
             )
@@ -288,7 +289,7 @@ def encode_text(
             f"EOS, the feature length is {limit}: {text.decode()!r}"
         )
         if on_long_text == "error":
-            raise ValueError(
+            raise UserError(
                 f"{what}. Raise the feature length, or register the task with "
                 "on_long_text='truncate'."
             )
@@ -340,7 +341,7 @@ def references_and_predictions(
     """
     if is_target:
         if example is None:
-            raise ValueError("the references of a target are in its example; got none.")
+            raise UserError("the references of a target are in its example; got none.")
         return [_text(reference) for reference in example["references"]]
     return _text(decoded_model_output).strip()
 

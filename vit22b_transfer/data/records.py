@@ -9,6 +9,8 @@ import re
 import threading
 from collections.abc import Sequence
 
+from vit22b_transfer import UserError
+
 PathLike = str | os.PathLike
 
 _SHOWN_ITEMS = 5
@@ -69,9 +71,9 @@ class BadRecords:
         self._origin = origin
 
     def add(self, reason: str, detail: str) -> None:
-        """Raises ValueError naming the item, or counts it, as the policy says."""
+        """Raises UserError naming the item, or counts it, as the policy says."""
         if not self._skip:
-            raise ValueError(
+            raise UserError(
                 f"{self._origin}: {reason}: {detail}. Correct the data, or give the "
                 "source on_bad_record='skip' to leave out such records and count them."
             )
@@ -86,11 +88,11 @@ class BadRecords:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """ValueError unless `value` is one of `choices`; names the nearest."""
+    """UserError unless `value` is one of `choices`; names the nearest."""
     if value not in choices:
         nearest = difflib.get_close_matches(str(value), choices, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(
+        raise UserError(
             f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}."
             f"{hint}"
         )
@@ -101,7 +103,7 @@ def resolve_path(path: PathLike) -> pathlib.Path:
     expanded = os.path.expanduser(os.path.expandvars(os.fspath(path)))
     unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:
-        raise ValueError(
+        raise UserError(
             f"path {os.fspath(path)!r} needs the environment variable {unset[1]}, "
             "which is not set; set it to the directory or file that you want to use."
         )
@@ -113,7 +115,7 @@ class ImageFolder:
 
     def __init__(self, root: pathlib.Path):
         if not root.is_dir():
-            raise ValueError(f"{root} is not a directory; an image folder is expected.")
+            raise UserError(f"{root} is not a directory; an image folder is expected.")
         self.root = root
         self._names: dict[str, set[str]] = {}
 

@@ -20,6 +20,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from vit22b_transfer import UserError
 from vit22b_transfer.data.annotations import (
     coco_image_paths,
     json_list,
@@ -134,7 +135,7 @@ class IndexedSource(seqio.DataSource):
                 records = self._read(split, key, bad)
                 bad.log()
                 if not records:
-                    raise ValueError(
+                    raise UserError(
                         f"{self._origin(key)}: split {split!r} has no usable record."
                     )
                 self._loaded[split] = (key, records, bad.tally.counts())
@@ -412,7 +413,7 @@ def _image_file(pattern, image_id):
     try:
         return pattern.format(image_id=image_id)
     except (ValueError, KeyError, IndexError) as e:
-        raise ValueError(
+        raise UserError(
             f"image_file {pattern!r} cannot be filled with image_id {image_id!r} "
             f"({e}); use for example '{{image_id}}.jpg'."
         ) from e

@@ -1,17 +1,18 @@
 """Example streams: the examples of SeqIO tasks in a chosen order, from any position."""
 
-import collections
-import difflib
 import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
+from vit22b_transfer import UserError
+from vit22b_transfer.data import example_metadata
+from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.converters import (
     TEXT_FEATURES,
     Example,
@@ -28,32 +29,7 @@ from vit22b_transfer.data.order import (
 
 logger = logging.getLogger(__name__)
 
-# Counted features of each example: see `fitted`.
-FLAGS = ("truncated_inputs", "truncated_targets", "skipped_images")
-
 _LAST_STEP = 1 << 62
-
-
-@runtime_checkable
-class RandomAccess(Protocol):
-    """A SeqIO source whose records can be read in any order."""
-
-    def num_records(self, split: str) -> int:
-        """Number of records in the split."""
-        ...
-
-    def records(self, split: str, order: tf.data.Dataset) -> tf.data.Dataset:
-        """One example per index in `order` (int64 scalars), in that order."""
-        ...
-
-
-@runtime_checkable
-class _SkipsRecords(Protocol):
-    """A source that may leave out bad records, and tells of it."""
-
-    def report(self) -> Mapping[str, Mapping[str, int]]:
-        """Split -> reason -> number of records, of the splits read so far."""
-        ...
 
 
 class _OrderedSource(seqio.DataSource):
@@ -82,7 +58,7 @@ class _OrderedSource(seqio.DataSource):
         use_cached: bool = False,
         num_epochs: int | None = 1,
     ) -> tf.data.Dataset:
-        assert isinstance(self._source, RandomAccess)
+        assert isinstance(self._source, registered.RandomAccess)
         records = self._source.records(split, self._order)
         # Known, so that preprocessors which drop or multiply examples can be told.
         cardinality = self._order.cardinality()
@@ -98,50 +74,6 @@ def keep_tensorflow_off_accelerators() -> None:
         tf.config.set_visible_devices([], "GPU")
 
 
-def find_provider(name: str, split: str) -> seqio.Task | seqio.Mixture:
-    """The registered task or mixture of that name, which has the split.
-
-    Raises:
-      ValueError: naming the nearest registered names, or the splits there are.
-    """
-    known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        raise ValueError(
-            f"there is no task or mixture {name!r}. "
-            + (f"Nearest: {', '.join(nearest)}. " if nearest else "")
-            + f"{len(known)} names are registered; is the module that registers it "
-            "imported?"
-        )
-    provider = seqio.get_mixture_or_task(name)
-    for task in seqio.get_subtasks(provider):
-        if split not in task.splits:
-            raise ValueError(
-                f"task {task.name!r} has no split {split!r}; it has "
-                f"{', '.join(sorted(task.splits))}."
-            )
-        if num_records(task, split) == 0:
-            raise ValueError(f"split {split!r} of task {task.name!r} is empty.")
-    return provider
-
-
-def num_records(task: seqio.Task, split: str) -> int | None:
-    """Number of records in the split, None if the source cannot tell."""
-    if isinstance(task.source, RandomAccess):
-        return task.source.num_records(split)
-    return task.source.num_input_examples(split)
-
-
-def skipped_records(provider: seqio.Task | seqio.Mixture, split: str) -> dict[str, int]:
-    """Reason -> number of records that the sources left out of the split."""
-    counts: collections.Counter[str] = collections.Counter()
-    tasks = seqio.get_subtasks(provider)
-    for source in {id(task.source): task.source for task in tasks}.values():
-        if isinstance(source, _SkipsRecords):
-            counts.update(source.report().get(split, {}))
-    return dict(counts)
-
-
 def draws_random_numbers(task: seqio.Task) -> bool:
     """Whether a preprocessor asks SeqIO for seeds (`map_over_dataset(num_seeds=...)`).
 
@@ -155,10 +87,10 @@ def draws_random_numbers(task: seqio.Task) -> bool:
     )
 
 
-def _random_access(task: seqio.Task) -> RandomAccess | None:
+def _random_access(task: seqio.Task) -> registered.RandomAccess | None:
     """The task's source if the task can be given its records in any order."""
     # A subclass of Task may read in its own way, which Task.replace would lose.
-    if isinstance(task.source, RandomAccess) and type(task) is seqio.Task:
+    if isinstance(task.source, registered.RandomAccess) and type(task) is seqio.Task:
         return task.source
     return None
 
@@ -184,7 +116,7 @@ def _ordered(
 
 def count_examples(task: seqio.Task, split: str, lengths: Lengths) -> int:
     """Number of examples; the whole split is read if the task does not tell."""
-    size = num_records(task, split)
+    size = registered.num_records(task, split)
     if size is not None and _random_access(task) is not None:
         examples = numbered_examples(task, split, lengths, [range(size)])
         if examples.cardinality() == size:
@@ -270,7 +202,7 @@ def train_examples(
         _check_same_features(provider)
         rates = [provider.get_rate(task) for task in tasks]
         if min(rates) < 0 or max(rates) == 0:
-            raise ValueError(f"mixture {provider.name!r} has the rates {rates}.")
+            raise UserError(f"mixture {provider.name!r} has the rates {rates}.")
         tasks = [task for task, rate in zip(tasks, rates, strict=True) if rate > 0]
         rates = [rate for rate in rates if rate > 0]
     tasks = [instead.get(task.name, task) for task in tasks]
@@ -278,7 +210,7 @@ def train_examples(
     streams = []
     for member, task in enumerate(tasks):
         if "targets" not in task.output_features:
-            raise ValueError(f"task {task.name!r} has no targets to train on.")
+            raise UserError(f"task {task.name!r} has no targets to train on.")
         examples = _endless(task, member, split, lengths, plan, start_step)
         streams.append(fitted(examples, lengths, {}))
     if len(streams) == 1:
@@ -296,7 +228,7 @@ def _check_same_features(mixture: seqio.Mixture) -> None:
     for task in others:
         for name, feature in first.output_features.items():
             if task.output_features[name] != feature:
-                raise ValueError(
+                raise UserError(
                     f"tasks {first.name!r} and {task.name!r} of mixture "
                     f"{mixture.name!r} differ in feature {name!r} (vocabulary, EOS, "
                     f"dtype or rank): {feature} and {task.output_features[name]}."
@@ -422,33 +354,17 @@ def fitted(
         error = example.get("image_error", tf.constant(""))
         result["example_flags"] = tf.cast(tf.stack([*truncated, error != ""]), tf.int32)
         result["image_id"] = tf.as_string(example.get("image_id", tf.constant("")))
-        result["example_metadata"] = _packed(example, metadata)
+        result["example_metadata"] = example_metadata.packed(example, metadata)
         return result
 
     return map_examples(examples, fit)
-
-
-def _packed(example: Example, metadata: Mapping[str, tf.TensorSpec]) -> tf.Tensor:
-    """The features as one vector of strings; `batches` undoes it."""
-    values = [
-        example[name]
-        if is_scalar_string(spec)
-        else tf.io.serialize_tensor(example[name])
-        for name, spec in metadata.items()
-    ]
-    return tf.stack(values) if values else tf.zeros([0], tf.string)
-
-
-def is_scalar_string(spec: tf.TensorSpec) -> bool:
-    """Whether the feature travels in `example_metadata` as it is, not serialised."""
-    return spec.dtype == tf.string and spec.shape.rank == 0
 
 
 def as_numpy(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
     """The elements of the dataset.
 
     Raises:
-      ValueError: where a preprocessor raised one, or an assertion failed, with its own
+      UserError: where a preprocessor raised one, or an assertion failed, with its own
         text; TensorFlow would bury it in where it happened.
     """
     try:
@@ -457,13 +373,15 @@ def as_numpy(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
         message = _own_text(error.message)
         if message is None:
             raise
-        raise ValueError(message) from error
+        raise UserError(message) from error
 
 
 def _own_text(message: str) -> str | None:
     """What our code said in the message of a TensorFlow error, None if nothing."""
     raised = re.search(
-        r"ValueError: (.*?)\nTraceback \(most recent call last\):", message, re.DOTALL
+        r"(?:ValueError|UserError): (.*?)\nTraceback \(most recent call last\):",
+        message,
+        re.DOTALL,
     )
     if raised:
         return raised[1]

@@ -6,7 +6,6 @@ Batches need two ids: 0 is padding and 1 ends a text. T5's and Gemma's files hav
 import hashlib
 import io
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 
@@ -14,8 +13,10 @@ import sentencepiece
 import seqio
 from seqio.vocabularies import Vocabulary
 
+from vit22b_transfer import UserError
 from vit22b_transfer.data.annotations import read_texts
 from vit22b_transfer.data.records import PathLike, resolve_path
+from vit22b_transfer.host import whole_files
 
 BYTES = "bytes"
 ENVIRONMENT_VARIABLE = "VIT22B_VOCABULARY"
@@ -39,7 +40,7 @@ def load(name: PathLike = BYTES, *, extra_ids: int = 0) -> Vocabulary:
     vocabulary = seqio.SentencePieceVocabulary(str(path), extra_ids=extra_ids)
     # SeqIO keeps what it once read under a path for as long as the process lives.
     if not extra_ids and vocabulary.sp_model != content:
-        raise ValueError(
+        raise UserError(
             f"vocabulary {path} has changed since this process first read it; give the "
             "new one another name, or start again."
         )
@@ -65,7 +66,7 @@ def fingerprint(vocabulary: Vocabulary) -> str:
 def _read_file(path):
     if not path.is_file() or not path.stat().st_size:
         state = "is empty" if path.is_file() else "is not a file"
-        raise ValueError(
+        raise UserError(
             f"vocabulary {path} {state}; give a SentencePiece model file or {BYTES!r}."
         )
     return path.read_bytes()
@@ -76,9 +77,9 @@ def _check_ids(content, path):
     try:
         model.LoadFromSerializedProto(content)
     except RuntimeError as e:
-        raise ValueError(f"vocabulary {path} is not a SentencePiece model file.") from e
+        raise UserError(f"vocabulary {path} is not a SentencePiece model file.") from e
     if model.pad_id() != _PAD_ID or model.eos_id() != _EOS_ID:
-        raise ValueError(
+        raise UserError(
             f"vocabulary {path} has pad id {model.pad_id()} and end-of-text id "
             f"{model.eos_id()} (-1: none), but batches need padding at 0 and the end "
             "at 1, as in the files of T5 and Gemma; train one with `vit22b vocab`."
@@ -94,13 +95,13 @@ def train(files: Sequence[PathLike], path: PathLike, *, vocab_size: int) -> Voca
     becomes unknown. The same files in the same order give the same vocabulary.
 
     Raises:
-      ValueError: there is no text, or `vocab_size` is more than the texts support.
+      UserError: there is no text, or `vocab_size` is more than the texts support.
     """
     target = resolve_path(path)
     texts = [" ".join(text.split()) for text in read_texts(files)]
     texts = [text for text in texts if text]
     if not texts:
-        raise ValueError(f"no text to train a vocabulary from in {list(files)}.")
+        raise UserError(f"no text to train a vocabulary from in {list(files)}.")
     prompts = _PROMPTS * (1 + len(texts) // 10)
     model = io.BytesIO()
     try:
@@ -123,7 +124,8 @@ def train(files: Sequence[PathLike], path: PathLike, *, vocab_size: int) -> Voca
     except RuntimeError as e:
         raise _size_error(vocab_size, len(texts), str(e)) from e
     target.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(target, model.getvalue())
+    with whole_files.replacing(str(target), "wb") as file:
+        file.write(model.getvalue())
     return load(target)
 
 
@@ -131,21 +133,14 @@ def _size_error(vocab_size, num_texts, message):
     """SentencePiece's own errors about the size, with the bound it found."""
     at_most = re.search(r"value <= (\d+)", message)
     if at_most:
-        return ValueError(
+        return UserError(
             f"vocab_size {vocab_size} is too large for {num_texts} texts: they support "
             f"at most {at_most[1]}. Give that or less, or more texts."
         )
     at_least = re.search(r"smaller than required_chars. \d+ vs (\d+)", message)
     if at_least:
-        return ValueError(
+        return UserError(
             f"vocab_size {vocab_size} is too small: the characters of the texts and "
             f"the 256 bytes need at least {at_least[1]}."
         )
-    return ValueError(f"cannot train a vocabulary of {vocab_size} pieces: {message}")
-
-
-def _write_whole(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file that is either whole or absent, whatever happens meanwhile."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    return UserError(f"cannot train a vocabulary of {vocab_size} pieces: {message}")

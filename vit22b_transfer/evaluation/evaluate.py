@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,13 @@ import jax
 import rich.console
 import rich.table
 
+from vit22b_transfer import UserError
+from vit22b_transfer.host import whole_files
 from vit22b_transfer.inference import infer
 from vit22b_transfer.inference.prediction_files import is_empty, read_lines
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training.eval_loss import evaluate_loss, make_eval_step
-from vit22b_transfer.training.train import EvalData
+from vit22b_transfer.training.inputs import EvalData
 
 METRICS_FILE = "metrics.json"
 
@@ -54,13 +55,13 @@ def evaluate_checkpoint(
     `output_dir/metrics.json`.
 
     Raises:
-      ValueError: if something does not fit together, or a task has no metrics or no
+      UserError: if something does not fit together, or a task has no metrics or no
         targets in the split.
     """
-    from vit22b_transfer.data import task_access
+    from vit22b_transfer.data import tasks as registered
 
     tasks = [tasks] if isinstance(tasks, str) else tasks
-    names = [name for given in tasks for name in task_access.task_names(given, split)]
+    names = [name for given in tasks for name in registered.task_names(given, split)]
     restored = infer.restore(
         model, partitioning, checkpoint, feature_lengths, batch_size
     )
@@ -94,7 +95,7 @@ def score_file(path: str, task_name: str) -> Scores:
     """The task's metrics of a complete file of predictions.
 
     Raises:
-      ValueError: if the file is not one, has nothing to score, or the task no metrics.
+      UserError: if the file is not one, has nothing to score, or the task no metrics.
     """
     return _scores(path, task_name, None)
 
@@ -112,9 +113,9 @@ def score_majority(
     It predicts for every example the text that is the target most often in
     `train_split` of `train_task` (default: of the task itself).
     """
-    from vit22b_transfer.data import task_access
+    from vit22b_transfer.data import task_metrics
 
-    text = task_access.most_frequent_target(
+    text = task_metrics.most_frequent_target(
         train_task or task_name, train_split, feature_lengths
     )
     return text, _scores(path, task_name, text)
@@ -124,7 +125,7 @@ def record_scores(output_dir: str, entries: Mapping[str, Mapping[str, Any]]) -> 
     """Enters results in `metrics.json`, beside those that are there; returns its path.
 
     Raises:
-      ValueError: if the file that is there is no such file.
+      UserError: if the file that is there is no such file.
     """
     path = os.path.join(os.path.abspath(os.path.expanduser(output_dir)), METRICS_FILE)
     known = {}
@@ -133,13 +134,10 @@ def record_scores(output_dir: str, entries: Mapping[str, Mapping[str, Any]]) -> 
             try:
                 known = json.load(file)
             except ValueError:
-                raise ValueError(f"{path} is not JSON; move it away.") from None
-    with tempfile.NamedTemporaryFile(
-        "w", dir=os.path.dirname(path), delete=False, encoding="utf-8"
-    ) as file:
+                raise UserError(f"{path} is not JSON; move it away.") from None
+    with whole_files.replacing(path) as file:
         json.dump(known | dict(entries), file, indent=2, ensure_ascii=False)
         file.write("\n")
-    os.replace(file.name, path)
     return path
 
 
@@ -167,7 +165,7 @@ def print_scores(
 
 def _scores(path, task_name, prediction):
     """Scores of a file's predictions, or of `prediction` in their place."""
-    from vit22b_transfer.data import task_access
+    from vit22b_transfer.data import task_metrics
 
     examples, texts, scores = [], [], []
     num_bad_images = num_empty = 0
@@ -182,15 +180,15 @@ def _scores(path, task_name, prediction):
         scores.append(line["score"])
         num_empty += is_empty(line)
     if not examples:
-        raise ValueError(
+        raise UserError(
             f"{path} has nothing to score: {num_bad_images} images could not be read."
         )
     if not any(_has_target(example) for example in examples):
-        raise ValueError(
+        raise UserError(
             f"the examples in {path} have neither targets nor references, so nothing "
             f"to score against. Choose a split of {task_name!r} that has."
         )
-    metrics = task_access.metrics(task_name, examples, texts, scores)
+    metrics = task_metrics.metrics(task_name, examples, texts, scores)
     return Scores(metrics, len(examples), num_bad_images, num_empty)
 
 

@@ -2,13 +2,15 @@
 
 Metric functions are given a list of references for each example, and a prediction each.
 Nothing is left out or made up, so they raise:
-  ValueError: if there are no examples, not as many predictions as targets, or an
+  UserError: if there are no examples, not as many predictions as targets, or an
     example without references, which includes blank ones only.
-  TypeError: if a text is not a string, or an example's references are not a list.
+  UserError: if a text is not a string, or an example's references are not a list.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+from vit22b_transfer import UserError
 
 
 class Scored(NamedTuple):
@@ -21,11 +23,11 @@ class Scored(NamedTuple):
 def checked_references(targets: Sequence[Iterable[str]]) -> list[list[str]]:
     """The references of each example as lists; raises as above."""
     if not len(targets):
-        raise ValueError("there are no examples to score.")
+        raise UserError("there are no examples to score.")
     checked = []
     for index, references in enumerate(targets):
         if isinstance(references, str | bytes):
-            raise TypeError(
+            raise UserError(
                 f"targets[{index}] is a single text, {references!r}; put the "
                 "references of each example into a list, even if it is one."
             )
@@ -34,7 +36,7 @@ def checked_references(targets: Sequence[Iterable[str]]) -> list[list[str]]:
             _check_text(reference, f"a reference of example {index}")
         if not any(reference.strip() for reference in references):
             what = "only blank" if references else "no"
-            raise ValueError(
+            raise UserError(
                 f"example {index} has {what} references; leave it out of the "
                 "evaluation, or add its references."
             )
@@ -47,7 +49,7 @@ def checked_predictions(
 ) -> None:
     """Raises, as above, if the predictions do not fit the targets."""
     if len(targets) != len(predictions):
-        raise ValueError(
+        raise UserError(
             f"{len(targets)} targets but {len(predictions)} predictions; they must be "
             "of the same examples, in the same order."
         )
@@ -57,6 +59,6 @@ def checked_predictions(
 
 def _check_text(value: object, what: str) -> None:
     if not isinstance(value, str):
-        raise TypeError(
+        raise UserError(
             f"{what} is {value!r} of type {type(value).__name__}; it must be a str."
         )

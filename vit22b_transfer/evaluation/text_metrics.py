@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vit22b_transfer import UserError
 from vit22b_transfer.evaluation.ptb_tokenizer import ptb_tokenize
 from vit22b_transfer.evaluation.references import (
     Scored,
@@ -42,7 +43,7 @@ class DocumentFrequency:
     def __post_init__(self):
         most = max(self.counts.values(), default=0)
         if self.num_images < max(most, 1):
-            raise ValueError(
+            raise UserError(
                 f"an n-gram occurs in {most} images of {self.num_images}; num_images "
                 "must be the number of images that the counts are from, at least 1."
             )
@@ -158,12 +159,12 @@ def reference_agreement(targets: Sequence[Iterable[str]]) -> float:
     all references, so the value compares with `cider_d(targets, ...)`.
 
     Raises:
-      ValueError: if an image has less than two references.
+      UserError: if an image has less than two references.
     """
     references = _tokenized_references(targets)
     for index, captions in enumerate(references):
         if len(captions) < 2:
-            raise ValueError(
+            raise UserError(
                 f"image {index} has one reference; agreement needs at least two each."
             )
     frequency = _document_frequency(references)

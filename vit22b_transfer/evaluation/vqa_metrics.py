@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from vit22b_transfer import UserError
 from vit22b_transfer.evaluation.references import (
     Scored,
     checked_predictions,
@@ -91,7 +92,7 @@ def vqa_accuracy_scores(
     With less than 4 answers 1 cannot be reached, and a warning says so.
 
     Raises:
-      ValueError: if a question has one answer, which makes every prediction wrong; use
+      UserError: if a question has one answer, which makes every prediction wrong; use
         `exact_match`.
     """
     checked_predictions(targets, predictions)
@@ -183,7 +184,7 @@ def _check_annotators(answers: list[list[str]]) -> None:
     fewest = min(range(len(answers)), key=lambda index: len(answers[index]))
     count = len(answers[fewest])
     if count == 1:
-        raise ValueError(
+        raise UserError(
             f"example {fewest} has one answer. VQA accuracy compares with the answers "
             "of several annotators, 10 in VQAv2; for one answer use exact_match."
         )

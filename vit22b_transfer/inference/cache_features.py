@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
 from jax.experimental import multihost_utils
 
-from vit22b_transfer.inference.progress import Progress
+from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import reading, restoring
+from vit22b_transfer.host import progress
 from vit22b_transfer.models import int8, vit
+from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import checkpoints, partial_restore, tower_weights
+from vit22b_transfer.training import inputs
 from vit22b_transfer.training.state import abstract_variables
 
 
@@ -45,7 +47,7 @@ def cache_features(
 ) -> list[CachedSplit]:
     """Writes the features that training with this `data` and `eval_data` reads.
 
-    data, eval_data: `train.TrainData` and `train.EvalData` with one and the same
+    data, eval_data: `inputs.TrainData` and `inputs.EvalData` with one and the same
       `cache`. examples_per_shard: what a process that is killed may lose, and hosts
       share out; of a split that was begun it stays as it was.
 
@@ -53,21 +55,21 @@ def cache_features(
     number of hosts. Each distinct image is encoded and stored once by each host.
 
     Raises:
-      ValueError: if a task draws random numbers, or something does not fit together.
+      UserError: if a task draws random numbers, or something does not fit together.
     """
     if examples_per_shard < 1:
-        raise ValueError(f"examples_per_shard={examples_per_shard} must be positive.")
+        raise UserError(f"examples_per_shard={examples_per_shard} must be positive.")
     splits = [(data, data.task)]
     if eval_data is not None:
         splits += [(eval_data, task) for task in eval_data.tasks]
     if any(part.cache is None or part.cache != data.cache for part, _ in splits):
-        raise ValueError(
+        raise UserError(
             "data and eval_data must have the same cache to write features to; include "
             "gin_configs/runs/cached_features.gin."
         )
     wanted = []
     for part, name in splits:
-        found = tower_weights.wanted_features(
+        found = inputs.wanted_features(
             part.cache, model, name, part.split, part.feature_lengths
         )
         wanted += [(one, part.batch_size) for one in found]
@@ -114,8 +116,8 @@ class FrozenTower:
         }
         params = abstract_variables(model, partitioning, batch)
         tower = {"encoder": {"tower": params["encoder"]["tower"]}}
-        path = checkpoints.resolve(cache.tower)
-        read = partial_restore.restore_partial(path, tower, cast=True).params
+        path = reading.resolve(cache.tower)
+        read = restoring.restore_partial(path, tower, cast=True).params
         config = dataclasses.replace(model.module.tower, pooling="none")
         return cls(
             config,
@@ -162,11 +164,11 @@ def _cache_split(
     wanted: Any, tower: FrozenTower, examples_per_shard: int
 ) -> CachedSplit:
     """Writes the shards that are missing."""
-    from vit22b_transfer.data import batches, feature_cache
+    from vit22b_transfer.data import feature_cache, placement
 
-    place = batches.Placement.on(tower.partitioning, tower.batch_size)
+    place = placement.Placement.on(tower.partitioning, tower.batch_size)
     layout = feature_cache.Layout.read(wanted.directory)
-    _wait_for_all("looked")
+    processes.wait_for_all("features looked")
     if layout is None:
         length, width = tower.token_shape
         tokens = feature_cache.TokenFormat(
@@ -180,14 +182,12 @@ def _cache_split(
     paths = layout.paths(wanted.directory)
     if jax.process_index() == 0:
         _remove_damaged(paths)
-    _wait_for_all("began")
-    known, missing = _looked_at(paths)
-    _wait_for_all("shared out")
+    processes.wait_for_all("features began")
+    known, missing = _scan_shards(paths)
+    processes.wait_for_all("features shared out")
     shard = place.shard
     mine = [number for number in missing if number % shard.count == shard.index]
-    console = rich.console.Console(
-        highlight=False, soft_wrap=True, quiet=jax.process_index() > 0
-    )
+    console = progress.console(quiet=jax.process_index() > 0)
     num_kept = len(paths) - len(missing)
     if num_kept:
         console.print(
@@ -198,12 +198,12 @@ def _cache_split(
     label = f"{wanted.task.name} {wanted.split}"
     total = sum(len(layout.ranges[number]) for number in mine)
     if missing:
-        with Progress(console, label, total=total) as bar:
+        with progress.Progress(console, label, total=total) as bar:
             shape = (work.num_rows, *tower.image_shape)
-            for images in _together(work.batches(), shape):
+            for images in _in_lockstep(work.batches(), shape):
                 work.take(_local_rows(tower(place({"images": images})["images"])))
                 bar.show(work.num_done)
-    _wait_for_all("written")
+    processes.wait_for_all("features written")
     console.print(
         f"{layout.num_examples} examples in {wanted.directory}, {len(paths)} shards; "
         f"the tower was run on {work.num_encoded} images",
@@ -225,7 +225,7 @@ def _remove_damaged(paths: Sequence[str]) -> None:
             os.remove(path)
 
 
-def _looked_at(paths: Sequence[str]) -> tuple[set[str], list[int]]:
+def _scan_shards(paths: Sequence[str]) -> tuple[set[str], list[int]]:
     """Images of which there are tokens, and the numbers of the missing shards."""
     from vit22b_transfer.data.feature_shards import Shard
 
@@ -290,7 +290,7 @@ class _Work:
         self._pending = []
 
 
-def _together(
+def _in_lockstep(
     batches: Iterator[np.ndarray], shape: tuple[int, ...]
 ) -> Iterator[np.ndarray]:
     """The batches, and empty ones while other hosts have more: all take each step."""
@@ -316,8 +316,3 @@ def _local_rows(arrays: Sequence[jax.Array]) -> tuple[np.ndarray, ...]:
         parts = [np.asarray(by_start[start]) for start in sorted(by_start)]
         local.append(np.concatenate(parts))
     return tuple(local)
-
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"features {name}")

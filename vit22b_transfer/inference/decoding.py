@@ -33,6 +33,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from vit22b_transfer import UserError
+
 PAD_ID = 0
 
 Cache = Any
@@ -111,16 +113,16 @@ def sample(
     temperature, top_k and top_p), EOS included.
     """
     if rng is None:
-        raise ValueError("sample needs rng, a jax.random.key; greedy needs none.")
+        raise UserError("sample needs rng, a jax.random.key; greedy needs none.")
     if not temperature > 0.0:
-        raise ValueError(
+        raise UserError(
             f"temperature is {temperature}; sample needs one above 0. For the limit 0 "
             "use greedy."
         )
     if top_k < 0:
-        raise ValueError(f"top_k is {top_k}; it must be 0 (off) or more.")
+        raise UserError(f"top_k is {top_k}; it must be 0 (off) or more.")
     if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p is {top_p}; it must be in (0, 1], 1.0 being off.")
+        raise UserError(f"top_p is {top_p}; it must be in (0, 1], 1.0 being off.")
 
     def choose(logits, index):
         return sample_tokens(
@@ -157,7 +159,7 @@ def sample_tokens(
     """One token per row, drawn as `sample` says."""
     vocab_size = logits.shape[-1]
     if top_k > vocab_size:
-        raise ValueError(f"top_k is {top_k} but the vocabulary has {vocab_size}.")
+        raise UserError(f"top_k is {top_k} but the vocabulary has {vocab_size}.")
     scaled = logits.astype(jnp.float32) / temperature
     if top_k == 0:
         return _draw(rng, scaled, top_p)
@@ -311,9 +313,9 @@ def beam_search(
     Scores: sum of log-probabilities / `length_penalty(tokens with EOS, alpha)`.
     """
     if num_beams < 1:
-        raise ValueError(f"num_beams is {num_beams}; it must be at least 1.")
+        raise UserError(f"num_beams is {num_beams}; it must be at least 1.")
     if alpha < 0.0:
-        raise ValueError(f"alpha is {alpha}; it must be at least 0.")
+        raise UserError(f"alpha is {alpha}; it must be at least 0.")
     settings = (("method", "beam_search"), ("num_beams", num_beams), ("alpha", alpha))
     if num_beams == 1:
         decoded = greedy(

@@ -6,7 +6,6 @@ import functools
 import itertools
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
-from jax.experimental import multihost_utils
 
-from vit22b_transfer.inference import fingerprints
+from vit22b_transfer import NotFiniteError
+from vit22b_transfer.checkpoints import fingerprints, reading, restoring
+from vit22b_transfer.host import progress, whole_files
 from vit22b_transfer.inference.prediction_files import LineWriter, PredictionFiles
-from vit22b_transfer.inference.progress import Progress
+from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import checkpoints, partial_restore
 from vit22b_transfer.training.state import abstract_variables, shardings_of
 
 # Batches handed to the devices before the first one's predictions are fetched.
@@ -123,12 +122,12 @@ def infer_split(
     reused.
 
     Raises:
-      ValueError: if something does not fit together, or if what the output holds was
+      UserError: if something does not fit together, or if what the output holds was
         made by another model, task or setting: nothing is overwritten.
     """
-    from vit22b_transfer.data import task_access
+    from vit22b_transfer.data import tasks as registered
 
-    task_access.task_names(task, split)  # an error now, not after the parameters' read
+    registered.task_names(task, split)  # an error now, not after the parameters' read
     restored = restore(model, partitioning, checkpoint, feature_lengths, batch_size)
     data = SplitToRead(task, split, feature_lengths, batch_size)
     return predict_split(restored, data, output=output, seed=seed)
@@ -142,11 +141,11 @@ def restore(
     batch_size: int,
 ) -> RestoredModel:
     """The model with a checkpoint's parameters, laid out on the mesh."""
-    from vit22b_transfer.data import batches
+    from vit22b_transfer.data import batches, placement
 
-    path = checkpoints.resolve(checkpoint)
+    path = reading.resolve(checkpoint)
     # A batch that the mesh cannot hold is an error before gigabytes are read.
-    batches.Placement.on(partitioning, batch_size)
+    placement.Placement.on(partitioning, batch_size)
     shapes, types = batches.batch_shapes(
         model.FEATURE_CONVERTER_CLS, feature_lengths, batch_size
     )
@@ -155,9 +154,9 @@ def restore(
     }
     abstract = abstract_variables(model, partitioning, batch)
     if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(abstract)):
-        params = partial_restore.restore_whole(path, abstract, model=model)
+        params = restoring.restore_whole(path, abstract, model=model)
     else:
-        params = checkpoints.restore_params(
+        params = restoring.restore_params(
             path, abstract, shardings_of(abstract), model=model
         )
     return RestoredModel(model, partitioning, path, params)
@@ -166,29 +165,27 @@ def restore(
 def predict_split(
     restored: RestoredModel, data: SplitToRead, *, output: str, seed: int = 0
 ) -> Predictions:
-    """As `infer`, for a model that is restored already."""
-    from vit22b_transfer.data import task_access
+    """As `infer_split`, for a model that is restored already."""
+    from vit22b_transfer.data import tasks as registered
 
     # An unknown name or a wrong vocabulary is an error before anything is written.
-    task_access.task_names(data.task, data.split)
-    task_access.check_vocabularies(data.task, restored.model)
-    console = rich.console.Console(
-        highlight=False, soft_wrap=True, quiet=jax.process_index() > 0
-    )
+    registered.task_names(data.task, data.split)
+    registered.check_vocabularies(data.task, restored.model)
+    console = progress.console(quiet=jax.process_index() > 0)
     files = PredictionFiles(
         _output_path(output, data, restored.checkpoint),
         _fingerprint(restored, data, seed),
         host=jax.process_index(),
         num_hosts=jax.process_count(),
     )
-    left_out = task_access.skipped_records(data.task, data.split)
+    left_out = registered.skipped_text(data.task, data.split)
     left_out = f"; left out of the split: {left_out}" if left_out else ""
     if files.is_complete():
         console.print(
             f"reusing the predictions in {files.path}{left_out}", markup=False
         )
         return Predictions(files.path, **files.summary(), reused=True)
-    _wait_for_all("looked")
+    processes.wait_for_all("predictions looked")
     if jax.process_index() == 0:
         recovered = files.recover(data.batch_size)
         if recovered.num_lines or recovered.num_dropped:
@@ -198,14 +195,14 @@ def predict_split(
                 "again",
                 markup=False,
             )
-    _wait_for_all("recovered")
+    processes.wait_for_all("predictions recovered")
     start = files.num_begun()
     with files.writer() as writer:
         _predict(restored, data, start, writer, console, seed)
-    _wait_for_all("written")
+    processes.wait_for_all("predictions written")
     if jax.process_index() == 0:
         files.merge()
-    _wait_for_all("merged")
+    processes.wait_for_all("predictions merged")
     result = Predictions(files.path, **files.summary(), reused=False, num_resumed=start)
     console.print(
         f"{result.num_examples} predictions in {files.path} "
@@ -225,10 +222,11 @@ def _predict(
     seed: int,
 ) -> None:
     """Writes this host's lines from example `start` on."""
-    from vit22b_transfer.data import batches, task_access
+    from vit22b_transfer.data import batches
+    from vit22b_transfer.data import tasks as registered
 
     model = restored.model
-    total = task_access.num_examples(data.task, data.split)
+    total = registered.num_examples(data.task, data.split)
     if start == total:
         return  # stopped between the last line and the merge
     in_flight = collections.deque()
@@ -243,7 +241,9 @@ def _predict(
             start_index=start,
         ) as rows,
         restored.partitioning.activate(),
-        Progress(console, f"{data.task} {data.split}", total=total, done=start) as bar,
+        progress.Progress(
+            console, f"{data.task} {data.split}", total=total, done=start
+        ) as bar,
     ):
 
         def write():
@@ -289,7 +289,7 @@ def _lines(
             line |= {"prediction": None, "score": None}
         else:
             if not np.isfinite(scores[row]):
-                raise FloatingPointError(
+                raise NotFiniteError(
                     f"example {index} (image {line.get('image_id')!r}) got the score "
                     f"{scores[row]}: the model overflows, or its parameters are not "
                     "finite."
@@ -323,20 +323,21 @@ def _renamed(example, names):
 
 
 def _fingerprint(restored, data, seed):
-    from vit22b_transfer.data import task_access, vocabularies
+    from vit22b_transfer.data import tasks as registered
+    from vit22b_transfer.data import vocabularies
 
     model = restored.model
     return {
         "task": data.task,
         "split": data.split,
-        "num_examples": task_access.num_examples(data.task, data.split),
+        "num_examples": registered.num_examples(data.task, data.split),
         "checkpoint": os.path.basename(restored.checkpoint),
         "parameters": restored.params_digest,
         "model": fingerprints.text_digest(repr(model.module)),
         "vocabulary": vocabularies.fingerprint(model.output_vocabulary),
         "feature_lengths": dict(data.feature_lengths),
         "batch_size": data.batch_size,
-        "decoding": fingerprints.decode_settings(model.decode_fn),
+        "decoding": decode_settings(model.decode_fn),
         "max_decode_length": model.max_decode_length,
         "seed": seed,
     }
@@ -349,19 +350,36 @@ def _output_path(output, data, checkpoint):
         parts = (data.task, data.split, os.path.basename(checkpoint))
         name = "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in parts)
         path = os.path.join(path, f"{name}.jsonl")
-    directory = os.path.dirname(path)
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"output {output!r}: {directory} cannot be written: {error.strerror}. "
-            "Choose a directory that you may write to."
-        ) from error
+    whole_files.writable_directory(os.path.dirname(path), "output directory")
     return path
 
 
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"predictions {name}")
+def decode_settings(decode_fn: Any) -> dict[str, Any]:
+    """The method and parameters of a decode function, however they were bound.
+
+    Asked of its own result, so that bindings by gin or functools.partial are seen.
+    """
+    # Larger than any top_k or number of beams; nothing is computed.
+    vocab_size = 1 << 24
+
+    def step_fn(tokens, cache, index, ancestry):
+        del index, ancestry
+        return jnp.zeros((*tokens.shape, vocab_size), jnp.float32), cache
+
+    def decode(rng):
+        return decode_fn(
+            lambda num_beams: (),
+            step_fn,
+            batch_size=1,
+            max_decode_length=2,
+            eos_id=1,
+            rng=rng,
+        )
+
+    decoded = jax.eval_shape(decode, jax.random.key(0))
+    return dict(decoded.settings) or {"method": _name(decode_fn)}
+
+
+def _name(function):
+    function = getattr(function, "func", function)
+    return getattr(function, "__qualname__", type(function).__qualname__)

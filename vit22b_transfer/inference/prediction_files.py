@@ -19,9 +19,11 @@ import hashlib
 import heapq
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
+
+from vit22b_transfer import UserError
+from vit22b_transfer.host import whole_files
 
 Fingerprint = Mapping[str, Any]
 
@@ -66,13 +68,13 @@ class PredictionFiles:
         """Whether `path` is there already, made in the very way the fingerprint says.
 
         Raises:
-          ValueError: if something else was written there, finished or not.
+          UserError: if something else was written there, finished or not.
         """
         record = self._record()
         if record is None:
             for path in (self.path, *self._parts()):
                 if os.path.exists(path):
-                    raise ValueError(
+                    raise UserError(
                         f"{path} exists, but no {self._record_path} says what made it. "
                         "Nothing is overwritten: move it away or choose another output."
                     )
@@ -81,7 +83,7 @@ class PredictionFiles:
         if "summary" not in record:
             return False
         if not os.path.isfile(self.path) or _sha256(self.path) != record["sha256"]:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} was changed or removed since it was written (see "
                 f"{self._record_path}). Restore it, or remove both files."
             )
@@ -97,26 +99,24 @@ class PredictionFiles:
         """Gathers the lines of stopped runs, as many as make whole blocks.
 
         Raises:
-          ValueError: if another process is writing them.
+          UserError: if another process is writing them.
         """
         if self._record() is None:
-            _write_atomically(self._record_path, {"fingerprint": self.fingerprint})
+            _write_json(self._record_path, {"fingerprint": self.fingerprint})
         parts = self._parts()
         num_lines = num_kept = kept_size = 0
         with contextlib.ExitStack() as stack:
             for path in parts:
                 _lock(stack.enter_context(open(path, "ab")))
-            with open(f"{self._begun_path}.new", "wb") as out:
+            with whole_files.replacing(self._begun_path, "wb") as out:
                 for line in _contiguous(_merged(parts)):
                     out.write(line)
                     num_lines += 1
                     if num_lines % block == 0:
                         num_kept, kept_size = num_lines, out.tell()
                 out.truncate(kept_size)
-                _flush(out)
-            all_lines = {index for path in parts for index, _ in _lines(path)}
-            cut = sum(_has_rest(path) for path in parts)
-            os.replace(out.name, self._begun_path)
+                all_lines = {index for path in parts for index, _ in _lines(path)}
+                cut = sum(_has_rest(path) for path in parts)
             for path in set(parts) - {self._begun_path}:
                 os.remove(path)
         return Recovered(num_kept, len(all_lines) - num_kept + cut)
@@ -138,37 +138,35 @@ class PredictionFiles:
         """Puts `path` in place, records and returns its summary, removes the parts.
 
         Raises:
-          ValueError: if a host's lines or an index are missing.
+          UserError: if a host's lines or an index are missing.
         """
         for path in self._host_paths:
             if not os.path.exists(path):
-                raise ValueError(
+                raise UserError(
                     f"{path} is missing: with several hosts the output must lie on a "
                     "file system that all of them share."
                 )
         counts = {"num_examples": 0, "num_bad_images": 0, "num_empty": 0}
         parts = self._parts()
         last = max((index for path in parts for index, _ in _lines(path)), default=-1)
-        with open(f"{self.path}.new", "wb") as out:
+        with whole_files.replacing(self.path, "wb") as out:
             for line in _contiguous(_merged(parts)):
                 out.write(line)
                 example = json.loads(line)
                 counts["num_examples"] += 1
                 counts["num_bad_images"] += "error" in example
                 counts["num_empty"] += is_empty(example)
-            _flush(out)
-        if counts["num_examples"] != last + 1:
-            raise ValueError(
-                f"{self.path}: example {counts['num_examples']} is in none of "
-                f"{', '.join(map(os.path.basename, parts))}, but example {last} is."
-            )
-        os.replace(out.name, self.path)
+            if counts["num_examples"] != last + 1:
+                raise UserError(
+                    f"{self.path}: example {counts['num_examples']} is in none of "
+                    f"{', '.join(map(os.path.basename, parts))}, but example {last} is."
+                )
         record = {
             "fingerprint": self.fingerprint,
             "summary": counts,
             "sha256": _sha256(self.path),
         }
-        _write_atomically(self._record_path, record)
+        _write_json(self._record_path, record)
         for path in parts:
             os.remove(path)
         return counts
@@ -191,7 +189,7 @@ class PredictionFiles:
             if found.get(name) != self.fingerprint.get(name)
         ]
         if differences:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} was begun by another run: {'; '.join(differences)}. "
                 "Nothing is overwritten: choose another output, or remove "
                 f"{self.path}*."
@@ -218,13 +216,13 @@ def read_lines(path: str) -> Iterator[dict[str, Any]]:
     """The objects of a complete predictions file.
 
     Raises:
-      ValueError: naming the line that is no JSON object or has the wrong index.
+      UserError: naming the line that is no JSON object or has the wrong index.
     """
     with open(path, encoding="utf-8") as file:
         for number, text in enumerate(file):
             line = _parsed(text)
             if line is None or line["index"] != number:
-                raise ValueError(
+                raise UserError(
                     f"{path}, line {number + 1}: a prediction with index {number} was "
                     f"expected, got {text.rstrip()[:80]!r}."
                 )
@@ -290,7 +288,7 @@ def _lock(file: BinaryIO) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(
+        raise UserError(
             f"another process is writing {file.name}; wait for it or stop it."
         ) from None
     except OSError:
@@ -302,15 +300,10 @@ def _flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _write_atomically(path: str, value: Any) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w", dir=os.path.dirname(path), delete=False, encoding="utf-8"
-    ) as file:
+def _write_json(path: str, value: Any) -> None:
+    with whole_files.replacing(path) as file:
         json.dump(value, file, indent=2)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
 
 
 def _sha256(path: str) -> str:

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vit22b_transfer import UserError
+
 
 def frozen_mask(params: dict, patterns: Sequence[str]) -> dict:
     """Tree of bool: True where a pattern matches the whole path of the parameter.
 
     Patterns are regular expressions such as `encoder/tower/.*`. One that matches
-    nothing raises ValueError with the nearest paths.
+    nothing raises UserError with the nearest paths.
     """
     flat = flatten_dict(params, sep="/")
     for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in flat):
             near = difflib.get_close_matches(pattern, flat, n=3, cutoff=0.0)
-            raise ValueError(
+            raise UserError(
                 f"frozen pattern {pattern!r} matches no parameter; patterns are "
                 "regular expressions over whole paths. Nearest paths: "
                 f"{', '.join(near)}."

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import layers, stacking
 from vit22b_transfer.models.grouped_attention import (
     GroupedQueryAttention,
@@ -67,21 +68,21 @@ class GemmaConfig:
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_heads {self.num_heads} is not divisible by num_kv_heads "
                 f"{self.num_kv_heads}; every group of query heads shares one key head."
             )
         if self.head_dim % 2:
-            raise ValueError(
+            raise UserError(
                 f"head_dim is {self.head_dim}; rotary positions need an even one."
             )
         if (self.sliding_window is None) != (self.global_period == 1):
-            raise ValueError(
+            raise UserError(
                 f"sliding_window is {self.sliding_window} and global_period "
                 f"{self.global_period}; set a window and a period above 1, or neither."
             )
         if self.remat not in ("none", "dots", "block"):
-            raise ValueError(f"remat is {self.remat!r}; valid are none, dots, block.")
+            raise UserError(f"remat is {self.remat!r}; valid are none, dots, block.")
 
     @property
     def is_local(self) -> tuple[bool, ...]:
@@ -138,7 +139,7 @@ def gemma_config(variant: str, **overrides: Any) -> GemmaConfig:
     """The published model of that name; overrides are GemmaConfig fields."""
     if variant not in VARIANTS:
         near = difflib.get_close_matches(variant, VARIANTS, n=3, cutoff=0.0)
-        raise ValueError(
+        raise UserError(
             f"unknown Gemma variant {variant!r}; nearest: {', '.join(near)}; "
             f"all: {', '.join(VARIANTS)}."
         )
@@ -341,7 +342,7 @@ class TextDecoder(nn.Module):
 
     def _unrolled(self) -> list[tuple[_Block, bool]]:
         if self.config.scan_layers:
-            raise ValueError(
+            raise UserError(
                 "decoding needs unrolled layers: unstack the parameters "
                 "(stacking.unstack_layers) and set scan_layers=False."
             )

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vit22b_transfer import UserError
+
 # The paths of the updates, and what is frozen by default: everything else.
 UPDATES = r"(.*/)?lora_[ab]"
 ALL_BUT_LORA = (rf"(?!{UPDATES}$).*",)
@@ -38,9 +40,9 @@ class LoraConfig:
 
     def __post_init__(self):
         if self.rank < 1:
-            raise ValueError(f"LoRA's rank is {self.rank}; it must be at least 1.")
+            raise UserError(f"LoRA's rank is {self.rank}; it must be at least 1.")
         if not self.patterns:
-            raise ValueError("LoRA has no patterns, so it would train nothing.")
+            raise UserError("LoRA has no patterns, so it would train nothing.")
 
     @property
     def scale(self) -> float:
@@ -56,12 +58,12 @@ def with_lora(module: Any, config: LoraConfig) -> Any:
     """The same image-text module with updates in its tower and its text model.
 
     Raises:
-      ValueError: if the tower or the text model has a LoRA of its own.
+      UserError: if the tower or the text model has a LoRA of its own.
     """
     parts = {"tower": module.tower, "text": module.text}
     for name, part in parts.items():
         if part is not None and part.lora not in (None, config):
-            raise ValueError(
+            raise UserError(
                 f"the {name} has {part.lora}, the model {config}. Set one of the two."
             )
     return module.clone(
@@ -74,14 +76,14 @@ def with_lora(module: Any, config: LoraConfig) -> Any:
 
 
 def check_patterns(config: LoraConfig, params: dict) -> None:
-    """Raises ValueError for a pattern that chose no kernel."""
+    """Raises UserError for a pattern that chose no kernel."""
     flat = flatten_dict(params, sep="/")
     chosen = [n[: -len("lora_a")] + "kernel" for n in flat if n.endswith("/lora_a")]
     possible = [name for name in flat if re.fullmatch(POSSIBLE, name)]
     for pattern in config.patterns:
         if not any(re.fullmatch(pattern, name) for name in chosen):
             near = difflib.get_close_matches(pattern, possible, 3, cutoff=0.0)
-            raise ValueError(
+            raise UserError(
                 f"LoRA's pattern {pattern!r} chooses no kernel; patterns are regular "
                 "expressions over whole paths of the kernels of attention and MLPs. "
                 f"Nearest paths: {', '.join(near)}."
@@ -89,7 +91,7 @@ def check_patterns(config: LoraConfig, params: dict) -> None:
 
 
 def check_no_tower(config: LoraConfig, module: Any) -> None:
-    """Raises ValueError if kernels of the tower are chosen, which is not run."""
+    """Raises UserError if kernels of the tower are chosen, which is not run."""
     tower = module.tower
     images = jax.ShapeDtypeStruct((1, *tower.image_size, 3), jnp.uint8)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -97,7 +99,7 @@ def check_no_tower(config: LoraConfig, module: Any) -> None:
     flat = flatten_dict(shapes["params"]["encoder"]["tower"], sep="/")
     chosen = [name for name in flat if name.endswith("lora_a")]
     if chosen:
-        raise ValueError(
+        raise UserError(
             f"LoRA's patterns {config.patterns} choose kernels of the tower (such as "
             f"encoder/tower/{chosen[0]}), but training from cached features does not "
             "run it. Choose kernels of the text model alone: begin the patterns with "
@@ -127,10 +129,10 @@ def merged_kernel(kernel: Any, lora_a: Any, lora_b: Any, alpha: float) -> jax.Ar
     """`kernel + (alpha / rank) * lora_a @ lora_b`, of one layer or of stacked ones.
 
     Raises:
-      ValueError: for a kernel in int8, whose rounding would swallow the update.
+      UserError: for a kernel in int8, whose rounding would swallow the update.
     """
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
-        raise ValueError(
+        raise UserError(
             f"an update cannot be merged into a kernel stored as {kernel.dtype}; merge "
             "it into the kernel in floating point that this one was made of."
         )

@@ -16,16 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
-from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import (
+    encoder_decoder,
     freezing,
-    layers,
     losses,
     prefix_lm,
-    stacking,
-    t5,
     vit,
 )
 from vit22b_transfer.models import lora as low_rank
@@ -40,136 +38,6 @@ _INPUT_TYPES = {
     "encoder_input_tokens": jnp.int32,
     "decoder_input_tokens": jnp.int32,
 }
-
-
-@flax.struct.dataclass
-class Encoded:
-    """Encoder result [B, L, E] and which of its positions are real [B, 1, 1, L]."""
-
-    # Any: under jax.eval_shape and in tree operations the leaves are no arrays.
-    encodings: Any
-    mask: Any
-
-
-class ImageTextEncoder(nn.Module):
-    """Tower, projection and text encoder under T5X's top scope `encoder`."""
-
-    tower_config: vit.ViTConfig | None
-    text_config: t5.T5Config
-
-    def setup(self):
-        tower, text = self.tower_config, self.text_config
-        if tower is not None:
-            self.tower = vit.VisionTower(tower)
-            self.projection = layers.Dense(
-                tower.width,
-                text.width,
-                ("mlp", "embed"),
-                dtype=text.dtype,
-                param_dtype=text.param_dtype,
-                kernel_init=layers.fan_in_normal,
-            )
-        self.text = t5.TextEncoder(text)
-
-    def __call__(self, images, embedded_text, text_mask, *, train: bool) -> Encoded:
-        x, mask = embedded_text, text_mask
-        if self.tower_config is not None:
-            tokens = self.projection(vit.image_tokens(self.tower, images))
-            x = jnp.concatenate([tokens, x], axis=1)
-            mask = jnp.concatenate([jnp.ones(tokens.shape[:2], bool), mask], axis=1)
-        mask = mask[:, None, None]
-        return Encoded(self.text(x, mask, train=train), mask)
-
-
-class ImageTextModule(nn.Module):
-    """The network. `tower=None` leaves the text model alone (the blind baseline)."""
-
-    tower: vit.ViTConfig | None
-    text: t5.T5Config
-
-    def setup(self):
-        cfg = self.text
-        self.token_embedder = layers.Embedding(
-            cfg.vocab_size, cfg.width, cfg.dtype, cfg.param_dtype
-        )
-        # Pooling would create parameters that nothing trains.
-        tower = self.tower and dataclasses.replace(self.tower, pooling="none")
-        self.encoder = ImageTextEncoder(tower, cfg)
-        self.decoder = t5.TextDecoder(cfg)
-
-    def encode(self, images, tokens: Int[Array, "batch length"], *, train=False):
-        """Images, or their `vit.TowerOutput`, and prompt (0 = padding) to `Encoded`."""
-        return self.encoder(
-            images, self.token_embedder(tokens), tokens > 0, train=train
-        )
-
-    def decode(
-        self,
-        encoded: Encoded,
-        tokens: Int[Array, "batch targets"],
-        *,
-        train: bool = False,
-    ) -> Float[Array, "batch targets vocab"]:
-        """Logits (float32) of every next token, teacher-forced."""
-        x = self.token_embedder(tokens)
-        x = self.decoder(x, encoded.encodings, encoded.mask, train=train)
-        return self._logits(x)
-
-    def __call__(self, images, encoder_tokens, decoder_tokens, *, train: bool = False):
-        """Logits [B, T, V] in float32 for shifted target tokens."""
-        encoded = self.encode(images, encoder_tokens, train=train)
-        return self.decode(encoded, decoder_tokens, train=train)
-
-    def cross_key_values(self, encoded: Encoded):
-        """Cross-attention keys and values of every decoder layer."""
-        return self.decoder.cross_key_values(encoded.encodings)
-
-    def decode_step(
-        self,
-        tokens: Int[Array, "batch beams"],
-        cache: tuple[t5.SelfCache, ...],
-        cross: tuple[t5.CrossKeyValues, ...],
-        encoded_mask: Bool[Array, "batch 1 1 length"],
-        index: Int[Array, ""],
-        ancestry: Bool[Array, "batch beams beams time"],
-    ):
-        """Logits [B, K, V] after position `index`, and the cache with it written."""
-        x = self.token_embedder(tokens)
-        x, cache = self.decoder.decode_step(
-            x, cache, cross, encoded_mask, index, ancestry
-        )
-        return self._logits(x), cache
-
-    def _logits(self, x):
-        if self.text.tied_logits:
-            return self.token_embedder.attend(x)
-        return self.decoder.logits(x)
-
-    @nn.nowrap
-    def start_decoding(self, params: Any, images, tokens, max_decode_length: int):
-        """(init_cache, step_fn) for a function of `inference.decoding`.
-
-        The image and the prompt are encoded here, once. Layers are unrolled: reading a
-        stacked array layer by layer inside the decoding loop costs a copy of the layer
-        at every token.
-        """
-        encoded = self.apply({"params": params}, images, tokens, method="encode")
-        text = dataclasses.replace(self.text, scan_layers=False)
-        module = self.clone(text=text)
-        decoder = stacking.unstack_layers(params["decoder"])
-        variables = {"token_embedder": params["token_embedder"], "decoder": decoder}
-        variables = {"params": variables}
-        cross = module.apply(variables, encoded, method="cross_key_values")
-
-        def init_cache(num_beams: int):
-            batch = encoded.mask.shape[0]
-            return t5.empty_cache(text, batch, num_beams, max_decode_length)
-
-        def step_fn(tokens, cache, index, ancestry):
-            arguments = tokens, cache, cross, encoded.mask, index, ancestry
-            return module.apply(variables, *arguments, method="decode_step")
-
-        return init_cache, step_fn
 
 
 def _inputs(batch: Batch) -> tuple[Any, jax.Array]:
@@ -188,7 +56,7 @@ def _targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 def _with_int8_tower(module):
     if module.tower is None:
-        raise ValueError("int8_tower is set, but the model has no tower.")
+        raise UserError("int8_tower is set, but the model has no tower.")
     tower = dataclasses.replace(module.tower, int8_kernels=True)
     return module.clone(tower=tower)
 
@@ -208,7 +76,7 @@ class ImageTextModel:
 
     def __init__(
         self,
-        module: ImageTextModule | prefix_lm.PrefixLMModule,
+        module: encoder_decoder.ImageTextModule | prefix_lm.PrefixLMModule,
         input_vocabulary: Any,
         output_vocabulary: Any,
         optimizer_def: Any = None,
@@ -242,7 +110,7 @@ class ImageTextModel:
             ("output", output_vocabulary),
         ):
             if vocabulary.vocab_size > module.text.vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"the {name} vocabulary has {vocabulary.vocab_size} tokens but the "
                     f"text model's table has {module.text.vocab_size} rows; set its "
                     "vocab_size to at least the vocabulary's size."
@@ -335,7 +203,7 @@ class ImageTextModel:
     ) -> tuple[Int[Array, "batch length"], dict[str, Float[Array, " batch"]]]:
         """Decoded token ids and their `scores`, by the model's `decode_fn`."""
         if self.decode_fn is None:
-            raise ValueError(
+            raise UserError(
                 "this model has no decode_fn; pass one of inference.decoding "
                 "(greedy, sample, beam_search) to predict."
             )

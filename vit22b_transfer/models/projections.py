@@ -8,6 +8,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import layers
 
 Projecting = Callable[[jax.Array, jax.Array], jax.Array]
@@ -42,9 +43,9 @@ def projection(
 
 
 def refuse_separate() -> None:
-    """Raises ValueError where `projection` is taken over; for who does not call it."""
+    """Raises UserError where `projection` is taken over; for who does not call it."""
     if _projecting.get() is not None:
-        raise ValueError(
+        raise UserError(
             "the mesh computes fused projections as rings (ring_projections), but this "
             "tower has none. Set fused_projections=True in its config, which needs "
             "parallel blocks, or choose a mesh file without rings."

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from vit22b_transfer.models import layers, stacking
+from vit22b_transfer import UserError
+from vit22b_transfer.models import layers, multi_head_attention, stacking
 from vit22b_transfer.models.lora import LoraConfig
 
 ACTIVATIONS = {
@@ -53,9 +54,9 @@ class T5Config:
 
     def __post_init__(self):
         if self.remat not in ("none", "dots", "block"):
-            raise ValueError(f"remat is {self.remat!r}; valid are none, dots, block.")
+            raise UserError(f"remat is {self.remat!r}; valid are none, dots, block.")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(
+            raise UserError(
                 f"activation is {self.activation!r}; "
                 f"valid are {', '.join(ACTIVATIONS)}."
             )
@@ -89,12 +90,12 @@ def _norm(cfg: T5Config) -> layers.Norm:
     return layers.Norm(cfg.width, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
 
 
-def _attention(cfg: T5Config) -> layers.MultiHeadAttention:
+def _attention(cfg: T5Config) -> multi_head_attention.MultiHeadAttention:
     def query_init(key, shape, dtype):
         scale = jnp.asarray(cfg.head_dim**-0.5, dtype)
         return layers.fan_in_normal(key, shape, dtype) * scale
 
-    return layers.MultiHeadAttention(
+    return multi_head_attention.MultiHeadAttention(
         cfg.width,
         cfg.num_heads,
         cfg.head_dim,
@@ -334,7 +335,7 @@ class TextDecoder(nn.Module):
 
     def _unrolled(self) -> list[_DecoderBlock]:
         if self.config.scan_layers:
-            raise ValueError(
+            raise UserError(
                 "decoding needs unrolled layers: unstack the parameters "
                 "(stacking.unstack_layers) and set scan_layers=False."
             )

@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, UInt8
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import layers, stacking, vit_blocks
 from vit22b_transfer.models.vit_blocks import MapPooling
 from vit22b_transfer.models.vit_positions import (
@@ -92,12 +93,12 @@ class ViTConfig(vit_blocks.BlockConfig):
         if self.class_position and not (
             self.has_class_token and self.positions == "learned"
         ):
-            raise ValueError(
+            raise UserError(
                 "class_position needs a class token and learned positions. Set "
                 "class_token=True, or class_position=False."
             )
         if self.positions == "rotary" and self.head_dim % 4:
-            raise ValueError(
+            raise UserError(
                 f"rotary positions share each head between rows and columns, in pairs, "
                 f"but head_dim {self.head_dim} is not divisible by 4."
             )
@@ -110,7 +111,7 @@ class ViTConfig(vit_blocks.BlockConfig):
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image; an uneven division is an error."""
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
+            raise UserError(
                 f"image is {height}x{width} but patch_size {self.patch_size} needs "
                 f"both sides to be multiples of {self.patch_size}; resize in the task."
             )
@@ -212,7 +213,7 @@ class VisionTower(nn.Module):
 
     def _check(self, images, intermediates):
         if images.dtype != jnp.uint8:
-            raise ValueError(
+            raise UserError(
                 f"images have dtype {images.dtype}; the tower takes uint8 pixels "
                 "(0..255) and normalises them itself."
             )
@@ -220,7 +221,7 @@ class VisionTower(nn.Module):
         for name in intermediates:
             if name not in valid:
                 near = difflib.get_close_matches(name, valid, n=3, cutoff=0.0)
-                raise ValueError(
+                raise UserError(
                     f"no intermediate {name!r}; nearest: {', '.join(near)}."
                 )
 

@@ -15,7 +15,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit22b_transfer.models import attention, layers, projections
+from vit22b_transfer import UserError
+from vit22b_transfer.models import attention, layers, multi_head_attention, projections
 from vit22b_transfer.models.lora import LoraConfig
 
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
@@ -59,7 +60,7 @@ class BlockConfig:
 
     def __post_init__(self):
         if self.width % self.num_heads:
-            raise ValueError(
+            raise UserError(
                 f"width {self.width} is not divisible by num_heads {self.num_heads}; "
                 "every head needs the same head_dim."
             )
@@ -67,14 +68,14 @@ class BlockConfig:
         if not self.fused_projections:
             return
         if not self.parallel:
-            raise ValueError(
+            raise UserError(
                 "fused_projections needs the parallel block: in a sequential block the "
                 "MLP starts from the attention's result. Set one of the two."
             )
         if self.gated_mlp:
-            raise ValueError("fused_projections has no gated_mlp. Set one of the two.")
+            raise UserError("fused_projections has no gated_mlp. Set one of the two.")
         if self.mlp_dim % self.num_heads:
-            raise ValueError(
+            raise UserError(
                 f"fused_projections interleaves the MLP with the heads, but mlp_dim "
                 f"{self.mlp_dim} is not divisible by num_heads {self.num_heads}."
             )
@@ -86,9 +87,9 @@ class BlockConfig:
 
 
 def check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
-    """Raises ValueError if `value` is none of the valid ones."""
+    """Raises UserError if `value` is none of the valid ones."""
     if value not in valid:
-        raise ValueError(f"{name} is {value!r}; valid are {', '.join(valid)}.")
+        raise UserError(f"{name} is {value!r}; valid are {', '.join(valid)}.")
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -204,8 +205,8 @@ def norm(cfg: BlockConfig, name: str | None = None) -> layers.Norm:
 
 def _attention(
     cfg: BlockConfig, *, qk_norm: bool, name: str | None = None
-) -> layers.MultiHeadAttention:
-    return layers.MultiHeadAttention(
+) -> multi_head_attention.MultiHeadAttention:
+    return multi_head_attention.MultiHeadAttention(
         cfg.width,
         cfg.num_heads,
         cfg.head_dim,

@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 
+from vit22b_transfer import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -35,7 +37,7 @@ def parse_variant(name: str) -> dict[str, int]:
     size, _, patch = name.partition("/")
     if size not in VARIANTS or not (patch.isdecimal() and int(patch)):
         near = difflib.get_close_matches(size, VARIANTS, n=3, cutoff=0.0)
-        raise ValueError(
+        raise UserError(
             f"unknown ViT variant {name!r}: write SIZE/PATCH, for example 'B/16'. "
             f"Nearest sizes: {', '.join(near)}; all: {', '.join(VARIANTS)}."
         )

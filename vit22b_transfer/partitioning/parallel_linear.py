@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import layers
 
 Form = Literal["row", "column"]
@@ -251,7 +252,7 @@ def linear(
     batch axis on their first. A ring of one device is the plain product.
 
     Raises:
-      ValueError: if a dimension does not divide as the form needs it.
+      UserError: if a dimension does not divide as the form needs it.
     """
     if ring.devices == 1:
         return layers.linear(x, kernel)
@@ -262,7 +263,7 @@ def linear(
         # Each device's part of what moves is halved; the gradients move likewise.
         parts = ring.devices * (2 if dimension == moves else 1)
         if kernel.shape[dimension] % parts:
-            raise ValueError(
+            raise UserError(
                 f"kernel of shape {kernel.shape} on the ring of the {ring.devices} "
                 f"devices of mesh axis {ring.axis!r}, {form} form: its "
                 f"{kernel.shape[dimension]} {name} do not divide into {parts} equal "

@@ -4,6 +4,9 @@ import os
 import sys
 
 import jax
+from jax.experimental import multihost_utils
+
+from vit22b_transfer import UserError
 
 # Where process 0 listens (host:port), how many processes there are, which one this is.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -17,7 +20,7 @@ def join() -> None:
     `jax[k8s]`), Cloud TPU. After five minutes without the others JAX ends the process.
 
     Raises:
-      ValueError: if neither knows, or the variables do not fit together.
+      UserError: if neither knows, or the variables do not fit together.
     """
     if jax.distributed.is_initialized():
         return
@@ -26,7 +29,7 @@ def join() -> None:
         try:
             jax.distributed.initialize()
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"JAX knows no cluster here ({error}). Set {', '.join(VARIABLES)} in "
                 "every process, or leave out --distributed."
             ) from error
@@ -35,7 +38,7 @@ def join() -> None:
     fits = ":" in address and count.isdecimal() and number.isdecimal()
     if not fits or int(number) >= int(count):
         shown = " ".join(f"{name}={value}" for name, value in values.items())
-        raise ValueError(
+        raise UserError(
             f"{shown}: needed are host:port of process 0, the number of processes, and "
             "one of 0, 1, ... for each process."
         )
@@ -48,6 +51,12 @@ def join() -> None:
     jax.distributed.initialize(
         address, int(count), int(number), cluster_detection_method="deactivate"
     )
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process of the run is at the point of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def leave(code: int) -> None:

@@ -17,6 +17,7 @@ from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import projections
 from vit22b_transfer.partitioning import parallel_linear
 
@@ -92,23 +93,23 @@ def logical_axis_rules(
     """(logical axis, mesh axis) pairs: T5X's in T5X's order, ours, then additional.
 
     Raises:
-      ValueError: if the setting does not exist, or an additional rule can never apply.
+      UserError: if the setting does not exist, or an additional rule can never apply.
     """
     setting = (activation_partitioning_dims, parameter_partitioning_dims)
     if setting not in _SETTINGS:
-        raise ValueError(
+        raise UserError(
             "activation_partitioning_dims and parameter_partitioning_dims must each be "
             f"1 or 2, got {setting[0]} and {setting[1]}."
         )
     rules = _SETTINGS[setting] + _REPLICATED + _OWN
     for name, mesh_axis in additional_rules:
         if mesh_axis is not None and mesh_axis not in MESH_AXES:
-            raise ValueError(
+            raise UserError(
                 f"additional rule ({name!r}, {mesh_axis!r}) names an unknown mesh axis;"
                 f" the mesh has {MESH_AXES}."
             )
         if (name, None) in rules:
-            raise ValueError(
+            raise UserError(
                 f"additional rule ({name!r}, {mesh_axis!r}) can never apply: with "
                 f"activation_partitioning_dims={setting[0]} and "
                 f"parameter_partitioning_dims={setting[1]} an earlier rule already "
@@ -136,16 +137,16 @@ class Partitioning:
     def __post_init__(self):
         for name, size in (("data", self.data), ("model", self.model)):
             if size != -1 and size < 1:
-                raise ValueError(
+                raise UserError(
                     f"mesh size {name}={size} must be positive, or -1 for all devices."
                 )
         if self.data == self.model == -1:
-            raise ValueError("only one of the mesh sizes data and model can be -1.")
+            raise UserError("only one of the mesh sizes data and model can be -1.")
         logical_axis_rules(
             self.activation_partitioning_dims, self.parameter_partitioning_dims
         )
         if self.ring_projections and self.activation_partitioning_dims != 2:
-            raise ValueError(
+            raise UserError(
                 "ring_projections needs activations that are split on embed. Set "
                 "activation_partitioning_dims=2, or ring_projections=False."
             )
@@ -156,7 +157,7 @@ class Partitioning:
         devices = jax.devices()
         data, model = mesh_sizes(self.data, self.model, len(devices))
         if data * model < len(devices) and jax.process_count() > 1:
-            raise ValueError(
+            raise UserError(
                 f"mesh data={data} x model={model} uses {data * model} of "
                 f"{len(devices)} devices; with several hosts it must use all of them."
             )
@@ -182,7 +183,7 @@ class Partitioning:
     def batch_sharding(self, ndim: int) -> NamedSharding:
         """The sharding of a batch: dimension 0 over 'data', the others in full."""
         if ndim < 1:
-            raise ValueError("a batch needs at least one dimension, got a scalar.")
+            raise UserError("a batch needs at least one dimension, got a scalar.")
         return NamedSharding(self.mesh, PartitionSpec("data", *[None] * (ndim - 1)))
 
     def params_shardings(
@@ -194,7 +195,7 @@ class Partitioning:
         an `AxisMetadata` leaf `p_axes`.
 
         Raises:
-          ValueError: if a parameter has no axes, an axis name is unknown or repeated,
+          UserError: if a parameter has no axes, an axis name is unknown or repeated,
             or a dimension does not divide by the mesh axis that it is sharded over.
         """
         params: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
@@ -202,7 +203,7 @@ class Partitioning:
         shardings = {}
         for name, param in params.items():
             if f"{name}_axes" not in axes:
-                raise ValueError(
+                raise UserError(
                     f"parameter {name} has no logical axes: params_axes lacks "
                     f"{name}_axes. Create it with param_with_axes."
                 )
@@ -217,18 +218,18 @@ class Partitioning:
         axes = tuple(axes)
         described = f"parameter {name} with shape {shape} and logical axes {axes}"
         if len(axes) != len(shape):
-            raise ValueError(f"{described}: one axis name per dimension is needed.")
+            raise UserError(f"{described}: one axis name per dimension is needed.")
         known = list(dict.fromkeys(logical for logical, _ in self.rules))
         for axis in axes:
             if axis is not None and axis not in known:
                 nearest = difflib.get_close_matches(axis, known, n=3, cutoff=0.5)
-                raise ValueError(
+                raise UserError(
                     f"{described}: there is no rule for axis {axis!r}. "
                     + (f"Nearest: {', '.join(nearest)}. " if nearest else "")
                     + f"Known axes: {', '.join(known)}."
                 )
             if axis is not None and axes.count(axis) > 1:
-                raise ValueError(
+                raise UserError(
                     f"{described}: axis {axis!r} is named more than once, so it is "
                     "ambiguous which dimension to shard."
                 )
@@ -237,7 +238,7 @@ class Partitioning:
         for dimension, mesh_axis in enumerate(spec):
             size = 1 if mesh_axis is None else self.mesh.shape[mesh_axis]
             if shape[dimension] % size:
-                raise ValueError(
+                raise UserError(
                     f"{described}: dimension {dimension} ({axes[dimension]!r}) of size "
                     f"{shape[dimension]} does not divide by the mesh axis "
                     f"{mesh_axis!r} of size {size}. Choose a mesh whose {mesh_axis!r} "
@@ -268,19 +269,19 @@ def mesh_sizes(data: int, model: int, num_devices: int) -> tuple[int, int]:
     """Sizes of the mesh axes, -1 resolved.
 
     Raises:
-      ValueError: if there are not as many devices.
+      UserError: if there are not as many devices.
     """
     fixed = math.prod(size for size in (data, model) if size != -1)
     if -1 in (data, model):
         if num_devices % fixed:
-            raise ValueError(
+            raise UserError(
                 f"mesh data={data} x model={model}: {num_devices} devices do not "
                 f"divide by {fixed}."
             )
         rest = num_devices // fixed
         return (rest, model) if data == -1 else (data, rest)
     if fixed > num_devices:
-        raise ValueError(
+        raise UserError(
             f"mesh data={data} x model={model} needs {fixed} devices, but there are "
             f"only {num_devices}. Use -1 for one size, or smaller sizes."
         )

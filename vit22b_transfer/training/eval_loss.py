@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from clu import metrics as clu_metrics
 
+from vit22b_transfer import UserError
 from vit22b_transfer.partitioning.rules import Partitioning
 
 Metrics = Mapping[str, clu_metrics.Metric]
@@ -36,7 +37,7 @@ def evaluate_loss(
     params: Any,
     partitioning: Partitioning,
 ) -> dict[str, float]:
-    """`eval/<task>/<metric>` of each task of `eval_data` (see `train.EvalData`).
+    """`eval/<task>/<metric>` of each task of `eval_data` (see `inputs.EvalData`).
 
     Exact over the examples, whatever the batch size: rows that fill up a batch have no
     weight, and the batches' sums are added up in float64 on the host.
@@ -52,7 +53,7 @@ def evaluate_loss(
         for metrics in in_flight:
             total = _added(total, metrics)
         if total is None or not total["loss"].count:
-            raise ValueError(
+            raise UserError(
                 f"evaluation task {task!r}, split {eval_data.split!r}: no example has "
                 "a target. Choose another split, or no eval_data."
             )

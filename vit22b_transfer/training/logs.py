@@ -1,5 +1,6 @@
 """What a run writes about itself: `metrics.jsonl`, TensorBoard, a progress bar."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -7,8 +8,7 @@ import socket
 import time
 from collections.abc import Mapping
 
-import rich.console
-import rich.progress
+from vit22b_transfer.host import progress, whole_files
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -23,8 +23,9 @@ class RunLog:
         self._model_dir = model_dir
         self._total_steps = total_steps
         self._is_writer = is_writer
-        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._console = progress.console()
         self._metrics = self._events = self._bar = None
+        self._open = contextlib.ExitStack()
 
     def start(self, step: int) -> None:
         """Opens the files, to go on after `step`.
@@ -36,14 +37,19 @@ class RunLog:
             return
         path = os.path.join(self._model_dir, METRICS_FILE)
         _drop_lines_after(path, step)
-        self._metrics = open(path, "a", encoding="utf-8")
+        self._metrics = self._open.enter_context(open(path, "a", encoding="utf-8"))
         self._events = _TensorBoardFile(self._model_dir, step)
-        if self._console.is_terminal:
-            self._bar = _progress_bar(self._console)
-            self._bar_task = self._bar.add_task(
-                "training", total=self._total_steps, completed=step, report=""
+        self._open.callback(self._events.close)
+        self._bar = self._open.enter_context(
+            progress.Progress(
+                self._console,
+                "training",
+                total=self._total_steps,
+                done=step,
+                unit="steps",
+                lines=False,
             )
-            self._bar.start()
+        )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line and one event; on disk when this returns."""
@@ -56,7 +62,7 @@ class RunLog:
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
         if self._bar is not None:
-            self._bar.update(self._bar_task, completed=step)
+            self._bar.show(step)
 
     def report(self, step: int, loss: float, examples_per_second: float, eta: float):
         """Shows where the run stands; `eta` in seconds."""
@@ -64,8 +70,8 @@ class RunLog:
             return
         left = str(datetime.timedelta(seconds=round(eta)))
         text = f"loss {loss:.4f}  {examples_per_second:.1f} examples/s  ETA {left}"
-        if self._bar is not None:
-            self._bar.update(self._bar_task, report=text)
+        if self._bar is not None and self._bar.is_bar:
+            self._bar.show(step, report=text)
         else:
             self.message(f"step {step}/{self._total_steps}  {text}")
 
@@ -76,9 +82,7 @@ class RunLog:
 
     def close(self) -> None:
         """Stops the bar and closes the files."""
-        for part in (self._bar, self._metrics, self._events):
-            if part is not None:
-                part.stop() if part is self._bar else part.close()
+        self._open.close()
 
 
 class StepTimer:
@@ -130,17 +134,6 @@ class _TensorBoardFile:
         self._records.flush()
 
 
-def _progress_bar(console):
-    return rich.progress.Progress(
-        rich.progress.TextColumn("step"),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.BarColumn(),
-        rich.progress.TextColumn("{task.fields[report]}"),
-        console=console,
-        refresh_per_second=2,
-    )
-
-
 def _drop_lines_after(path, step):
     """Keeps the complete lines of steps up to `step`."""
     if not os.path.isfile(path):
@@ -151,6 +144,5 @@ def _drop_lines_after(path, step):
             # A line without its end was being written when the run was killed.
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-    with open(path + ".new", "w", encoding="utf-8") as file:
+    with whole_files.replacing(path) as file:
         file.writelines(kept)
-    os.replace(path + ".new", path)

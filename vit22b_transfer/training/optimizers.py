@@ -15,6 +15,7 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import freezing
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
@@ -107,19 +108,19 @@ def _ramps(step, warmup_steps, total_steps, cooldown_steps):
 
 def _check_steps(warmup_steps, total_steps, cooldown_steps):
     if warmup_steps < 0 or cooldown_steps < 0:
-        raise ValueError(
+        raise UserError(
             f"warmup_steps={warmup_steps} and cooldown_steps={cooldown_steps} must not "
             "be negative."
         )
     if cooldown_steps and total_steps is None:
-        raise ValueError(f"cooldown_steps={cooldown_steps} needs total_steps.")
+        raise UserError(f"cooldown_steps={cooldown_steps} needs total_steps.")
     if total_steps is not None and warmup_steps + cooldown_steps > total_steps:
-        raise ValueError(
+        raise UserError(
             f"warmup_steps={warmup_steps} and cooldown_steps={cooldown_steps} do not "
             f"fit into total_steps={total_steps}."
         )
     if total_steps is not None and warmup_steps == total_steps:
-        raise ValueError(
+        raise UserError(
             f"warmup_steps={warmup_steps} leaves no step of total_steps={total_steps}."
         )
 
@@ -211,7 +212,7 @@ def _mask_from(patterns):
 
         tree = jax.tree_util.tree_map_with_path(matches, params)
         if not any(jax.tree.leaves(tree)):
-            raise ValueError(
+            raise UserError(
                 f"decay_patterns {list(patterns)} match no trained parameter; patterns "
                 "are regular expressions over whole paths. For no weight decay set "
                 "weight_decay=0."
@@ -242,21 +243,21 @@ def freeze(
     `optimizer` clips. Without patterns it is `optimizer` itself.
 
     Raises:
-      ValueError: if a pattern matches nothing, nothing is left to train, or something
+      UserError: if a pattern matches nothing, nothing is left to train, or something
         that cannot be: kernels in int8.
     """
     mask = freezing.frozen_mask(params, patterns)
     trained, _ = freezing.split_frozen(params, patterns)
     for path, leaf in traverse_util.flatten_dict(trained, sep="/").items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
+            raise UserError(
                 f"{path} is stored as {leaf.dtype} and cannot be trained. Freeze it, "
                 "as gin_configs/models/int8_tower.gin does, or leave int8_tower out."
             )
     if not patterns:
         return optimizer
     if all(jax.tree.leaves(mask)):
-        raise ValueError(
+        raise UserError(
             f"the frozen patterns {list(patterns)} match every parameter, so nothing "
             "is left to train."
         )

@@ -5,22 +5,19 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
 
+from vit22b_transfer import NotFiniteError, UserError
+from vit22b_transfer.checkpoints import identity, reading, restoring, writing
+from vit22b_transfer.host import whole_files
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import (
-    checkpoints,
-    optimizers,
-    partial_restore,
-    steps,
-    tower_weights,
-)
+from vit22b_transfer.training import optimizers, steps
 from vit22b_transfer.training.eval_loss import evaluate_loss, make_eval_step
 from vit22b_transfer.training.logs import RunLog, StepTimer
 from vit22b_transfer.training.state import (
@@ -36,74 +33,6 @@ from vit22b_transfer.training.stop_signals import StopSignals
 # Steps handed to the device beyond the one known to be finished: enough to keep it
 # busy, few enough that batches and memory do not pile up.
 _STEPS_AHEAD = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainData:
-    """What a run trains on: a SeqIO task or mixture, and the size of its batches.
-
-    cache: a `data.feature_cache.FeatureCache`, to read the tokens of a frozen tower in
-      place of images.
-    """
-
-    task: str
-    split: str
-    feature_lengths: Mapping[str, Any]
-    batch_size: int
-    cache: Any = None
-
-    def batches(
-        self, model: Any, partitioning: Partitioning, *, seed: int, start_step: int
-    ) -> Iterator[Mapping[str, Any]]:
-        """Endless device batches; the first is that of step `start_step`."""
-        from vit22b_transfer.data import batches, task_access
-
-        for task in task_access.task_names(self.task, self.split):
-            task_access.check_vocabularies(task, model)
-        read_as = tower_weights.batch_arguments(
-            self.cache, model, self.task, self.split, self.feature_lengths
-        )
-        return batches.train_batches(
-            self.task,
-            self.split,
-            **read_as,
-            batch_size=self.batch_size,
-            partitioning=partitioning,
-            seed=seed,
-            start_step=start_step,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalData:
-    """What the loss is measured on while training: one split of some SeqIO tasks.
-
-    cache: as in `TrainData`, and both with or both without one.
-    """
-
-    tasks: Sequence[str]
-    split: str
-    feature_lengths: Mapping[str, Any]
-    batch_size: int
-    cache: Any = None
-
-    def batches(
-        self, task: str, model: Any, partitioning: Partitioning
-    ) -> Iterator[Any]:
-        """One pass over `task`; items have the device batch in `features`."""
-        from vit22b_transfer.data import batches, task_access
-
-        task_access.check_vocabularies(task, model)
-        read_as = tower_weights.batch_arguments(
-            self.cache, model, task, self.split, self.feature_lengths
-        )
-        return batches.eval_batches(
-            task,
-            self.split,
-            **read_as,
-            batch_size=self.batch_size,
-            partitioning=partitioning,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +55,7 @@ class Periods:
     def __post_init__(self):
         for name, period in dataclasses.asdict(self).items():
             if period < 1:
-                raise ValueError(f"period {name}={period} must be at least 1 step.")
+                raise UserError(f"period {name}={period} must be at least 1 step.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,17 +95,17 @@ def fine_tune(
     checkpoints are kept (None: all).
 
     Raises:
-      ValueError: for inputs that do not fit together, before anything is written over.
-      FloatingPointError: if the loss or the gradients stop being finite; the last
+      UserError: for inputs that do not fit together, before anything is written over.
+      NotFiniteError: if the loss or the gradients stop being finite; the last
         checkpoint is from before.
     """
     # 1. Check the inputs.
     periods = periods or Periods()
-    model_dir = checkpoints.prepare_model_dir(model_dir)
+    model_dir = whole_files.writable_directory(model_dir, "model_dir")
     _check_inputs(model, total_steps, num_microbatches)
-    start_step = checkpoints.latest_step(model_dir) or 0
+    start_step = reading.latest_step(model_dir) or 0
     if start_step > total_steps:
-        raise ValueError(
+        raise UserError(
             f"{model_dir} is already at step {start_step}, beyond total_steps="
             f"{total_steps}. Choose more steps or another model_dir."
         )
@@ -186,7 +115,7 @@ def fine_tune(
         is_writer = jax.process_index() == 0
         log = RunLog(model_dir, total_steps=total_steps, is_writer=is_writer)
         stack.callback(log.close)
-        writer = checkpoints.CheckpointWriter(model_dir, keep)
+        writer = writing.CheckpointWriter(model_dir, keep)
         stack.callback(writer.close)
 
         # 3. Batches: the stream goes on at the step to be taken.
@@ -208,7 +137,7 @@ def fine_tune(
         )
         window = steps.empty_window(update, abstract, batch, step_rng, partitioning)
         if start_step:
-            path = checkpoints.checkpoint_path(model_dir, start_step)
+            path = reading.checkpoint_path(model_dir, start_step)
             state, window = _resume(path, model, abstract, window)
             log.message(f"resumed from {path}")
         else:
@@ -232,7 +161,7 @@ def fine_tune(
         eval_step = make_eval_step(model, partitioning)
 
         # A model that is trained on cached features has no tower to save.
-        origin = tower_weights.record_of(getattr(data, "cache", None))
+        origin = reading.tower_record(getattr(data, "cache", None))
 
         def save():
             fetched = jax.device_get(window)
@@ -290,7 +219,7 @@ def fine_tune(
         if step > saved_step:
             save()
         writer.wait()
-        path = checkpoints.checkpoint_path(model_dir, step)
+        path = reading.checkpoint_path(model_dir, step)
         counters = dataclasses.asdict(batches.counters)
         log.message(f"this session read {_counted(counters)}")
         log.message(f"{'stopped' if step < total_steps else 'done'}: {path}")
@@ -303,12 +232,12 @@ def _check_inputs(model, total_steps, num_microbatches):
         ("num_microbatches", num_microbatches),
     ):
         if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
+            raise UserError(f"{name}={value} must be at least 1.")
     optimizer = model.optimizer_def
     if not (
         callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")
     ):
-        raise ValueError(
+        raise UserError(
             f"the model's optimizer_def is {optimizer!r}; to train it must be an optax "
             "transformation such as optimizers.adamw(...)."
         )
@@ -319,7 +248,7 @@ def _check_batch(batch, partitioning, num_microbatches):
     rows = jax.tree.leaves(batch)[0].shape[0]
     data_size = partitioning.mesh.shape["data"]
     if rows % (data_size * num_microbatches):
-        raise ValueError(
+        raise UserError(
             f"a batch of {rows} examples does not divide by the mesh's data axis of "
             f"{data_size} x num_microbatches={num_microbatches}. Choose a batch_size "
             f"that is a multiple of {data_size * num_microbatches}."
@@ -348,16 +277,16 @@ def _initial_params(model, initial, rng, batch, abstract, partitioning, log):
     """Fresh parameters, or those of a checkpoint and fresh ones for the rest."""
     if initial is None:
         return init_params(model, rng, batch, abstract, partitioning)
-    restored = partial_restore.restore_partial(
+    restored = restoring.restore_partial(
         initial.path, abstract, initial.rules, cast=initial.cast, model=model
     )
     log.message(f"initial checkpoint {initial.path}\n{restored.summary()}")
     if not restored.kept:
         return restored.params
-    flat = checkpoints.flatten(abstract)
-    mask = checkpoints.flatten(freezing.frozen_mask(abstract, model.frozen))
+    flat = reading.flatten(abstract)
+    mask = reading.flatten(freezing.frozen_mask(abstract, model.frozen))
     if stuck := [name for name in restored.kept if mask[name]]:
-        raise ValueError(
+        raise UserError(
             f"{stuck[0]} (one of {len(stuck)}) is neither loaded from the initial "
             f"checkpoint {initial.path} nor trained, so it would stay random. Choose "
             "other rules of InitialCheckpoint or other `frozen` patterns of the model."
@@ -371,10 +300,10 @@ def _initial_params(model, initial, rng, batch, abstract, partitioning, log):
 
 def _resume(path, model, abstract, window):
     """The state of a checkpoint, and the metrics of its unfinished window."""
-    checkpoints.check_vocabularies(path, model)
-    checkpoints.check_lora(path, model)
-    tree = checkpoints.restore_tree(path, to_checkpoint_tree(abstract))
-    saved = checkpoints.read_record(path).get("window", {})
+    identity.check_vocabularies(path, model)
+    identity.check_lora(path, model)
+    tree = reading.restore_tree(path, to_checkpoint_tree(abstract))
+    saved = reading.read_record(path).get("window", {})
 
     def restore(key, leaf):
         value = saved.get(jax.tree_util.keystr(key))
@@ -390,8 +319,8 @@ def _record(model, window):
     """What a checkpoint holds beside the state; float32 survives JSON exactly."""
     leaves = jax.tree_util.tree_leaves_with_path(window)
     return {
-        "vocabularies": checkpoints.vocabulary_record(model),
-        "lora": checkpoints.lora_record(model),
+        "vocabularies": identity.vocabulary_record(model),
+        "lora": identity.lora_record(model),
         "window": {jax.tree_util.keystr(key): leaf.tolist() for key, leaf in leaves},
     }
 
@@ -401,13 +330,13 @@ def _check_finite(window, step, writer):
         value = float(window[name].compute())
         if not math.isfinite(value):
             writer.wait()
-            good = checkpoints.latest_step(writer.model_dir)
+            good = reading.latest_step(writer.model_dir)
             kept = (
                 "there is no checkpoint yet"
                 if good is None
                 else f"checkpoint_{good} is untouched"
             )
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"the mean {name} since the last log is {value} at step {step}; "
                 f"{kept}. Try a lower learning rate or a longer warmup, or look for "
                 "broken examples among the batches before this step."

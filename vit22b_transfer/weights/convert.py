@@ -11,27 +11,22 @@ import dataclasses
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from vit22b_transfer.weights import (
-    blocks,
-    gin_files,
-    mapping,
-    peft_adapters,
-    sources,
-    tensor_files,
-    tensor_writing,
-)
-from vit22b_transfer.weights.checkpoint_output import CheckpointOutput
+from vit22b_transfer import UserError
+from vit22b_transfer.host import memory_limit
+from vit22b_transfer.host.progress import Progress, console
+from vit22b_transfer.weights import gin_files, mapping, sources
+from vit22b_transfer.weights.adapters import peft_adapters
+from vit22b_transfer.weights.files import blocks, tensor_files, tensor_writing
+from vit22b_transfer.weights.files.checkpoint_output import CheckpointOutput
+from vit22b_transfer.weights.files.stored_tensors import StoredTensor
+from vit22b_transfer.weights.files.tensor_writing import LazyTensor
 from vit22b_transfer.weights.mapping import SHOWN, Family, Model, Shape, Slot, Step
-from vit22b_transfer.weights.progress import Progress
 from vit22b_transfer.weights.sources import Source
-from vit22b_transfer.weights.stored_tensors import StoredTensor
-from vit22b_transfer.weights.tensor_writing import LazyTensor
 
 # What an import writes beside a source's own files, for the export.
 RECORD = "import.json"
@@ -101,16 +96,16 @@ def import_weights(
     family a directory with the config, preprocessing and tokenizer files.
 
     Raises:
-      ValueError: if a source is damaged or does not fit; then OUT has no checkpoint.
+      UserError: if a source is damaged or does not fit; then OUT has no checkpoint.
     """
     out = os.path.abspath(os.path.expanduser(out))
     if os.path.exists(os.path.join(out, "checkpoint_0")):
-        raise ValueError(
+        raise UserError(
             f"{out} has a checkpoint_0 already; give another --out, or remove it."
         )
     options = options or ImportOptions()
     if family_names and len(family_names) != len(names):
-        raise ValueError(
+        raise UserError(
             f"{len(names)} sources, but {len(family_names)} families "
             f"({', '.join(family_names)}); name none, or one for each."
         )
@@ -123,7 +118,7 @@ def import_weights(
     arrays = {}
     for part in parts:
         if both := sorted(arrays.keys() & part.shapes.keys()):
-            raise ValueError(
+            raise UserError(
                 f"two sources have {both[0]} (and {len(both) - 1} more); import them "
                 "into different directories."
             )
@@ -135,7 +130,12 @@ def import_weights(
         arrays |= updates.arrays
     output = CheckpointOutput(out, arrays, _origin(parts, options, adapter))
     try:
-        with Progress("importing", sum(part.nbytes for part in parts)) as progress:
+        with Progress(
+            console(stderr=True),
+            "importing",
+            total=sum(part.nbytes for part in parts),
+            unit="bytes",
+        ) as progress:
             for part in parts:
                 _write(part, output, progress)
             if updates is not None:
@@ -169,7 +169,7 @@ def _part(source: Source, options: ImportOptions) -> _Part:
     if problems := problems + wrong:
         more = len(problems) - SHOWN
         lines = problems[:SHOWN] + ([f"and {more} more"] if more > 0 else [])
-        raise ValueError(
+        raise UserError(
             f"{source.name} does not fit {family.name} with the sizes that its config "
             "and headers say:\n  "
             + "\n  ".join(lines)
@@ -221,7 +221,7 @@ def _check_copy(source: Source, copy: str, of: str) -> None:
     if copy in source.tensors:
         one, other = source.tensors[copy].read(), source.tensors[of].read()
         if one.tobytes() != other.tobytes():
-            raise ValueError(
+            raise UserError(
                 f"{source.name}: {copy} differs from {of}, which it must repeat in a "
                 f"{source.family.name} with this config. Fetch the files again, all of "
                 "one model."
@@ -229,11 +229,11 @@ def _check_copy(source: Source, copy: str, of: str) -> None:
 
 
 def _check_options(parts: Sequence[_Part], options: ImportOptions) -> None:
-    """Raises ValueError for an option that nothing takes."""
+    """Raises UserError for an option that nothing takes."""
     if options.image_size and not any(part.model.positions for part in parts):
-        raise ValueError("--image_size: no source has position tables to resample.")
+        raise UserError("--image_size: no source has position tables to resample.")
     if options.vocab_size and not any(part.model.vocabulary for part in parts):
-        raise ValueError("--vocab_size: no source has a vocabulary.")
+        raise UserError("--vocab_size: no source has a vocabulary.")
 
 
 def _resized(model: Model, options: ImportOptions, dtype: np.dtype) -> Model:
@@ -278,47 +278,22 @@ def _origin(
 
 def _write(part: _Part, output: CheckpointOutput, progress: Progress) -> None:
     """Reads, converts and writes all tensors, a few at a time."""
-    room = _Room(_BYTES_AT_A_TIME)
-    failed: list[BaseException] = []
+    limit = memory_limit.MemoryLimit(_BYTES_AT_A_TIME)
 
-    def run(step: Step, size: int) -> None:
-        try:
-            if not failed:
-                _convert(part, step, output)
-                progress.add(size)
-        except BaseException as error:
-            failed.append(error)
-        room.leave(size)
+    def run(step: Step) -> None:
+        size = _step_bytes(part, step)
+        with limit.holding(size):
+            _convert(part, step, output)
+        progress.add(size)
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        for step in part.plan:
-            size = _step_bytes(part, step)
-            room.enter(size)
-            if failed:
-                break
-            pool.submit(run, step, size)
-    if failed:
-        raise failed[0]
-
-
-class _Room:
-    """Lets in what fits into `size` bytes; what is larger when nothing else is in."""
-
-    def __init__(self, size: int):
-        self._size, self._used = size, 0
-        self._changed = threading.Condition()
-
-    def enter(self, count: int) -> None:
-        with self._changed:
-            self._changed.wait_for(
-                lambda: not self._used or self._used + count <= self._size
-            )
-            self._used += count
-
-    def leave(self, count: int) -> None:
-        with self._changed:
-            self._used -= count
-            self._changed.notify_all()
+        running = [pool.submit(run, step) for step in part.plan]
+        try:
+            for future in concurrent.futures.as_completed(running):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _step_bytes(part: _Part, step: Step) -> int:

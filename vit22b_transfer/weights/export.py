@@ -14,21 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from vit22b_transfer import UserError
+from vit22b_transfer.host.progress import Progress, console
 from vit22b_transfer.models import int8
-from vit22b_transfer.weights import (
-    blocks,
-    lora,
-    mapping,
-    peft_adapters,
-    sources,
-    tensor_files,
-    tensor_writing,
-)
+from vit22b_transfer.weights import mapping, sources
+from vit22b_transfer.weights.adapters import merging, peft_adapters
 from vit22b_transfer.weights.convert import CARRIED, RECORD
+from vit22b_transfer.weights.files import blocks, tensor_files, tensor_writing
+from vit22b_transfer.weights.files.stored_tensors import StoredTensor
+from vit22b_transfer.weights.files.tensor_writing import LazyTensor
 from vit22b_transfer.weights.mapping import SHOWN, Family, Model, Slot, Step
-from vit22b_transfer.weights.progress import Progress
-from vit22b_transfer.weights.stored_tensors import StoredTensor
-from vit22b_transfer.weights.tensor_writing import LazyTensor
 
 MAX_SHARD_BYTES = 5 * 10**9
 _TARGET = "target/"
@@ -55,20 +50,20 @@ def export_weights(
     alpha: of the updates, if the checkpoint does not say it.
 
     Raises:
-      ValueError: if the checkpoint does not have the parameters that the config asks
+      UserError: if the checkpoint does not have the parameters that the config asks
         for; then `out` is not touched.
     """
     found = sources.by_name(families, family)
     if found.file_format not in ("safetensors", "npz"):
-        raise ValueError(
+        raise UserError(
             f"{family} is no format to export to: T5X restores our checkpoints, with "
             "this package's models, as they are."
         )
     params = _parameters(checkpoint)
-    updated = lora.updated_kernels(params)
+    updated = merging.updated_kernels(params)
     if not updated and (adapter or alpha is not None):
-        raise ValueError(f"{checkpoint} has no low-rank updates.")
-    alpha = lora.alpha_of(checkpoint, alpha) if updated else None
+        raise UserError(f"{checkpoint} has no low-rank updates.")
+    alpha = merging.alpha_of(checkpoint, alpha) if updated else None
     folder = _config_folder(checkpoint, config_folder, family)
     config = sources.read_config(folder)
     theirs = _recorded(folder, family)
@@ -78,14 +73,16 @@ def export_weights(
     if alpha is not None:
         if adapter:
             return peft_adapters.write_adapter(out, family, plan, params, alpha)
-        params = lora.merged(params, alpha)
+        params = merging.merged(params, alpha)
         lines.append(f"merged the updates of {len(updated)} kernels, alpha {alpha}")
     tensors = _tensors(plan, model, theirs, params)
     tensors += _carried(folder, tensors[0].dtype)
     out = os.path.abspath(os.path.expanduser(out))
     with tensor_writing.whole_directory(out) as folder_to_be:
         total = sum(tensor.nbytes for tensor in tensors)
-        with Progress("exporting", total) as progress:
+        with Progress(
+            console(stderr=True), "exporting", total=total, unit="bytes"
+        ) as progress:
             if found.file_format == "npz":
                 path = os.path.join(folder_to_be, f"{family}.npz")
                 tensor_writing.write_npz(path, tensors, done=progress.add)
@@ -108,9 +105,9 @@ def _parameters(checkpoint: str) -> dict[str, StoredTensor]:
         if name.startswith(_TARGET)
     }
     if not tensors:
-        raise ValueError(f"{checkpoint} is no checkpoint of ours: it has no {_TARGET}.")
+        raise UserError(f"{checkpoint} is no checkpoint of ours: it has no {_TARGET}.")
     if rounded := [name for name in tensors if name.endswith(int8.SCALES)]:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} has {len(rounded)} kernels in int8, which no public format "
             "holds: export the tower from the checkpoint that it was made of."
         )
@@ -128,7 +125,7 @@ def _config_folder(checkpoint: str, given: str | None, family: str) -> str:
     for name in (RECORD, sources.CONFIG):
         if os.path.isfile(os.path.join(folder, name)):
             return folder
-    raise ValueError(
+    raise UserError(
         f"there is no {sources.CONFIG} in {folder}, which would say what sizes and "
         f"names a {family} has; name a directory that has one with --config: what "
         f"`vit22b import` wrote into OUT/{family}, or a published model's."
@@ -139,7 +136,7 @@ def _recorded(folder: str, family: str) -> dict[str, Any]:
     """Names and shapes of the tensors that the import read; empty without a record."""
     record = tensor_files.read_json(folder, RECORD)
     if record and record["family"] != family:
-        raise ValueError(
+        raise UserError(
             f"{folder} was imported from {record['family']}, not from {family}; export "
             f"with --format {record['family']}, or name another --config."
         )
@@ -174,7 +171,7 @@ def _plan(
     if problems:
         more = len(problems) - SHOWN
         lines = problems[:SHOWN] + ([f"and {more} more"] if more > 0 else [])
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} is not the model that the config of {family.name} describes:"
             "\n  " + "\n  ".join(lines) + "\nName the right --config."
         )
@@ -210,14 +207,14 @@ def _tensors(
 def _check_equal(
     slot: Slot, one: Step, other: Step, params: Mapping[str, StoredTensor]
 ) -> None:
-    """Raises ValueError if two steps give one tensor of theirs different values."""
+    """Raises UserError if two steps give one tensor of theirs different values."""
 
     def value(step: Step) -> np.ndarray:
         arrays = tuple(params[s.name].read(s.layer) for s in step.ours)
         return step.transform.to_theirs(arrays)[step.theirs.index(slot)]
 
     if value(one).tobytes() != value(other).tobytes():
-        raise ValueError(
+        raise UserError(
             f"{one.ours[0].name} and {other.ours[0].name} are one tensor, {slot.name}, "
             "in the files that were imported, but differ in the checkpoint. To write "
             f"them apart, name a --config directory without {RECORD}."

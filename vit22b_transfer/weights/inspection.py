@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from vit22b_transfer.weights import blocks
-from vit22b_transfer.weights.stored_tensors import StoredTensor
+from vit22b_transfer.weights.files import blocks
+from vit22b_transfer.weights.files.stored_tensors import StoredTensor
 
 
 @dataclasses.dataclass(frozen=True)

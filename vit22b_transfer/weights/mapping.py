@@ -33,6 +33,8 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from vit22b_transfer import UserError
+
 Arrays = tuple[np.ndarray, ...]
 Shape = tuple[int, ...]
 # Lines of an error that lists names.
@@ -85,7 +87,7 @@ def leading_ones(ours: int, theirs: int) -> Transform:
     def change(old: int, new: int):
         def apply(x: np.ndarray) -> np.ndarray:
             if x.shape[:old] != (1,) * old:
-                raise ValueError(f"shape {x.shape} does not begin with {old} ones.")
+                raise UserError(f"shape {x.shape} does not begin with {old} ones.")
             return x.reshape((1,) * new + x.shape[old:])
 
         return apply
@@ -102,7 +104,7 @@ def join_heads(num_heads: int, *, axis: int) -> Transform:
 
     def join(x: np.ndarray) -> np.ndarray:
         if x.shape[axis] != num_heads:
-            raise ValueError(f"axis {axis} of {x.shape} is not {num_heads} heads.")
+            raise UserError(f"axis {axis} of {x.shape} is not {num_heads} heads.")
         return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
     def part(x: np.ndarray) -> np.ndarray:
@@ -249,7 +251,7 @@ class Family:
     name: of `--family`, and of `--format` at export: `hf-...`, `big_vision-...`, `t5x`.
     recognises: (config.json as a dict, empty if there is none; their name -> tensor
       with `.shape` and `.dtype`) -> whether a source is of this family.
-    read: the same two -> `Model`. Raises ValueError for what our models cannot compute.
+    read: the same two -> `Model`. Raises UserError for what our models cannot compute.
     shapes: (tower, text) -> our parameters' unrolled names and shapes.
     text_binding: MODULE.CLASS.PARAMETER below `models` that the gin file binds to the
       text configuration. (Towers are bound by the macro TOWER.)
@@ -260,7 +262,7 @@ class Family:
     recognises: Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], Model]
     shapes: Callable[[Any, Any], dict[str, Shape]]
-    text_binding: str = "multimodal.ImageTextModule.text"
+    text_binding: str = "encoder_decoder.ImageTextModule.text"
     file_format: str = "safetensors"
 
 
@@ -352,7 +354,7 @@ def expected_shapes(
     """The shapes that their tensors have, from ours by the inverse transforms.
 
     Raises:
-      ValueError: if the table and our model do not cover each other.
+      UserError: if the table and our model do not cover each other.
     """
     expected: dict[str, Shape] = {}
     seen: dict[Slot, Step] = {}
@@ -360,12 +362,12 @@ def expected_shapes(
         inputs = []
         for slot in step.ours:
             if slot.name not in our_shapes:
-                raise ValueError(
+                raise UserError(
                     f"the table has a row for {slot.name}, which the model has not; "
                     + nearest(slot.name, our_shapes)
                 )
             if slot in seen:
-                raise ValueError(f"the table has two rows for {slot.name}.")
+                raise UserError(f"the table has two rows for {slot.name}.")
             seen[slot] = step
             shape = our_shapes[slot.name]
             inputs.append(abstract(shape if slot.layer is None else shape[1:]))
@@ -380,7 +382,7 @@ def expected_shapes(
             expected[slot.name] = shape
     done = {slot.name for slot in seen}
     if left := [name for name in our_shapes if name not in done]:
-        raise ValueError(
+        raise UserError(
             f"the table has no row for {len(left)} parameters of the model: "
             f"{', '.join(left[:8])}."
         )
@@ -433,16 +435,14 @@ def check_layout(
     For layouts of any size: nothing is allocated.
 
     Raises:
-      ValueError: naming every tensor that does not map, and every one left over.
+      UserError: naming every tensor that does not map, and every one left over.
     """
     found = {name: abstract(shape) for name, shape in shapes.items()}
     model = family.read(config, found)
     ours = family.shapes(model.tower, model.text)
     plan = steps(model.rows, found, ours)
     if lines := misfits(expected_shapes(plan, ours), found, model):
-        raise ValueError(
-            f"{family.name} does not fit:\n  " + "\n  ".join(lines[:SHOWN])
-        )
+        raise UserError(f"{family.name} does not fit:\n  " + "\n  ".join(lines[:SHOWN]))
     return model
 
 

@@ -8,9 +8,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vit22b_transfer.weights import tensor_files
+from vit22b_transfer import UserError
+from vit22b_transfer.weights.files import tensor_files
+from vit22b_transfer.weights.files.stored_tensors import (
+    StoredTensor,
+    refuse_other_content,
+)
 from vit22b_transfer.weights.mapping import Family, Model
-from vit22b_transfer.weights.stored_tensors import StoredTensor, refuse_other_content
 
 CONFIG = "config.json"
 # Small files beside the weights: sizes, preprocessing, tokenizer.
@@ -64,7 +68,7 @@ class Source:
             shutil.copyfile(os.path.join(self.folder, name), os.path.join(to, name))
 
     def check_companions(self) -> None:
-        """Raises ValueError for a tokenizer file that is none."""
+        """Raises UserError for a tokenizer file that is none."""
         if (name := self.tokenizer()) and self.folder is not None:
             refuse_other_content(os.path.join(self.folder, name))
 
@@ -80,7 +84,7 @@ def open_source(
     open_tensors: reads formats that `tensor_files` does not, too.
 
     Raises:
-      ValueError: if they cannot be read, or are of no family we know.
+      UserError: if they cannot be read, or are of no family we know.
     """
     tensors = open_tensors(name)
     path = os.path.abspath(os.path.expanduser(name))
@@ -146,13 +150,13 @@ def _replaced(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
 
 
 def by_name(families: Sequence[Family], name: str) -> Family:
-    """The family called `name`; an unknown name is a ValueError."""
+    """The family called `name`; an unknown name is a UserError."""
     for family in families:
         if family.name == name:
             return family
     names = [family.name for family in families]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
-    raise ValueError(
+    raise UserError(
         f"there is no family {name!r}; nearest: {', '.join(near)}; "
         f"all: {', '.join(sorted(names))}."
     )
@@ -172,13 +176,13 @@ def choose(
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(
+        raise UserError(
             f"{source} may be of several families: "
             f"{', '.join(each.name for each in found)}; say which with --family."
         )
     first = ", ".join(list(tensors)[:3])
     kind = config.get("model_type")
-    raise ValueError(
+    raise UserError(
         f"{source} is of no family that can be imported: "
         + (f"its config.json says model_type {kind!r}" if kind else "no config.json")
         + f", its tensors are called {first}, ... Families: "

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: the one owner of their layout, read and written."""

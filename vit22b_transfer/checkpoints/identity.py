@@ -1,0 +1,67 @@
+"""What a checkpoint was trained with: its vocabularies and its low-rank updates."""
+
+import hashlib
+from typing import Any
+
+from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import reading
+
+# --- The record beside the arrays ---
+
+
+def vocabulary_record(model: Any) -> dict[str, Any]:
+    """Class, size and content hash of both vocabularies, to compare at restore."""
+    record = {}
+    for name in ("input_vocabulary", "output_vocabulary"):
+        vocabulary = getattr(model, name)
+        kind, size = type(vocabulary).__name__, int(vocabulary.vocab_size)
+        # A SentencePiece vocabulary has its whole model; others are what they are
+        # called and how large they are.
+        content = getattr(vocabulary, "sp_model", None) or f"{kind} {size}".encode()
+        digest = hashlib.sha256(content).hexdigest()
+        record[name] = {"class": kind, "size": size, "sha256": digest}
+    return record
+
+
+def check_vocabularies(path: str, model: Any) -> None:
+    """Raises UserError unless the model's vocabularies are the checkpoint's.
+
+    Checkpoints that other programs wrote record none; then there is nothing to compare.
+    """
+    path = reading.resolve(path)
+    saved = reading.read_record(path).get("vocabularies", {})
+    for name, ours in vocabulary_record(model).items():
+        theirs = saved.get(name, ours)
+        if theirs["sha256"] != ours["sha256"]:
+            raise UserError(
+                f"the model's {name} is not the one that {path} was trained with: "
+                f"there {_describe(theirs)}, here {_describe(ours)}. Use the "
+                "vocabulary of the run that wrote the checkpoint."
+            )
+
+
+def lora_record(model: Any) -> dict[str, float]:
+    """What the arrays do not tell of a model's low-rank updates; empty without any."""
+    lora = getattr(model, "lora", None)
+    return {} if lora is None else {"alpha": lora.alpha}
+
+
+def check_lora(path: str, model: Any) -> None:
+    """Raises UserError if the model scales its updates otherwise than the checkpoint.
+
+    Checkpoints that other programs wrote do not record it.
+    """
+    path, ours = reading.resolve(path), lora_record(model)
+    theirs = reading.read_record(path).get("lora") or ours
+    if ours and ours != theirs:
+        raise UserError(
+            f"the model's LoRA has alpha {ours['alpha']}, but {path} was trained with "
+            f"{theirs['alpha']}: set LoraConfig.alpha = {theirs['alpha']}."
+        )
+
+
+def _describe(vocabulary):
+    return (
+        f"{vocabulary['class']} with {vocabulary['size']} tokens "
+        f"(sha256 {vocabulary['sha256'][:12]})"
+    )

@@ -1,0 +1,325 @@
+"""Checkpoints in T5X's directory layout: where they lie, what they hold, reading it.
+
+`model_dir/checkpoint_<step>/state` holds `{'target': params, 'state': {'step',
+'param_states'}}`, so that T5X restores what we write and the other way round. Beside it
+`run` (which T5X does not read) holds what else a run needs: the fingerprints of the
+vocabularies and the metrics of an unfinished logging window. The older format of T5X
+(see `legacy`) is read wherever a checkpoint is, and never written.
+"""
+
+import difflib
+import functools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import fingerprints, legacy
+
+Tree = Any
+
+STEP_NAME = re.compile(r"checkpoint_(\d+)")
+_SHOWN = 20
+_TOWER = "target/encoder/tower/"
+
+
+def complete_steps(model_dir: str) -> list[int]:
+    """Steps of the finished checkpoints in `model_dir`, ascending."""
+    if not os.path.isdir(model_dir):
+        return []
+    found = (STEP_NAME.fullmatch(name) for name in os.listdir(model_dir))
+    steps = sorted(int(match[1]) for match in found if match)
+    return [step for step in steps if is_complete(checkpoint_path(model_dir, step))]
+
+
+def latest_step(model_dir: str) -> int | None:
+    """The newest finished checkpoint's step, or None."""
+    steps = complete_steps(model_dir)
+    return steps[-1] if steps else None
+
+
+def checkpoint_path(model_dir: str, step: int) -> str:
+    """Where the checkpoint of `step` lies."""
+    return os.path.join(model_dir, f"checkpoint_{step}")
+
+
+def is_complete(path: str) -> bool:
+    """Whether `path` is a checkpoint that was written to its end."""
+    # Both formats are renamed into place when all is written; a partial copy lacks some
+    # of these.
+    needed = ("state/_METADATA", "state/manifest.ocdbt")
+    return legacy.is_legacy(path) or all(
+        os.path.isfile(os.path.join(path, name)) for name in needed
+    )
+
+
+def resolve(path: str) -> str:
+    """The absolute path of a checkpoint: `path` itself, or the latest inside it.
+
+    Raises:
+      UserError: if there is no finished checkpoint.
+    """
+    absolute = os.path.abspath(os.path.expanduser(path))
+    if is_complete(absolute):
+        return absolute
+    step = latest_step(absolute)
+    if step is not None:
+        return checkpoint_path(absolute, step)
+    if not os.path.isdir(absolute):
+        raise UserError(f"checkpoint {path!r}: there is no directory {absolute}.")
+    holds = ", ".join(sorted(os.listdir(absolute))[:_SHOWN]) or "nothing"
+    raise UserError(
+        f"checkpoint {path!r}: {absolute} is no finished checkpoint and holds no "
+        f"checkpoint_<step> that is one. It holds: {holds}."
+    )
+
+
+# --- Reading ---
+
+
+def restore_tree(path: str, abstract: Tree) -> Tree:
+    """A whole checkpoint, or the top-level parts of it that `abstract` has.
+
+    `abstract` holds shapes, dtypes and the shardings to read straight into.
+
+    Raises:
+      UserError: naming every array that is missing, left over, or of another shape or
+        dtype than `abstract`'s.
+    """
+    path = resolve(path)
+    wanted, saved = flatten(abstract), saved_arrays(path)
+    problems = [
+        f"{name}: not in the model"
+        for name in _own_arrays(path)
+        if name.split("/")[0] in abstract and name not in wanted
+    ]
+    check_fit(path, {name: name for name in wanted}, wanted, saved, problems)
+    return read_arrays(path, abstract)
+
+
+def check_fit(
+    path: str,
+    sources: Mapping[str, str],
+    wanted: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    problems: Sequence[str] = (),
+    *,
+    cast: bool = False,
+) -> None:
+    """Raises UserError unless each wanted array has a source of its shape and dtype.
+
+    `sources` maps names in `wanted` to names in `saved`; `problems` were found before.
+    With `cast` the dtypes may differ.
+    """
+    problems = list(problems)
+    for name, source in sources.items():
+        expected, found = wanted[name], saved.get(source)
+        shown = name if name == source else f"{name} (from {source})"
+        if found is None:
+            near = difflib.get_close_matches(source, saved, n=3, cutoff=0.6)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            problems.append(f"{shown}: not in the checkpoint{hint}")
+        elif tuple(found.shape) != tuple(expected.shape):
+            problems.append(
+                f"{shown}: shape {tuple(found.shape)} in the checkpoint, "
+                f"{tuple(expected.shape)} in the model"
+            )
+        elif found.dtype != expected.dtype and not cast:
+            problems.append(
+                f"{shown}: dtype {found.dtype} in the checkpoint, {expected.dtype} in "
+                "the model"
+            )
+    if problems:
+        rest = len(problems) - _SHOWN
+        more = [f"and {rest} more"] if rest > 0 else []
+        lines = "\n  ".join(problems[:_SHOWN] + more)
+        raise UserError(
+            f"checkpoint {path} does not fit the model:\n  {lines}\n{_advice(problems)}"
+        )
+
+
+def _advice(problems):
+    if all(problem.startswith("state/param_states/") for problem in problems):
+        return (
+            "Its parameters fit; its optimizer state is of another optimizer or of "
+            "other frozen parameters. Train on with those, or load the parameters "
+            "alone into a new model_dir: an initial checkpoint "
+            "(gin_configs/runs/from_checkpoint.gin)."
+        )
+    return (
+        "Use the model that it was written with, or an initial checkpoint with rules "
+        "(and cast=True for other dtypes)."
+    )
+
+
+def read_arrays(path: str, abstract: Tree) -> Tree:
+    """The arrays of `abstract`, unchecked, in its dtypes and shardings.
+
+    Orbax neither refuses another shape nor another dtype: call `check_fit` before.
+    """
+    flat = flatten(abstract)
+    borrowed = {name for name in flat if name.startswith(_TOWER)}
+    if borrowed and "tower" in read_record(path):
+        borrowed -= _own_arrays(path).keys()
+    else:
+        borrowed = set()
+    if borrowed:
+        read = read_arrays(_origin_of_tower(path), _part(flat, borrowed))
+        if own := flat.keys() - borrowed:
+            own = _read_own_arrays(path, _part(flat, own))
+            read = traverse_util.unflatten_dict(
+                traverse_util.flatten_dict(read) | traverse_util.flatten_dict(own)
+            )
+        return read
+    return _read_own_arrays(path, abstract)
+
+
+def _part(flat, names):
+    return traverse_util.unflatten_dict({n: flat[n] for n in sorted(names)}, sep="/")
+
+
+def _read_own_arrays(path, abstract):
+    if legacy.is_legacy(path):
+        return legacy.read_arrays(path, abstract)
+    arguments = jax.tree.map(
+        lambda leaf: ocp.ArrayRestoreArgs(
+            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        ),
+        abstract,
+    )
+    with ocp.PyTreeCheckpointer() as orbax:
+        return orbax.restore(
+            os.path.join(path, "state"),
+            args=ocp.args.PyTreeRestore(
+                abstract, restore_args=arguments, partial_restore=True
+            ),
+        )
+
+
+def saved_arrays(path: str) -> dict[str, Any]:
+    """Shape and dtype of every array in a checkpoint, by '/'-joined name.
+
+    One that was trained on cached features counts the tower of the checkpoint that its
+    record names as its own.
+    """
+    own = _own_arrays(path)
+    if "tower" in read_record(path) and not any(
+        name.startswith(_TOWER) for name in own
+    ):
+        own |= tower_arrays(_origin_of_tower(path))
+    return own
+
+
+def tower_arrays(path: str) -> dict[str, Any]:
+    """Shape and dtype of the tower's arrays, by '/'-joined name; empty without one."""
+    saved = saved_arrays(path)
+    return {name: leaf for name, leaf in saved.items() if name.startswith(_TOWER)}
+
+
+def _origin_of_tower(path):
+    """The checkpoint with the tower whose cached features `path` was trained on."""
+    record = read_record(path)["tower"]
+    origin = record["checkpoint"]
+    if not is_complete(origin):
+        raise UserError(
+            f"checkpoint {path} was trained on cached features and has no tower of its "
+            f"own; it is in {origin}, which is not there. Put it back."
+        )
+    if tower_digest(origin) != record["digest"]:
+        raise UserError(
+            f"checkpoint {path} was trained on cached features of the tower in "
+            f"{origin}, but now there is another tower. Put the old one back."
+        )
+    return origin
+
+
+def _own_arrays(path):
+    if legacy.is_legacy(path):
+        return legacy.saved_arrays(path)
+    # Not a Checkpointer: it warns that `state` alone is not a whole checkpoint.
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        metadata = handler.metadata(pathlib.Path(path) / "state")
+    finally:
+        handler.close()
+    return flatten(metadata.tree)
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Nested dicts as one dict with '/'-joined names."""
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def read_record(path: str) -> dict[str, Any]:
+    """The JSON record of a checkpoint; empty if another program wrote it."""
+    file = record_file(resolve(path))
+    if not os.path.isfile(file):
+        return {}
+    with open(file, encoding="utf-8") as stream:
+        return json.load(stream)
+
+
+def is_ours(path: str) -> bool:
+    """Whether a run of ours wrote a checkpoint; neither T5X nor an import did."""
+    is_recorded = os.path.isfile(record_file(path))
+    return is_recorded and not read_record(path).get("imported")
+
+
+def record_file(path: str) -> str:
+    """Where a checkpoint has what its arrays do not tell."""
+    return os.path.join(path, "run", "metadata")
+
+
+# Arrays that are on the devices at a time while a tower is looked at.
+_GROUP_BYTES = 1 << 28
+
+
+def tower_digest(path: str) -> str:
+    """Hash of the tower's arrays in a checkpoint, as they are stored.
+
+    Raises:
+      UserError: if it holds no tower.
+    """
+    path = resolve(path)
+    # A checkpoint is renamed into place, so another one there is another directory.
+    return _tower_digest(path, os.stat(path).st_ino, os.stat(path).st_mtime_ns)
+
+
+@functools.cache
+def _tower_digest(path: str, inode: int, time: int) -> str:
+    del inode, time
+    saved = tower_arrays(path)
+    if not saved:
+        raise UserError(
+            f"checkpoint {path} holds no tower (encoder/tower/...). Name one that "
+            "does, such as that of `vit22b import`."
+        )
+    everywhere = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec())
+    rows, group, size = [], {}, 0
+    for number, name in enumerate(sorted(saved, key=lambda name: name.split("/")), 1):
+        leaf = saved[name]
+        group[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+        size += leaf.dtype.itemsize * int(np.prod(leaf.shape))
+        if size >= _GROUP_BYTES or number == len(saved):
+            tree = traverse_util.unflatten_dict(group, sep="/")
+            arrays = read_arrays(path, tree)
+            rows += fingerprints.parameter_rows(arrays)
+            group, size = {}, 0
+    return fingerprints.digest_of_rows(rows)
+
+
+def tower_record(cache: Any) -> dict[str, Any]:
+    """What a checkpoint records of a tower that it lacks: where it is, and its hash."""
+    if cache is None:
+        return {}
+    path = resolve(cache.tower)
+    return {"tower": {"checkpoint": path, "digest": tower_digest(path)}}

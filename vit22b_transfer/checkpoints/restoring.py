@@ -1,0 +1,174 @@
+"""Parameters of a checkpoint: all of them, or those that rules take."""
+
+import collections
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import traverse_util
+
+from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import identity, int8_restore, reading
+from vit22b_transfer.models import lora
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class PartialRestore:
+    """What `restore_partial` read: a subtree of the parameters, and all the names.
+
+    loaded: parameter -> name in the checkpoint. kept: parameters that keep their fresh
+    values. unused: what the checkpoint has and the model did not take.
+    """
+
+    params: Tree
+    loaded: Mapping[str, str]
+    kept: Sequence[str]
+    unused: Sequence[str]
+
+    def summary(self) -> str:
+        """Counts and names, one line per name; numbered layers share a line."""
+        loaded = [
+            name if name == source else f"{name} <- {source}"
+            for name, source in self.loaded.items()
+        ]
+        parts = (("loaded", loaded), ("kept", self.kept), ("unused", self.unused))
+        lines = []
+        for title, names in parts:
+            lines.append(f"{title}: {len(names)}")
+            counts = collections.Counter(re.sub(r"\d+", "*", name) for name in names)
+            for name, count in counts.items():
+                lines.append(f"  {name}" + (f"  (x{count})" if count > 1 else ""))
+        return "\n".join(lines)
+
+
+def restore_partial(
+    path: str,
+    abstract_params: Tree,
+    rules: Sequence[tuple[str, str | None]] = (),
+    *,
+    cast: bool = False,
+    model: Any = None,
+) -> PartialRestore:
+    """Those parameters that the rules take from a checkpoint.
+
+    A rule is (pattern over a whole parameter path, name in the checkpoint), where the
+    name may refer to the pattern's groups (`\\1`), and None means: do not load. The
+    first matching rule decides; a parameter without one is loaded under its own name.
+    With `cast`, values are converted to the model's dtypes; without, another dtype is
+    an error. The vocabularies of a `model` are compared if its token table is loaded.
+    From a checkpoint without low-rank updates, those of the model are not loaded: they
+    start at zero. Kernels that the model has in int8 may be saved in floating point.
+
+    Raises:
+      UserError: if a rule matches no parameter, two parameters have one source, or an
+        array is missing in the checkpoint or of another shape or dtype.
+    """
+    path = reading.resolve(path)
+    flat = reading.flatten(abstract_params)
+    saved = {
+        name.removeprefix("target/"): leaf
+        for name, leaf in reading.saved_arrays(path).items()
+        if name.startswith("target/")
+    }
+    if _has_updates(flat) and not _has_updates(saved):
+        rules = ((lora.UPDATES, None), *rules)
+    sources = _sources(flat, rules)
+    if model is not None and any(
+        name.startswith("token_embedder/") for name in sources
+    ):
+        identity.check_vocabularies(path, model)
+    if model is not None and _has_updates(sources):
+        identity.check_lora(path, model)
+    by_source = {source: flat[name] for name, source in sources.items()}
+    stored = int8_restore.as_saved(by_source, saved)
+    read_as = {name: source for name, source in sources.items() if source in stored}
+    wanted = {name: stored[source] for name, source in read_as.items()}
+    reading.check_fit(path, read_as, wanted, saved, cast=cast)
+    read = int8_restore.read_arrays(
+        path, {"target": traverse_util.unflatten_dict(by_source, sep="/")}
+    )
+    values = reading.flatten(read["target"])
+    params = {name: values[source] for name, source in sources.items()}
+    return PartialRestore(
+        params=traverse_util.unflatten_dict(params, sep="/"),
+        loaded=sources,
+        kept=[name for name in flat if name not in sources],
+        unused=[name for name in saved if name not in by_source],
+    )
+
+
+def restore_whole(path: str, abstract_params: Tree, *, model: Any = None) -> Tree:
+    """All parameters of a checkpoint, int8 kernels as in `restore_partial`.
+
+    Raises:
+      UserError: as `restore_partial`, and if anything is left over on either side.
+    """
+    restored = restore_partial(path, abstract_params, model=model)
+    if left := [*restored.kept, *restored.unused]:
+        raise UserError(
+            f"checkpoint {path} does not fit the model: {len(left)} arrays are in one "
+            f"of them only, such as {left[0]}. Use the model that it was written with."
+        )
+    return restored.params
+
+
+def _has_updates(names):
+    return any(re.fullmatch(lora.UPDATES, name) for name in names)
+
+
+def _sources(flat, rules):
+    for pattern, _ in rules:
+        if not any(re.fullmatch(pattern, name) for name in flat):
+            near = difflib.get_close_matches(pattern, flat, n=3, cutoff=0.0)
+            raise UserError(
+                f"restore rule {pattern!r} matches no parameter; rules are regular "
+                f"expressions over whole paths. Nearest paths: {', '.join(near)}."
+            )
+    sources = {}
+    for name in flat:
+        matches = ((re.fullmatch(pattern, name), to) for pattern, to in rules)
+        match, to = next(((m, to) for m, to in matches if m), (None, name))
+        if to is not None:
+            source = match.expand(to) if match else name
+            if source in sources.values():
+                raise UserError(
+                    f"the restore rules give {source!r} of the checkpoint to {name} "
+                    "and to another parameter; every parameter needs its own."
+                )
+            sources[name] = source
+    return sources
+
+
+def restore_params(
+    path: str,
+    abstract_params: reading.Tree,
+    shardings: reading.Tree,
+    *,
+    model: Any = None,
+) -> reading.Tree:
+    """The parameters of a checkpoint (or of the latest in a `model_dir`), and no more.
+
+    With a `model`, its vocabularies and the factor of its low-rank updates must be
+    those that the checkpoint was trained with.
+
+    Raises:
+      UserError: naming every parameter that is missing, left over, or of another shape
+        or dtype.
+    """
+    path = reading.resolve(path)
+    if model is not None:
+        identity.check_vocabularies(path, model)
+        identity.check_lora(path, model)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        abstract_params,
+        shardings,
+    )
+    return reading.restore_tree(path, {"target": abstract})["target"]

@@ -1,0 +1,162 @@
+"""Registered tasks: found, counted, checked, described."""
+
+import collections
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import seqio
+import tensorflow as tf
+
+from vit22b_transfer import UserError
+from vit22b_transfer.data import vocabularies
+
+
+def describe() -> Iterator[str]:
+    """Lines: each task with splits, features and metrics, then each mixture."""
+    for name in sorted(seqio.TaskRegistry.names()):
+        task = seqio.TaskRegistry.get(name)
+        yield f"{name}"
+        yield f"  splits: {', '.join(sorted(task.splits)) or 'none'}"
+        yield f"  features: {', '.join(map(_feature, task.output_features.items()))}"
+        metrics = [function.__name__ for function in task.metric_fns]
+        yield f"  metrics: {', '.join(metrics) or 'none'}"
+    for name in sorted(seqio.MixtureRegistry.names()):
+        mixture = seqio.MixtureRegistry.get(name)
+        rates = (f"{task.name} x{mixture.get_rate(task):g}" for task in mixture.tasks)
+        yield f"{name}"
+        yield f"  mixture of: {', '.join(rates)}"
+
+
+def _feature(item: tuple[str, Any]) -> str:
+    name, feature = item
+    size = f", {feature.vocabulary.vocab_size} tokens" if feature.rank == 1 else ""
+    return f"{name} ({feature.dtype.name}, rank {feature.rank}{size})"
+
+
+@runtime_checkable
+class RandomAccess(Protocol):
+    """A SeqIO source whose records can be read in any order."""
+
+    def num_records(self, split: str) -> int:
+        """Number of records in the split."""
+        ...
+
+    def records(self, split: str, order: tf.data.Dataset) -> tf.data.Dataset:
+        """One example per index in `order` (int64 scalars), in that order."""
+        ...
+
+
+@runtime_checkable
+class _SkipsRecords(Protocol):
+    """A source that may leave out bad records, and tells of it."""
+
+    def report(self) -> Mapping[str, Mapping[str, int]]:
+        """Split -> reason -> number of records, of the splits read so far."""
+        ...
+
+
+def find_provider(name: str, split: str) -> seqio.Task | seqio.Mixture:
+    """The registered task or mixture of that name, which has the split.
+
+    Raises:
+      UserError: naming the nearest registered names, or the splits there are.
+    """
+    known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        raise UserError(
+            f"there is no task or mixture {name!r}. "
+            + (f"Nearest: {', '.join(nearest)}. " if nearest else "")
+            + f"{len(known)} names are registered; is the module that registers it "
+            "imported?"
+        )
+    provider = seqio.get_mixture_or_task(name)
+    for task in seqio.get_subtasks(provider):
+        if split not in task.splits:
+            raise UserError(
+                f"task {task.name!r} has no split {split!r}; it has "
+                f"{', '.join(sorted(task.splits))}."
+            )
+        if num_records(task, split) == 0:
+            raise UserError(f"split {split!r} of task {task.name!r} is empty.")
+    return provider
+
+
+def num_records(task: seqio.Task, split: str) -> int | None:
+    """Number of records in the split, None if the source cannot tell."""
+    if isinstance(task.source, RandomAccess):
+        return task.source.num_records(split)
+    return task.source.num_input_examples(split)
+
+
+def skipped_records(provider: seqio.Task | seqio.Mixture, split: str) -> dict[str, int]:
+    """Reason -> number of records that the sources left out of the split."""
+    counts: collections.Counter[str] = collections.Counter()
+    tasks = seqio.get_subtasks(provider)
+    for source in {id(task.source): task.source for task in tasks}.values():
+        if isinstance(source, _SkipsRecords):
+            counts.update(source.report().get(split, {}))
+    return dict(counts)
+
+
+# Features of the texts before tokenisation, and the vocabulary of the model for each.
+_TEXTS = {"inputs": "input_vocabulary", "targets": "output_vocabulary"}
+
+
+def task_names(name: str, split: str) -> list[str]:
+    """The tasks of a mixture, or the task itself.
+
+    Raises:
+      UserError: for an unknown name, or a split that a task does not have.
+    """
+    return [task.name for task in tasks_of(name, split)]
+
+
+def tasks_of(name: str, split: str) -> list[seqio.Task]:
+    """The tasks of a mixture, or the task itself; errors as of `task_names`."""
+    return list(seqio.get_subtasks(find_provider(name, split)))
+
+
+def num_examples(task_name: str, split: str) -> int | None:
+    """Number of examples in the split, None if the source cannot tell.
+
+    That of the records, for preprocessors that drop or multiply examples.
+    """
+    return num_records(task_named(task_name), split)
+
+
+def skipped_text(task_name: str, split: str) -> str:
+    """What the source left out of the split (its policy 'skip'), "" if nothing.
+
+    As `2 x missing image file, 1 x empty caption`.
+    """
+    task = task_named(task_name)
+    num_records(task, split)  # a source tells of the splits it has read
+    counts = skipped_records(task, split)
+    return ", ".join(f"{count} x {reason}" for reason, count in counts.items())
+
+
+def check_vocabularies(task_name: str, model: Any) -> None:
+    """Raises UserError unless the task's texts are in the model's vocabularies."""
+    for feature, attribute in _TEXTS.items():
+        if feature not in task_named(task_name).output_features:
+            continue
+        theirs = vocabularies.fingerprint(
+            task_named(task_name).output_features[feature].vocabulary
+        )
+        ours = vocabularies.fingerprint(getattr(model, attribute))
+        if theirs != ours:
+            raise UserError(
+                f"task {task_name!r} has {feature} in the vocabulary {theirs}, but the "
+                f"model's {attribute} is {ours}. Register the task with the model's."
+            )
+
+
+def task_named(name: str) -> seqio.Task:
+    """The registered task of that name; a mixture is an error that names its tasks."""
+    task = seqio.get_mixture_or_task(name)
+    if isinstance(task, seqio.Mixture):
+        names = ", ".join(part.name for part in task.tasks)
+        raise UserError(f"{name!r} is a mixture; name one of its tasks: {names}.")
+    return task

@@ -1,0 +1,1 @@
+"""The drawn scenes, and the main job on them."""

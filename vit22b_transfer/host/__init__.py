@@ -1,0 +1,1 @@
+"""What all rooms need of the machine: whole files, memory limits, progress."""

@@ -1,0 +1,79 @@
+"""Files that are there whole or not at all, whenever the machine stops."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+from vit22b_transfer import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: str, mode: str = "w") -> Iterator[IO]:
+    """A new file that takes the place of `path` when the block ends without an error.
+
+    mode: "w" for UTF-8 text with its line ends as they are written, or "wb". The
+    content is on the disk before the name is: after a power cut `path` holds the old
+    content or the new.
+    """
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
+    directory, name = os.path.split(os.path.abspath(path))
+    descriptor, written = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
+    try:
+        with open(descriptor, mode, encoding=encoding, newline=newline) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _take_usual_permissions(written)
+        os.replace(written, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(written)
+        raise
+    sync_directory(directory)
+
+
+def sync_directory(path: str) -> None:
+    """Returns when the names in a directory are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: str) -> None:
+    """Returns when all files below `path`, and their names, are on the disk."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(folder)
+
+
+def writable_directory(path: str, what: str) -> str:
+    """The absolute path of a directory, created and known to be writable.
+
+    Raises:
+      UserError: if it cannot be created or written; `what` names it. Before any work
+        is lost.
+    """
+    absolute = os.path.abspath(os.path.expanduser(path))
+    try:
+        os.makedirs(absolute, exist_ok=True)
+        with tempfile.TemporaryFile(dir=absolute):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{what} {path!r} ({absolute}) cannot be written: {error.strerror}. "
+            "Choose a directory that you may write to."
+        ) from error
+    return absolute
+
+
+def _take_usual_permissions(path):
+    """Those of any new file; a temporary one is readable by its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)

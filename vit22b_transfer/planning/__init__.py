@@ -1,0 +1,1 @@
+"""Does a run fit, how fast is it, which knob helps; and how fast these devices are."""

@@ -1,0 +1,148 @@
+"""The run of a recipe, as a plan needs it: devices need not be there."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from vit22b_transfer.models import multimodal, vit
+from vit22b_transfer.partitioning.rules import Partitioning
+from vit22b_transfer.planning import planner
+from vit22b_transfer.planning.trace import Value
+from vit22b_transfer.training import optimizers, state, steps
+
+GIB = 2.0**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The parts of a training run that a plan needs."""
+
+    model: Any
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    partitioning: Partitioning
+    num_microbatches: int = 1
+
+    @classmethod
+    def of_arguments(cls, arguments: Mapping[str, Any]) -> "Job":
+        """The job of `train.fine_tune` called with these arguments; reads no data."""
+        from vit22b_transfer.data import batches
+
+        model, data = arguments["model"], arguments["data"]
+        shapes, types = batches.batch_shapes(
+            model.FEATURE_CONVERTER_CLS, data.feature_lengths, data.batch_size
+        )
+        batch = {n: jax.ShapeDtypeStruct(shapes[n], types[n]) for n in shapes}
+        if getattr(data, "cache", None) is not None:
+            batch = with_features(batch, model.module.tower)
+        return cls(
+            model,
+            batch,
+            arguments["partitioning"],
+            arguments.get("num_microbatches", 1),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per step."""
+        return next(iter(self.batch.values())).shape[0]
+
+    def with_batch(self, size: int) -> "Job":
+        """The same job with batches of another size."""
+        batch = {
+            name: jax.ShapeDtypeStruct((size, *array.shape[1:]), array.dtype)
+            for name, array in self.batch.items()
+        }
+        return dataclasses.replace(self, batch=batch)
+
+    def variables(self) -> dict[str, Any]:
+        """Abstract `params` and `params_axes`."""
+        shapes = {name: array.shape for name, array in self.batch.items()}
+        types = {name: array.dtype for name, array in self.batch.items()}
+        return jax.eval_shape(
+            lambda rng: self.model.get_initial_variables(rng, shapes, types),
+            jax.random.key(0),
+        )
+
+    def run(self) -> planner.Run:
+        """What the planner has to know of it: traced once, for any mesh."""
+        variables = self.variables()
+        return planner.trace_run(
+            self.model,
+            variables,
+            self.batch,
+            _optimizer_values(self.model, variables),
+            num_microbatches=self.num_microbatches,
+        )
+
+
+def with_features(
+    batch: Mapping[str, jax.ShapeDtypeStruct], tower: vit.ViTConfig
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch with the tower's tokens, from a cache, in place of images."""
+    others = dict(batch)
+    images = others.pop("encoder_input_images").shape
+    shape = (images[0], math.prod(tower.grid_of(*images[1:3])), tower.width)
+    return {multimodal.FEATURES: jax.ShapeDtypeStruct(shape, tower.dtype), **others}
+
+
+def compile_step(job: Job, partitioning: Partitioning) -> jax.stages.Compiled:
+    """The true train step, compiled for the devices of the mesh; no state is made.
+
+    `partitioning` needs its devices: simulated ones will do.
+    """
+    update, arguments = _step(job, partitioning)
+    step = steps.make_train_step(update, 1)
+    return steps.compile_train_step(step, *arguments, partitioning)
+
+
+def abstract_arguments(job: Job, partitioning: Partitioning) -> tuple[Any, ...]:
+    """State, window, batch and key of the train step, abstract but for the key."""
+    return _step(job, partitioning)[1]
+
+
+def _step(job, partitioning):
+    model, replicated = job.model, partitioning.replicated
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            array.shape, array.dtype, sharding=partitioning.batch_sharding(array.ndim)
+        )
+        for name, array in job.batch.items()
+    }
+    params = state.abstract_variables(model, partitioning, batch)
+    optimizer = optimizers.freeze(model.optimizer_def, params, model.frozen)
+    abstract = state.abstract_state(params, optimizer, partitioning)
+    update = steps.make_update(
+        model, optimizer, partitioning, num_microbatches=job.num_microbatches
+    )
+    rng = jax.device_put(jax.random.key(0), replicated)
+    with partitioning.activate():
+        _, window = jax.eval_shape(update, abstract, batch, rng)
+    window = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), window
+    )
+    return update, (abstract, window, batch, rng)
+
+
+def _optimizer_values(model, variables) -> tuple[Value, ...]:
+    params = variables["params"]
+    optimizer = optimizers.freeze(model.optimizer_def, params, model.frozen)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    by_path = planner.parameter_values(variables)
+    own = jax.tree_util.tree_map_with_path(
+        lambda path, _: by_path["/".join(entry.key for entry in path)], params
+    )
+    owners = state.like_parameters(opt_state, params, own, Value((), 0, ()))
+    return tuple(
+        Value(
+            tuple(leaf.shape),
+            leaf.dtype.itemsize,
+            owner.axes or (None,) * len(leaf.shape),
+            is_input=True,
+        )
+        for leaf, owner in zip(
+            jax.tree.leaves(opt_state), jax.tree.leaves(owners), strict=True
+        )
+    )

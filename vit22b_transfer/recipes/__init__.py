@@ -1,0 +1,1 @@
+"""Recipes: gin files with clear errors."""

@@ -1,0 +1,183 @@
+"""A recipe: gin files and overrides, read, checked, shown, and handed to gin.
+
+gin accepts macros that nothing uses and values of the wrong type, and its errors do
+not say which names exist. So the files are first read with gin's own parser, every
+name is resolved and every value checked; only then does gin read them.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gin
+from gin import config as gin_config
+
+from vit22b_transfer.recipes import gin_values
+from vit22b_transfer.recipes.gin_values import MacroUse, Reference
+from vit22b_transfer.recipes.reader import (
+    REQUIRED,
+    Binding,
+    Reader,
+    Recipe,
+    RecipeError,
+    nearest,
+    short_name,
+)
+
+
+def read(
+    files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str]
+) -> Recipe:
+    """The recipe that `files` and then `overrides` ("NAME=VALUE") say.
+
+    Raises:
+      RecipeError: if a file is missing, a name unknown, or a value of the wrong type.
+    """
+    recipe = Recipe(tuple(files), tuple(overrides))
+    for file in files:
+        Reader(recipe, search_paths, ()).read(file, "named on the command line")
+    for override in overrides:
+        Reader(recipe, search_paths, ()).read_override(override)
+    _check_macros(recipe)
+    for binding in recipe.bindings.values():
+        _check_type(recipe, binding)
+    return recipe
+
+
+def check_complete(recipe: Recipe, root: Callable[..., Any]) -> None:
+    """Nothing, if `root` and all it reaches have the values they need.
+
+    Raises:
+      RecipeError: with everything that is missing.
+    """
+    if unset := recipe.required():
+        raise RecipeError(
+            f"these values must be set: {', '.join(unset)}. "
+            "Set them in the recipe or with --gin.NAME=VALUE."
+        )
+    if root not in recipe.configurables.values():
+        path = root.__module__.rpartition(".")[0] + "." + root.__name__
+        raise RecipeError(
+            f"the recipe {', '.join(recipe.files)} does not configure {path}; include "
+            f"the file in gin_configs/runs that does."
+        )
+    missing = []
+    for reference in _reachable(recipe, root):
+        bound = recipe.bound_to(reference.name, reference.scope)
+        for parameter in gin_values.parameters(reference.target).values():
+            if parameter.needed and parameter.name not in bound:
+                missing.append(f"{short_name(reference.name)}.{parameter.name}")
+    if missing:
+        raise RecipeError(
+            f"these parameters have no default and must be bound: {', '.join(missing)}."
+        )
+
+
+def install(
+    recipe: Recipe, root: Callable[..., Any], search_paths: Sequence[str]
+) -> Callable[[], Any]:
+    """`root` with its arguments bound by gin, after gin has read and locked all."""
+    check_complete(recipe, root)
+    gin.clear_config()
+    # gin also looks for files in Python packages, and fails where a folder on Python's
+    # path, such as gin_configs, has no __init__.py.
+    gin_config._FILE_READERS[:] = [(open, os.path.isfile)]
+    for path in search_paths:
+        gin.add_config_file_search_path(path)
+    try:
+        gin.parse_config_files_and_bindings(recipe.files, recipe.overrides)
+    except (ValueError, SyntaxError, NameError, AttributeError, OSError) as error:
+        raise RecipeError(f"gin refuses the recipe: {error}") from error
+    return gin.get_configurable(root)
+
+
+def arguments(
+    recipe: Recipe, root: Callable[..., Any], search_paths: Sequence[str]
+) -> dict[str, Any]:
+    """What gin would call `root` with, built but not used."""
+    install(recipe, root, search_paths)
+    return gin.get_bindings(root)
+
+
+def _check_macros(recipe: Recipe) -> None:
+    values = [(value, where) for value, where in recipe.macros.values()]
+    values += [(binding.value, binding.where) for binding in recipe.bindings.values()]
+    used: set[str] = set()
+    for value, where in values:
+        for use in gin_values.find(value, MacroUse):
+            used.add(use.name)
+            if use.name not in recipe.macros and use.name != REQUIRED:
+                raise RecipeError(
+                    f"{where}: macro {use.name} is not defined. "
+                    + nearest(use.name, list(recipe.macros), "Defined macros")
+                )
+    for name, (_, where) in recipe.macros.items():
+        if name not in used:
+            raise RecipeError(
+                f"{where}: macro {name} is set but nothing uses it. "
+                + nearest(name, list(used - {REQUIRED}), "Used macros")
+            )
+    for name in recipe.macros:
+        _check_acyclic(recipe, name, ())
+
+
+def _check_acyclic(recipe: Recipe, name: str, outer: tuple[str, ...]) -> None:
+    if name in outer:
+        raise RecipeError(f"macros refer in a circle: {' -> '.join(outer + (name,))}.")
+    if name in recipe.macros:
+        for use in gin_values.find(recipe.macros[name][0], MacroUse):
+            _check_acyclic(recipe, use.name, outer + (name,))
+
+
+def _check_type(recipe: Recipe, binding: Binding) -> None:
+    value = binding.value
+    through = ""
+    while isinstance(value, MacroUse) and value.name != REQUIRED:
+        value, where = recipe.macros[value.name]
+        through = f" through the macro set at {where}"
+    value = recipe.resolved(value)
+    annotation = gin_values.parameters(binding.target)[binding.parameter].annotation
+    if problem := gin_values.mismatch(value, annotation):
+        raise RecipeError(f"{binding.where}: {binding.key}{through}: {problem}")
+
+
+def _reachable(recipe: Recipe, root: Callable[..., Any]) -> list[Reference]:
+    """Calls that gin makes to build the arguments of `root`, and root itself."""
+    name = next(n for n, value in recipe.configurables.items() if value is root)
+    queue = [Reference("", name, True, name, root)]
+    seen: list[Reference] = []
+    while queue:
+        reference = queue.pop()
+        if reference in seen:
+            continue
+        seen.append(reference)
+        for binding in recipe.bound_to(reference.name, reference.scope).values():
+            value = recipe.resolved(binding.value)
+            found = gin_values.find(value, Reference)
+            queue += [inner for inner in found if inner.evaluate]
+    return seen
+
+
+def show(recipe: Recipe) -> Iterator[str]:
+    """Lines of text: every macro, then every configurable with all its parameters."""
+    for name, (value, where) in sorted(recipe.macros.items()):
+        yield f"{name} = {gin_values.text(recipe.resolved(value))}  # {where}"
+    heads = {(b.scope, b.name): b.target for b in recipe.bindings.values()}
+    used = {("", name): target for name, target in recipe.configurables.items()}
+    for (scope, name), target in sorted((used | heads).items(), key=lambda kv: kv[0]):
+        if inspect.isclass(target) and target.__module__ == "builtins":
+            continue
+        yield ""
+        yield f"# {scope + '/' if scope else ''}{name}"
+        bound = recipe.bound_to(name, scope)
+        for parameter in gin_values.parameters(target).values():
+            key = f"{scope + '/' if scope else ''}{short_name(name)}.{parameter.name}"
+            if parameter.name in bound:
+                binding = bound[parameter.name]
+                value = gin_values.text(recipe.resolved(binding.value))
+                yield f"{key} = {value}  # {binding.where}"
+            elif not parameter.needed and not parameter.is_extra:
+                default = gin_values.text(parameter.default)
+                if not default.startswith("<"):  # flax's own sentinels
+                    yield f"{key} = {default}  # default"

@@ -1,0 +1,139 @@
+"""What a run reads: tasks and splits, live or from a cache of a tower's features."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.partitioning.rules import Partitioning
+
+
+def description(config: Any) -> dict[str, str]:
+    """What a tower's configuration sets of all that decides the tokens."""
+    plain = {"pooling": "none", "lora": None, "scan_layers": False, "remat": "none"}
+    config = dataclasses.replace(config, **plain)
+    fields = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name.endswith("dtype"):  # by name, or as a class
+            fields[field.name] = np.dtype(value).name
+        # A field that later versions add leaves older caches as good as they were.
+        elif value != field.default:
+            fields[field.name] = str(value)
+    return fields
+
+
+def wanted_features(
+    cache: Any, model: Any, name: str, split: str, feature_lengths: Mapping[str, Any]
+) -> list[Any]:
+    """`feature_cache.Wanted` of each task of a mixture, or of the task itself."""
+    from vit22b_transfer.data import feature_cache
+    from vit22b_transfer.data import tasks as registered
+
+    if model.module.tower is None:
+        raise UserError("the model has no tower, so there are no features to cache.")
+    return [
+        feature_cache.Wanted(
+            cache=cache,
+            task=task,
+            split=split,
+            feature_lengths=feature_lengths,
+            converter_cls=model.FEATURE_CONVERTER_CLS,
+            weights=reading.tower_digest(cache.tower),
+            tower=description(model.module.tower),
+        )
+        for task in registered.tasks_of(name, split)
+    ]
+
+
+def batch_arguments(
+    cache: Any, model: Any, name: str, split: str, feature_lengths: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of `batches.train_batches` and `eval_batches`: live or from a cache."""
+    if cache is None:
+        return {
+            "feature_lengths": feature_lengths,
+            "converter_cls": model.FEATURE_CONVERTER_CLS,
+        }
+    from vit22b_transfer.data import feature_cache
+
+    wanted = wanted_features(cache, model, name, split, feature_lengths)
+    cached = feature_cache.open_tasks(wanted)
+    return {
+        "feature_lengths": cached.lengths(feature_lengths),
+        "converter_cls": cached.converter_cls,
+        "instead": cached.tasks,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainData:
+    """What a run trains on: a SeqIO task or mixture, and the size of its batches.
+
+    cache: a `data.feature_cache.FeatureCache`, to read the tokens of a frozen tower in
+      place of images.
+    """
+
+    task: str
+    split: str
+    feature_lengths: Mapping[str, Any]
+    batch_size: int
+    cache: Any = None
+
+    def batches(
+        self, model: Any, partitioning: Partitioning, *, seed: int, start_step: int
+    ) -> Iterator[Mapping[str, Any]]:
+        """Endless device batches; the first is that of step `start_step`."""
+        from vit22b_transfer.data import batches
+        from vit22b_transfer.data import tasks as registered
+
+        for task in registered.task_names(self.task, self.split):
+            registered.check_vocabularies(task, model)
+        read_as = batch_arguments(
+            self.cache, model, self.task, self.split, self.feature_lengths
+        )
+        return batches.train_batches(
+            self.task,
+            self.split,
+            **read_as,
+            batch_size=self.batch_size,
+            partitioning=partitioning,
+            seed=seed,
+            start_step=start_step,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalData:
+    """What the loss is measured on while training: one split of some SeqIO tasks.
+
+    cache: as in `TrainData`, and both with or both without one.
+    """
+
+    tasks: Sequence[str]
+    split: str
+    feature_lengths: Mapping[str, Any]
+    batch_size: int
+    cache: Any = None
+
+    def batches(
+        self, task: str, model: Any, partitioning: Partitioning
+    ) -> Iterator[Any]:
+        """One pass over `task`; items have the device batch in `features`."""
+        from vit22b_transfer.data import batches
+        from vit22b_transfer.data import tasks as registered
+
+        registered.check_vocabularies(task, model)
+        read_as = batch_arguments(
+            self.cache, model, task, self.split, self.feature_lengths
+        )
+        return batches.eval_batches(
+            task,
+            self.split,
+            **read_as,
+            batch_size=self.batch_size,
+            partitioning=partitioning,
+        )

@@ -1,0 +1,1 @@
+"""Low-rank adapters of public models, in PEFT's format."""

@@ -1,0 +1,1 @@
+"""A table for each public family of weights."""

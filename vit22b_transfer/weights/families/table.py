@@ -1,0 +1,26 @@
+"""All families of public weights; to add one, write its file and name it here."""
+
+from vit22b_transfer.weights.families import (
+    gemma,
+    paligemma,
+    t5,
+    t5x,
+    towers_big_vision,
+    towers_dino,
+    towers_hugging_face,
+    towers_internvit,
+    towers_timm,
+)
+from vit22b_transfer.weights.mapping import Family
+
+FAMILIES: tuple[Family, ...] = (
+    *towers_big_vision.FAMILIES,
+    *towers_hugging_face.FAMILIES,
+    *towers_dino.FAMILIES,
+    *towers_internvit.FAMILIES,
+    *towers_timm.FAMILIES,
+    t5.HUGGING_FACE,
+    gemma.HUGGING_FACE,
+    *paligemma.FAMILIES,
+    *t5x.FAMILIES,
+)

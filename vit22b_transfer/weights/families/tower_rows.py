@@ -1,0 +1,195 @@
+"""What the tables of image towers share: names, rows of usual layers, readings."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit22b_transfer import UserError
+from vit22b_transfer.models import vit, vit_positions
+from vit22b_transfer.weights.mapping import TRANSPOSE, Row, Shape, unrolled_shapes
+
+TOWER = "encoder/tower"
+BLOCK = f"{TOWER}/layers_{{i}}"
+POSITIONS = f"{TOWER}/position_embedding/embedding"
+
+# Mean and deviation of pixels in [0, 1], per channel.
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
+# PIL's numbers, which preprocessor_config.json uses.
+FILTERS = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
+# What every public tower but ViT-22B's relatives has.
+SEQUENTIAL: dict[str, Any] = dict(
+    parallel=False, qk_norm=False, qkv_bias=True, norm_centering=True, norm_bias=True
+)
+
+
+def tower_shapes(tower: vit.ViTConfig, text: Any = None) -> dict[str, Shape]:
+    """Names and shapes of a tower's parameters, unrolled; nothing is allocated."""
+    del text
+    module = vit.VisionTower(dataclasses.replace(tower, scan_layers=True))
+    images = jax.ShapeDtypeStruct((1, *tower.image_size, 3), jnp.uint8)
+    params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    shapes = unrolled_shapes(params)
+    return {f"{TOWER}/{name}": shape for name, shape in shapes.items()}
+
+
+def resample(resampling: vit_positions.Resampling):
+    """`Model.resample` by that method."""
+    return functools.partial(_resample, resampling)
+
+
+def _resample(resampling, table, old_grid, new_grid) -> np.ndarray:
+    new = vit_positions.resample_position_embeddings(
+        jnp.asarray(table, jnp.float32), old_grid, new_grid, resampling
+    )
+    return np.asarray(new).astype(table.dtype)
+
+
+def linear(ours: str, theirs: str, *, bias: bool = True) -> list[Row]:
+    """Rows of a torch Linear."""
+    rows = [Row(f"{ours}/kernel", f"{theirs}.weight", TRANSPOSE)]
+    return rows + [Row(f"{ours}/bias", f"{theirs}.bias")] * bias
+
+
+def norm(ours: str, theirs: str, *, bias: bool = True) -> list[Row]:
+    """Rows of a torch LayerNorm, or RMSNorm without bias."""
+    rows = [Row(f"{ours}/scale", f"{theirs}.weight")]
+    return rows + [Row(f"{ours}/bias", f"{theirs}.bias")] * bias
+
+
+def layer_scales(attention: str, mlp: str) -> list[Row]:
+    """Rows of a sequential block's two LayerScales."""
+    return [
+        Row(f"{BLOCK}/layer_scale/scale", attention),
+        Row(f"{BLOCK}/mlp_layer_scale/scale", mlp),
+    ]
+
+
+def attention(ours: str, theirs: Sequence[str], tower: vit.ViTConfig) -> list[Row]:
+    """Rows of query, key, value and out projections; `theirs` names them."""
+    names = ("query", "key", "value", "out")
+    biases = (
+        tower.qkv_bias,
+        tower.qkv_bias and tower.key_bias,
+        tower.qkv_bias,
+        tower.out_bias,
+    )
+    return [
+        row
+        for name, their, bias in zip(names, theirs, biases, strict=True)
+        for row in linear(f"{ours}/attention/{name}", their, bias=bias)
+    ]
+
+
+def pixels(config: Mapping[str, Any], usual: tuple) -> dict[str, Any]:
+    """Mean and deviation: those of the source's image processor, or the usual ones."""
+    processor = config.get("preprocessor", {})
+    mean = processor.get("image_mean", usual[0])
+    deviation = processor.get("image_std", usual[1])
+    return dict(pixel_mean=tuple(mean), pixel_std=tuple(deviation))
+
+
+def resizing(config: Mapping[str, Any], usual: str, tower: vit.ViTConfig) -> tuple:
+    """Facts on how the source's images are resized."""
+    processor = config.get("preprocessor", {})
+    said = usual
+    if "size" in processor:
+        said = f"to {processor['size']}"
+        if processor.get("resample") in FILTERS:
+            said += f", {FILTERS[processor['resample']]}"
+        if processor.get("do_center_crop"):
+            said += f", then the centre {processor.get('crop_size')}"
+    facts = [f"images were resized {said}"]
+    if "image_size" in config:
+        full = pair(config["image_size"])
+        if full != tower.image_size:
+            facts.append(
+                f"its images are {full[0]}x{full[1]}, of which the tower sees the top "
+                f"left {tower.image_size[0]}x{tower.image_size[1]}: crop, do not resize"
+            )
+    return tuple(facts)
+
+
+def square(positions: int, source: str) -> int:
+    """Side of a square grid with so many positions."""
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise UserError(
+            f"{source} has {positions} positions, which make no square grid; towers "
+            "with another grid cannot be imported."
+        )
+    return side
+
+
+def whole_patches(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    """The part of an image that whole patches cover: a convolution drops the rest."""
+    height, width = pair(size)
+    return height // patch_size * patch_size, width // patch_size * patch_size
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size that may be given as one number."""
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return int(height), int(width)
+
+
+def refuse(config: Mapping[str, Any], **computed: Any) -> None:
+    """Raises UserError where the config sets what our tower computes otherwise.
+
+    computed: field -> the only value that we have; an absent field is taken for it.
+    """
+    for name, value in computed.items():
+        if (got := config.get(name, value)) != value:
+            raise UserError(
+                f"config.json says {name} = {got!r}; this tower can only be computed "
+                f"with {value!r}."
+            )
+
+
+def need_tensors(tensors: Mapping[str, Any], what: str) -> None:
+    """Raises UserError if there are no tensors to read the sizes from."""
+    if not tensors:
+        raise UserError(
+            f"the sizes of {what} are read from its tensors; name with --config the "
+            "directory that `vit22b import` wrote."
+        )
+
+
+def choose(config: Mapping[str, Any], name: str, values: Mapping[Any, Any]) -> Any:
+    """What stands for `config[name]` in `values`."""
+    got = config[name]
+    if got not in values:
+        raise UserError(
+            f"config.json says {name} = {got!r}; known are "
+            f"{', '.join(map(repr, values))}."
+        )
+    return values[got]
+
+
+def prefix_of(names: Mapping[str, Any], anchor: str, prefixes: Sequence[str]) -> str:
+    """Which of the prefixes the tower's names have; `anchor` is one of these names.
+
+    Without any names (an export by a config alone) it is the first prefix.
+    """
+    if not names:
+        return prefixes[0]
+    for prefix in prefixes:
+        if prefix + anchor in names:
+            return prefix
+    raise UserError(
+        f"no tensor is called {anchor}, nor that after one of "
+        f"{', '.join(p for p in prefixes if p)}: this is not the tower that its "
+        "config.json promises, or a part of the download is missing."
+    )

@@ -1,0 +1,224 @@
+"""big_vision's image towers in npz: ViT, SigLIP, SigLIP 2, NaFlex.
+
+There is no config: sizes are read from the tensors. Names may stand below `params/` and
+`img/`. Blocks may be stacked (`encoderblock`). Files from before 2022 count submodules
+otherwise, and give the class token a position. Without a position table the positions
+are sines of 224 x 224 pixels' grid.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit22b_transfer.models import vit
+from vit22b_transfer.weights.families import tower_rows as tr
+from vit22b_transfer.weights.families import towers_hugging_face as hf
+from vit22b_transfer.weights.mapping import (
+    Family,
+    Model,
+    Row,
+    Transform,
+    conv_kernel_hwio,
+    join_heads,
+    leading_ones,
+    per_layer,
+    reshape,
+)
+
+Tensors = Mapping[str, Any]
+_PREFIXES = ("", "params/", "img/", "params/img/")
+# Of all published towers with fixed sine positions.
+_SINE_IMAGE_SIZE = 224
+_OTHER_PARTS = {
+    r"(params/)?txt/.*": "the text tower",
+    r"(params/)?[tb]": "the contrastive loss",
+    r"opt/.*": "the optimizer's state",
+}
+_ANCHOR = "Transformer/encoder_norm/scale"
+
+
+def _blocks(tensors: Tensors, prefix: str) -> tuple[str, int, bool]:
+    """(name of a block with `{i}`, how many there are, whether they are stacked)."""
+    name = f"{prefix}Transformer/encoderblock"
+    stacked = tensors.get(f"{name}/LayerNorm_0/scale")
+    if stacked is not None:
+        return f"{name}_{{i}}", stacked.shape[0], True
+    pattern = re.compile(re.escape(name) + r"_(\d+)/LayerNorm_0/scale")
+    depth = sum(pattern.fullmatch(x) is not None for x in tensors)
+    return f"{name}_{{i}}", depth, False
+
+
+def _part(tensors: Tensors, block: str, names: tuple[str, ...]) -> str:
+    """The first of the names that the first block has."""
+    for i in ("_0", ""):
+        for name in names:
+            if any(
+                x.startswith(block.replace("_{i}", i) + f"/{name}/") for x in tensors
+            ):
+                return name
+    return names[0]
+
+
+def _positions(tensors: Tensors, prefix: str) -> str | None:
+    for name in (
+        "pos_embedding",
+        "Transformer/pos_embedding",
+        "Transformer/posembed_input/pos_embedding",
+    ):
+        if prefix + name in tensors:
+            return prefix + name
+    return None
+
+
+def sine_positions(width: int, grid: tuple[int, int]) -> np.ndarray:
+    """big_vision's `sincos2d` table [rows * columns, E], which no file holds."""
+    rows, columns = np.mgrid[: grid[0], : grid[1]]
+    frequencies = 1.0 / 10_000.0 ** (np.arange(width // 4) / (width // 4 - 1))
+    y, x = (at.reshape(-1, 1) * frequencies for at in (rows, columns))
+    table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    return table.astype(np.float32)
+
+
+def _read(config: Mapping[str, Any], tensors: Tensors) -> Model:
+    del config
+    tr.need_tensors(tensors, "big_vision's towers")
+    prefix = tr.prefix_of(tensors, _ANCHOR, _PREFIXES)
+    block, depth, stacked = _blocks(tensors, prefix)
+    attention = _part(
+        tensors,
+        block,
+        ("MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1"),
+    )
+    mlp = _part(tensors, block, ("MlpBlock_0", "MlpBlock_3"))
+    first = block.replace("_{i}", "" if stacked else "_0")
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tensors[f"{first}/{name}"].shape[int(stacked) :]
+
+    kernel = tensors[f"{prefix}embedding/kernel"].shape
+    naflex = len(kernel) == 2
+    patch_size = tr.square(kernel[0] // 3, "embedding/kernel") if naflex else kernel[0]
+    has_cls, positions = f"{prefix}cls" in tensors, _positions(tensors, prefix)
+    if positions is None:
+        count, class_position = (_SINE_IMAGE_SIZE // patch_size) ** 2, False
+    else:
+        table = tensors[positions].shape
+        count = table[0] * table[1] if naflex else table[1]
+        class_position = has_cls and math.isqrt(count) ** 2 == count - 1
+    side = tr.square(count - class_position, f"{positions}")
+    head = next((x for x in ("MAPHead_0/", "") if f"{prefix}{x}probe" in tensors), None)
+    resampling = "bilinear_antialiased" if naflex else "bilinear_corners"
+    tower = vit.ViTConfig(
+        width=kernel[-1],
+        depth=depth,
+        mlp_dim=shape(f"{mlp}/Dense_0/bias")[0],
+        num_heads=shape(f"{attention}/query/bias")[0],
+        patch_size=patch_size,
+        image_size=(side * patch_size, side * patch_size),
+        class_token=has_cls,
+        class_position=class_position,
+        pooling="cls" if has_cls else "gap" if head is None else "map",
+        position_resampling=resampling,
+        **tr.SEQUENTIAL,
+        **tr.pixels({}, tr.HALF),
+    )
+    second = _part(tensors, block, ("LayerNorm_1", "LayerNorm_2"))
+    rows = [
+        Row(
+            f"{tr.TOWER}/patch_embedding/kernel",
+            f"{prefix}embedding/kernel",
+            reshape(kernel, kernel) if naflex else conv_kernel_hwio(patch_size),
+        ),
+        Row(f"{tr.TOWER}/patch_embedding/bias", f"{prefix}embedding/bias"),
+        *_position_rows(tower, positions, naflex),
+        *_norm(f"{tr.TOWER}/encoder_norm", f"{prefix}Transformer/encoder_norm"),
+        *per_layer(
+            depth,
+            [
+                *_norm(f"{tr.BLOCK}/norm", f"{block}/LayerNorm_0"),
+                *_norm(f"{tr.BLOCK}/mlp_norm", f"{block}/{second}"),
+                *_attention(tower, tr.BLOCK, f"{block}/{attention}"),
+                *_mlp(tr.BLOCK, f"{block}/{mlp}"),
+            ],
+        ),
+    ]
+    if has_cls:
+        rows.append(Row(f"{tr.TOWER}/cls/embedding", f"{prefix}cls"))
+    if head is not None:
+        rows += _map(tower, prefix + head)
+    classifier = rf"{prefix}(head|pre_logits)/.*"
+    return Model(
+        tuple(rows),
+        tower,
+        dropped=_OTHER_PARTS | {classifier: "the classifier"},
+        carried=(classifier,),
+        positions=(tr.POSITIONS,),
+        resample=tr.resample(resampling),
+        facts=(
+            "images were resized to the tower's size whatever their shape, bilinear",
+        ),
+    )
+
+
+def _position_rows(tower: vit.ViTConfig, theirs: str | None, naflex: bool) -> list[Row]:
+    if theirs is None:
+        table = sine_positions(tower.width, tower.grid_of(*tower.image_size))
+        return [Row(tr.POSITIONS, (), Transform(lambda _: (table,), lambda _: ()))]
+    if tower.class_position:
+        return [hf.position_row(theirs, ones=1)]
+    if naflex:
+        side = tower.image_size[0] // tower.patch_size
+        square = reshape((side * side, -1), (side, side, tower.width))
+        return [Row(tr.POSITIONS, theirs, square)]
+    return [Row(tr.POSITIONS, theirs, leading_ones(0, 1))]
+
+
+def _norm(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}/{x}", f"{theirs}/{x}") for x in ("scale", "bias")]
+
+
+def _attention(tower: vit.ViTConfig, ours: str, theirs: str) -> list[Row]:
+    inward, outward = (join_heads(tower.num_heads, axis=axis) for axis in (1, 0))
+    rows = []
+    for name in ("query", "key", "value"):
+        at = f"{ours}/attention/{name}"
+        rows.append(Row(f"{at}/kernel", f"{theirs}/{name}/kernel", inward))
+        rows.append(Row(f"{at}/bias", f"{theirs}/{name}/bias", outward))
+    at = f"{ours}/attention/out"
+    rows.append(Row(f"{at}/kernel", f"{theirs}/out/kernel", outward))
+    return [*rows, Row(f"{at}/bias", f"{theirs}/out/bias")]
+
+
+def _mlp(ours: str, theirs: str) -> list[Row]:
+    return [
+        Row(f"{ours}/mlp/{x}/{part}", f"{theirs}/{their}/{part}")
+        for x, their in (("wi", "Dense_0"), ("wo", "Dense_1"))
+        for part in ("kernel", "bias")
+    ]
+
+
+def _map(tower: vit.ViTConfig, theirs: str) -> list[Row]:
+    ours = f"{tr.TOWER}/map"
+    return [
+        Row(f"{ours}/probe/embedding", f"{theirs}probe"),
+        *_attention(tower, ours, f"{theirs}MultiHeadDotProductAttention_0"),
+        *_norm(f"{ours}/norm", f"{theirs}LayerNorm_0"),
+        *_mlp(ours, f"{theirs}MlpBlock_0"),
+    ]
+
+
+FAMILIES = (
+    Family(
+        "big_vision-vit",
+        lambda config, tensors: (
+            any(f"{x}{_ANCHOR}" in tensors for x in _PREFIXES)
+            and not any("llm/" in name for name in tensors)
+        ),
+        _read,
+        tr.tower_shapes,
+        file_format="npz",
+    ),
+)

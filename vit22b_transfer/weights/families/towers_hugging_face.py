@@ -1,0 +1,349 @@
+"""Image towers in Hugging Face's safetensors: ViT, SigLIP, SigLIP 2 (NaFlex), CLIP.
+
+The fixed-resolution SigLIP 2 has SigLIP's layout and class there. Names may have the
+prefix of a whole model, whose other parts are left out. What a config.json leaves
+unsaid is the default of its class.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vit22b_transfer import UserError
+from vit22b_transfer.models import vit
+from vit22b_transfer.weights.families import tower_rows as tr
+from vit22b_transfer.weights.mapping import (
+    TRANSPOSE,
+    Family,
+    Model,
+    Row,
+    conv_kernel_oihw,
+    leading_ones,
+    per_layer,
+    split,
+    then,
+)
+
+Config = Mapping[str, Any]
+
+ACTIVATIONS = {
+    "gelu": "gelu_erf",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+}
+_SIZES = dict(
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=3072,
+    image_size=224,
+    patch_size=16,
+    num_channels=3,
+)
+VIT_DEFAULTS = _SIZES | dict(hidden_act="gelu", layer_norm_eps=1e-12, qkv_bias=True)
+SIGLIP_DEFAULTS = _SIZES | dict(
+    hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, vision_use_head=True
+)
+NAFLEX_DEFAULTS = {
+    name: value for name, value in SIGLIP_DEFAULTS.items() if name != "image_size"
+} | dict(num_patches=256)
+CLIP_DEFAULTS = _SIZES | dict(
+    patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5
+)
+
+CLASSIFIER = r"classifier\..*"
+_PROJECTION = r"visual_projection\.weight"
+_OTHER_PARTS = {
+    CLASSIFIER: "the classifier",
+    _PROJECTION: "the projection to the contrastive space",
+    r"text_model\..*": "the text tower",
+    r"text_projection\..*": "the text tower",
+    r"logit_(scale|bias)": "the contrastive loss",
+    r".*\bposition_ids": "a buffer: 0, 1, 2, ...",
+}
+
+
+def completed(config: Config, defaults: Config) -> dict[str, Any]:
+    """The image tower's part of a config, what it leaves unsaid from the defaults."""
+    part = config.get("vision_config", config)
+    said = {name: value for name, value in part.items() if value is not None}
+    processor = config.get("preprocessor", {})
+    return dict(defaults) | said | {"preprocessor": processor}
+
+
+def tower_config(config: Config, **fields: Any) -> vit.ViTConfig:
+    """The tower that a completed config describes; `fields` are the family's own."""
+    tr.refuse(config, num_channels=3)
+    patch_size = config["patch_size"]
+    if not isinstance(patch_size, int):
+        height, width = patch_size
+        if height != width:
+            raise UserError(f"patches of {height}x{width}; they must be square.")
+        patch_size = height
+    usual: dict[str, Any] = tr.SEQUENTIAL | dict(
+        width=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        mlp_dim=config.get("intermediate_size"),
+        patch_size=patch_size,
+        image_size=tr.whole_patches(config["image_size"], patch_size),
+        norm_epsilon=config["layer_norm_eps"],
+        activation=tr.choose(config, "hidden_act", ACTIVATIONS),
+    )
+    return vit.ViTConfig(**(usual | fields))
+
+
+def patch_rows(tower: vit.ViTConfig, theirs: str) -> list[Row]:
+    """Rows of a patch embedding that is a convolution there."""
+    ours = f"{tr.TOWER}/patch_embedding"
+    kernel = conv_kernel_oihw(tower.patch_size)
+    rows = [Row(f"{ours}/kernel", f"{theirs}.weight", kernel)]
+    return rows + [Row(f"{ours}/bias", f"{theirs}.bias")] * tower.patch_bias
+
+
+def position_row(theirs: str, *, ones: int) -> Row:
+    """Row of one table of positions, the class token's first.
+
+    ones: how many leading axes of size one it has there.
+    """
+    both = (f"{tr.TOWER}/cls_position/embedding", tr.POSITIONS)
+    return Row(both, theirs, then(leading_ones(0, ones), split((1, -1), axis=0)))
+
+
+def mlp_rows(block: str, first: str, second: str) -> list[Row]:
+    """Rows of an MLP without gate."""
+    return tr.linear(f"{block}/mlp/wi", first) + tr.linear(f"{block}/mlp/wo", second)
+
+
+def of_type(*model_types: str):
+    """`Family.recognises` by the config's `model_type`."""
+    return lambda config, tensors: config.get("model_type") in model_types
+
+
+# --- ViT ---
+
+
+def _read_vit(config: Config, tensors: Config) -> Model:
+    config = completed(config, VIT_DEFAULTS)
+    anchor = "embeddings.patch_embeddings.projection.weight"
+    prefix = tr.prefix_of(tensors, anchor, ("", "vit."))
+    tower = tower_config(
+        config,
+        qkv_bias=config["qkv_bias"],
+        class_token=True,
+        class_position=True,
+        pooling="cls",
+        position_resampling="bicubic",
+        **tr.pixels(config, tr.HALF),
+    )
+    layer = f"{prefix}encoder.layer.{{i}}"
+    attention = [f"{layer}.attention.attention.{x}" for x in ("query", "key", "value")]
+    rows = [
+        Row(f"{tr.TOWER}/cls/embedding", f"{prefix}embeddings.cls_token"),
+        position_row(f"{prefix}embeddings.position_embeddings", ones=1),
+        *patch_rows(tower, prefix + anchor.removesuffix(".weight")),
+        *tr.norm(f"{tr.TOWER}/encoder_norm", f"{prefix}layernorm"),
+        *per_layer(
+            tower.depth,
+            [
+                *tr.norm(f"{tr.BLOCK}/norm", f"{layer}.layernorm_before"),
+                *tr.norm(f"{tr.BLOCK}/mlp_norm", f"{layer}.layernorm_after"),
+                *tr.attention(
+                    tr.BLOCK, [*attention, f"{layer}.attention.output.dense"], tower
+                ),
+                *mlp_rows(
+                    tr.BLOCK, f"{layer}.intermediate.dense", f"{layer}.output.dense"
+                ),
+            ],
+        ),
+    ]
+    head, mask_token = rf"{prefix}pooler\..*", rf"{prefix}embeddings\.mask_token"
+    return Model(
+        tuple(rows),
+        tower,
+        dropped={
+            CLASSIFIER: "the classifier",
+            head: "a classifier's layer after the class token",
+            mask_token: "used in pretraining only",
+        },
+        carried=(CLASSIFIER, head, mask_token),
+        positions=(tr.POSITIONS,),
+        resample=tr.resample("bicubic"),
+        facts=tr.resizing(config, "to the tower's size, bilinear", tower),
+    )
+
+
+# --- SigLIP, SigLIP 2, CLIP: one layout of blocks ---
+
+
+def _encoder_rows(tower: vit.ViTConfig, prefix: str) -> list[Row]:
+    layer = f"{prefix}encoder.layers.{{i}}"
+    names = [f"{layer}.self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
+    return per_layer(
+        tower.depth,
+        [
+            *tr.norm(f"{tr.BLOCK}/norm", f"{layer}.layer_norm1"),
+            *tr.norm(f"{tr.BLOCK}/mlp_norm", f"{layer}.layer_norm2"),
+            *tr.attention(tr.BLOCK, names, tower),
+            *mlp_rows(tr.BLOCK, f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"),
+        ],
+    )
+
+
+def map_rows(theirs: str) -> list[Row]:
+    """Rows of SigLIP's pooling; its attention is torch's own, with q, k, v fused."""
+    ours = f"{tr.TOWER}/map"
+    projections = [f"{ours}/attention/{x}" for x in ("query", "key", "value")]
+    return [
+        Row(f"{ours}/probe/embedding", f"{theirs}.probe"),
+        Row(
+            [f"{x}/kernel" for x in projections],
+            f"{theirs}.attention.in_proj_weight",
+            then(split(3, axis=0), TRANSPOSE),
+        ),
+        Row(
+            [f"{x}/bias" for x in projections],
+            f"{theirs}.attention.in_proj_bias",
+            split(3, axis=0),
+        ),
+        *tr.linear(f"{ours}/attention/out", f"{theirs}.attention.out_proj"),
+        *tr.norm(f"{ours}/norm", f"{theirs}.layernorm"),
+        *mlp_rows(ours, f"{theirs}.mlp.fc1", f"{theirs}.mlp.fc2"),
+    ]
+
+
+def siglip_rows(tower: vit.ViTConfig, prefix: str) -> list[Row]:
+    """Rows of SigLIP's tower; PaliGemma's has the same."""
+    return [
+        Row(tr.POSITIONS, f"{prefix}embeddings.position_embedding.weight"),
+        *patch_rows(tower, f"{prefix}embeddings.patch_embedding"),
+        *_encoder_rows(tower, prefix),
+        *tr.norm(f"{tr.TOWER}/encoder_norm", f"{prefix}post_layernorm"),
+        *(map_rows(f"{prefix}head") if tower.pooling == "map" else []),
+    ]
+
+
+def siglip_tower(config: Config) -> vit.ViTConfig:
+    """The tower of a SigLIP vision config, or of a config that holds one."""
+    config = completed(config, SIGLIP_DEFAULTS)
+    return tower_config(
+        config,
+        pooling="map" if config["vision_use_head"] else "none",
+        position_resampling="bicubic",
+        **tr.pixels(config, tr.HALF),
+    )
+
+
+def _read_siglip(config: Config, tensors: Config) -> Model:
+    tower = siglip_tower(config)
+    anchor = "embeddings.patch_embedding.weight"
+    prefix = tr.prefix_of(tensors, anchor, ("", "vision_model."))
+    config = completed(config, SIGLIP_DEFAULTS)
+    return Model(
+        tuple(siglip_rows(tower, prefix)),
+        tower,
+        dropped=_OTHER_PARTS,
+        carried=(CLASSIFIER,),
+        positions=(tr.POSITIONS,),
+        resample=tr.resample("bicubic"),
+        facts=tr.resizing(
+            config, "to the tower's size whatever their shape, bicubic", tower
+        ),
+    )
+
+
+def _read_naflex(config: Config, tensors: Config) -> Model:
+    config = completed(config, NAFLEX_DEFAULTS)
+    side = tr.square(config["num_patches"], "config.json")
+    tower = tower_config(
+        config | {"image_size": side * config["patch_size"]},
+        pooling="map" if config["vision_use_head"] else "none",
+        position_resampling="bilinear_antialiased",
+        **tr.pixels(config, tr.HALF),
+    )
+    anchor = "embeddings.patch_embedding.weight"
+    prefix = tr.prefix_of(tensors, anchor, ("", "vision_model."))
+    patches = f"{tr.TOWER}/patch_embedding"
+    rows = [
+        Row(tr.POSITIONS, f"{prefix}embeddings.position_embedding.weight"),
+        *tr.linear(patches, f"{prefix}embeddings.patch_embedding"),
+        *_encoder_rows(tower, prefix),
+        *tr.norm(f"{tr.TOWER}/encoder_norm", f"{prefix}post_layernorm"),
+        *(map_rows(f"{prefix}head") if tower.pooling == "map" else []),
+    ]
+    return Model(
+        tuple(rows),
+        tower,
+        dropped=_OTHER_PARTS,
+        carried=(CLASSIFIER,),
+        positions=(tr.POSITIONS,),
+        resample=tr.resample("bilinear_antialiased"),
+        facts=(
+            "images were resized, bilinear, to multiples of the patch size that keep "
+            "their shape within a number of patches; here all images of a batch have "
+            "one size, any that patches tile",
+        ),
+    )
+
+
+def _read_clip(config: Config, tensors: Config) -> Model:
+    config = completed(config, CLIP_DEFAULTS)
+    anchor = "embeddings.patch_embedding.weight"
+    prefix = tr.prefix_of(tensors, anchor, ("", "vision_model."))
+    tower = tower_config(
+        config,
+        patch_bias=False,
+        class_token=True,
+        class_position=True,
+        stem_norm=True,
+        final_norm="pooled",
+        pooling="cls",
+        position_resampling="bicubic",
+        **tr.pixels(config, tr.CLIP),
+    )
+    rows = [
+        Row(
+            f"{tr.TOWER}/cls/embedding",
+            f"{prefix}embeddings.class_embedding",
+            leading_ones(2, 0),
+        ),
+        position_row(f"{prefix}embeddings.position_embedding.weight", ones=0),
+        *patch_rows(tower, f"{prefix}embeddings.patch_embedding"),
+        *tr.norm(f"{tr.TOWER}/stem_norm", f"{prefix}pre_layrnorm"),
+        *_encoder_rows(tower, prefix),
+        *tr.norm(f"{tr.TOWER}/encoder_norm", f"{prefix}post_layernorm"),
+    ]
+    return Model(
+        tuple(rows),
+        tower,
+        dropped=_OTHER_PARTS,
+        carried=(CLASSIFIER, _PROJECTION),
+        positions=(tr.POSITIONS,),
+        resample=tr.resample("bicubic"),
+        facts=tr.resizing(
+            config,
+            "to the tower's size on the shorter side, bicubic, centre cut",
+            tower,
+        ),
+    )
+
+
+FAMILIES = (
+    Family("hf-vit", of_type("vit"), _read_vit, tr.tower_shapes),
+    Family(
+        "hf-siglip",
+        of_type("siglip", "siglip_vision_model"),
+        _read_siglip,
+        tr.tower_shapes,
+    ),
+    Family(
+        "hf-siglip2-naflex",
+        of_type("siglip2", "siglip2_vision_model"),
+        _read_naflex,
+        tr.tower_shapes,
+    ),
+    Family(
+        "hf-clip", of_type("clip", "clip_vision_model"), _read_clip, tr.tower_shapes
+    ),
+)

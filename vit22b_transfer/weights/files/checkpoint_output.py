@@ -1,0 +1,198 @@
+"""A checkpoint in our layout, written array by array in little memory.
+
+Orbax writes a checkpoint of the same tree whose arrays are single zeros; TensorStore
+then puts the real arrays in their places. So all but the arrays is Orbax's own writing,
+and both our runtime and T5X restore the result.
+"""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from flax import traverse_util
+
+from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.host import whole_files
+from vit22b_transfer.weights.files import blocks
+from vit22b_transfer.weights.mapping import Shape, Slot
+
+_RECORD = "import_progress.jsonl"
+
+
+class CheckpointOutput:
+    """`OUT/checkpoint_0`, under another name until `finish` renames it.
+
+    arrays: parameter -> (shape, dtype).
+    origin: a text that is equal if and only if the same import is started again. Then
+      arrays that are already there are kept, once their checksums have been compared.
+    """
+
+    def __init__(
+        self, out: str, arrays: Mapping[str, tuple[Shape, np.dtype]], origin: str
+    ):
+        self.final = reading.checkpoint_path(out, 0)
+        self.path = self.final + ".importing"
+        self._arrays = arrays
+        # One for all arrays, so that their writes are committed together. Files are
+        # synced at the end: to wait for the disk after each block halves the rate.
+        self._context: Any = tensorstore.Context({"file_io_sync": False})
+        self._record = os.path.join(self.path, _RECORD)
+        self._checksums = self._checksums_of(origin)
+        self._lock = threading.Lock()
+        if not self._checksums:
+            self._create(origin)
+
+    def _checksums_of(self, origin: str) -> dict[Slot, int]:
+        """What an interrupted import of the same origin had written."""
+        if not os.path.isfile(self._record):
+            return {}
+        with open(self._record, encoding="utf-8") as file:
+            lines = file.read().split("\n")[:-1]  # a line without an end is unfinished
+        if not lines or json.loads(lines[0]) != origin:
+            return {}
+        found = (json.loads(line) for line in lines[1:])
+        return {Slot(name, layer): checksum for name, layer, checksum in found}
+
+    def _create(self, origin: str) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        places = {
+            f"target/{name}": np.zeros(1, dtype)
+            for name, (_, dtype) in self._arrays.items()
+        }
+        tree = traverse_util.unflatten_dict(places, sep="/")
+        tree["state"] = {"step": jnp.zeros((), jnp.int32)}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
+            orbax.save(
+                self.path, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree))
+            )
+        with tensorstore.Transaction(atomic=True) as transaction:
+            for name, (shape, dtype) in self._arrays.items():
+                metadata = {
+                    "shape": shape,
+                    "chunks": self._chunks(name),
+                    "dtype": "bfloat16" if dtype.name == "bfloat16" else dtype.str,
+                    # Weights do not compress, and to try takes longer than to write.
+                    "compressor": None,
+                    "fill_value": None,
+                }
+                spec = self._spec(name) | {"metadata": metadata}
+                tensorstore.open(
+                    spec,
+                    create=True,
+                    delete_existing=True,
+                    transaction=transaction,
+                    context=self._context,
+                ).result()
+        with open(self._record, "w", encoding="utf-8") as file:
+            file.write(json.dumps(origin) + "\n")
+
+    def _spec(self, name: str) -> dict[str, Any]:
+        key = "target." + name.replace("/", ".")
+        base = f"file://{self.path}/state/"
+        return {
+            "driver": "zarr",
+            "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"},
+            # As Orbax does: an absent chunk is then a damaged checkpoint, not zeros.
+            "store_data_equal_to_fill_value": True,
+        }
+
+    def _chunks(self, name: str) -> Shape:
+        shape, dtype = self._arrays[name]
+        if name in self._stacked:
+            return (1, *blocks.block_shape(shape[1:], dtype.itemsize))
+        return blocks.block_shape(shape, dtype.itemsize)
+
+    @property
+    def _stacked(self) -> frozenset[str]:
+        return frozenset(name for name in self._arrays if "/layers/" in name)
+
+    def _store(self, slot: Slot) -> tuple[Any, Shape]:
+        """The array of a slot and the shape of its chunks."""
+        store: Any = tensorstore.open(
+            self._spec(slot.name), context=self._context
+        ).result()
+        chunks = self._chunks(slot.name)
+        return (
+            (store, chunks) if slot.layer is None else (store[slot.layer], chunks[1:])
+        )
+
+    def has(self, slot: Slot) -> bool:
+        """Whether an earlier run wrote this array, and it is what it was."""
+        if slot not in self._checksums:
+            return False
+        store, chunks = self._store(slot)
+        checksum = 0
+        for region in blocks.regions(tuple(store.shape), chunks):
+            block = np.ascontiguousarray(store[region].read().result())
+            checksum = blocks.checksum(block, checksum)
+        return checksum == self._checksums[slot]
+
+    def write(self, slot: Slot, array: np.ndarray, name: str) -> None:
+        """Writes an array, converted to its dtype; `name` is for errors.
+
+        Several threads may write at a time.
+
+        Raises:
+          UserError: if an element is, or becomes, infinite or not a number.
+        """
+        store, chunks = self._store(slot)
+        dtype = self._arrays[slot.name][1]
+        checksum, pending = 0, []
+        for region in blocks.regions(array.shape, chunks):
+            block = blocks.contiguous(array[region])
+            if not blocks.is_finite(block):
+                raise UserError(
+                    f"{name} holds NaN or infinite values; expected are finite "
+                    "weights. The file is damaged or its training diverged: fetch it "
+                    "again, or take another checkpoint."
+                )
+            if block.dtype != dtype:
+                block = self._converted(block, dtype, name)
+            checksum = blocks.checksum(block, checksum)
+            if pending:
+                pending.pop().result()
+            pending.append(
+                store[region].write(block, can_reference_source_data_indefinitely=True)
+            )
+        for future in pending:
+            future.result()
+        with self._lock, open(self._record, "a", encoding="utf-8") as file:
+            file.write(json.dumps([slot.name, slot.layer, checksum]) + "\n")
+
+    def _converted(self, block: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            block = block.astype(dtype)
+        if not blocks.is_finite(block):
+            raise UserError(
+                f"{name} holds values that {dtype} cannot; take --dtype bfloat16 or "
+                "float32."
+            )
+        return block
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Writes what the arrays do not tell where a run's checkpoints have it."""
+        file = reading.record_file(self.path)
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with open(file, "w", encoding="utf-8") as stream:
+            json.dump({"imported": True, **record}, stream)
+
+    def finish(self) -> str:
+        """The path of the checkpoint, which now is complete."""
+        os.remove(self._record)
+        whole_files.sync_tree(self.path)
+        os.rename(self.path, self.final)
+        whole_files.sync_directory(os.path.dirname(self.final))
+        return self.final
+
+    def discard(self) -> None:
+        """Removes what was written: the source turned out not to be usable."""
+        shutil.rmtree(self.path, ignore_errors=True)

@@ -1,0 +1,99 @@
+"""A tensor in a file, and how its bytes are brought into memory."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from vit22b_transfer import UserError
+from vit22b_transfer.weights.mapping import num_bytes
+
+GET_AGAIN = (
+    "The download was gated or cut off: accept the model's terms where it is "
+    "published, and fetch the file again."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file; `read()` brings it into memory, `read(i)` its i-th slice."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: str
+    read: Callable[..., np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return num_bytes(self.shape, self.dtype)
+
+
+def json_object(path: str) -> dict[str, Any]:
+    """The JSON object in a file; anything else is a UserError."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}). {GET_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object. {GET_AGAIN}")
+    return value
+
+
+def read_bytes(file: Any, path: str, count: int) -> np.ndarray:
+    """The next `count` bytes; a file that ends before is a UserError."""
+    buffer = np.empty(count, np.uint8)
+    view, done = memoryview(buffer.data), 0
+    while done < count:
+        read = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not read:
+            raise UserError(f"{path} ended {count - done} bytes early. {GET_AGAIN}")
+        done += read
+    return buffer
+
+
+def plain_reader(
+    path: str, offset: int, shape: tuple[int, ...], dtype: np.dtype
+) -> Callable[..., np.ndarray]:
+    """Reads a tensor, or one slice of it, that lies plainly in a file."""
+
+    def read(layer: int | None = None) -> np.ndarray:
+        start, part = offset, shape
+        if layer is not None:
+            part = shape[1:]
+            start += layer * num_bytes(part, dtype)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            data = read_bytes(file, path, num_bytes(part, dtype))
+        return data.view(dtype).reshape(part)
+
+    return read
+
+
+def refuse_other_content(path: str) -> None:
+    """Raises UserError for what is downloaded in place of weights."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    text = start.lstrip().lower()
+    if not start:
+        raise UserError(f"{path} is empty. {GET_AGAIN}")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a pointer of git-lfs, not the weights; run `git lfs pull` in "
+            "its repository."
+        )
+    # The length that begins a safetensors file has zeros, whatever its first byte is.
+    if b"\0" not in start[:8] and text.startswith(
+        (b"<", b"{", b"access ", b"invalid ", b"entry not", b"not found")
+    ):
+        shown = start[:80].decode("utf-8", "replace").split("\n")[0]
+        raise UserError(f"{path} is a text ({shown!r}), not weights. {GET_AGAIN}")
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        raise UserError(
+            f"{path} is a pickle whatever its name says; it is not opened. Take a real "
+            ".safetensors or .npz file."
+        )

@@ -1,0 +1,116 @@
+"""Files of tensors, read one tensor at a time: safetensors, npz, Orbax checkpoints.
+
+Opening a source reads headers only, and checks all they say (sizes, offsets, dtypes,
+overlap, the files' lengths) before any memory is taken for a tensor. Nothing that could
+run code on loading, a pickle, is ever opened.
+"""
+
+import os
+import re
+from typing import Any
+
+from vit22b_transfer import UserError
+from vit22b_transfer.weights.files import npz_files, orbax_files, safetensors_files
+from vit22b_transfer.weights.files.stored_tensors import (
+    GET_AGAIN,
+    StoredTensor,
+    json_object,
+    refuse_other_content,
+)
+from vit22b_transfer.weights.mapping import SHOWN
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_WEIGHTS = (".safetensors", ".npz")
+_INDEX = ".safetensors.index.json"
+
+
+def open_tensors(source: str) -> dict[str, StoredTensor]:
+    """All tensors of a file or directory, by name, unread.
+
+    source: a `.safetensors` or `.npz` file, a shard index, a directory that holds one
+      of these, or a checkpoint (of ours or of T5X) in Orbax's format.
+
+    Raises:
+      UserError: if it is no such thing or its headers contradict the files; the
+        message says what to do.
+    """
+    path = find_weights(source)
+    if os.path.isdir(path):
+        return orbax_files.open_orbax(path)
+    if path.endswith(_INDEX):
+        return safetensors_files.open_shards(path)
+    refuse_other_content(path)
+    return (
+        npz_files.open_npz(path)
+        if path.endswith(".npz")
+        else safetensors_files.open_safetensors(path)
+    )
+
+
+def find_weights(source: str) -> str:
+    """The file to open for a source; a directory if it is an Orbax checkpoint.
+
+    Raises:
+      UserError: if there is none, more than one, or only pickles.
+    """
+    path = os.path.abspath(os.path.expanduser(source))
+    if not os.path.exists(path):
+        raise UserError(f"there is no file or directory {source}.")
+    if not os.path.isdir(path):
+        _refuse_pickle(path)
+        if not path.endswith((*_WEIGHTS, _INDEX)):
+            raise UserError(
+                f"{source} is not a file of weights that can be read; these are "
+                f"*.safetensors, *{_INDEX} and *.npz."
+            )
+        return path
+    if checkpoint := orbax_files.orbax_directory(path):
+        return checkpoint
+    names = sorted(os.listdir(path))
+    for found in (
+        [name for name in names if name.endswith(_INDEX)],
+        [name for name in names if name.endswith(_WEIGHTS)],
+    ):
+        if len(found) == 1:
+            return os.path.join(path, found[0])
+        if len(found) > 1:
+            shards = any(re.search(r"-\d+-of-\d+\.", name) for name in found)
+            raise UserError(
+                f"{source} holds shards but no *{_INDEX}. {GET_AGAIN}"
+                if shards
+                else f"{source} holds several files of weights: {', '.join(found)}. "
+                "Name the file instead of the directory."
+            )
+    for name in names:
+        _refuse_pickle(os.path.join(path, name))
+    raise UserError(
+        f"{source} holds no weights (*.safetensors, *.npz or a finished checkpoint); "
+        f"it holds: {', '.join(names[:SHOWN]) or 'nothing'}. {GET_AGAIN}"
+    )
+
+
+def read_json(directory: str, name: str) -> dict[str, Any]:
+    """A JSON file of a source's directory; empty if there is none.
+
+    Raises:
+      UserError: if it is not a JSON object.
+    """
+    path = os.path.join(directory, name)
+    if not os.path.isfile(path):
+        return {}
+    return json_object(path)
+
+
+# --- What is refused unread ---
+
+
+def _refuse_pickle(path: str) -> None:
+    if path.endswith(_PICKLES):
+        raise UserError(
+            f"{path} is a pickle: to load one runs whatever code it holds, so it is "
+            "not opened. Take the .safetensors file of the same model; or, if you "
+            "trust its author, convert it where PyTorch is installed: "
+            "safetensors.torch.save_file({k: v.contiguous() for k, v in torch.load("
+            f"{os.path.basename(path)!r}, weights_only=True).items()}}, "
+            "'model.safetensors')."
+        )
