@@ -62,7 +62,7 @@ def with_lora(module: Any, config: LoraConfig) -> Any:
     """
     parts = {"tower": module.tower, "text": module.text}
     for name, part in parts.items():
-        if part is not None and part.lora not in (None, config):
+        if part is not None and getattr(part, "lora", None) not in (None, config):
             raise UserError(
                 f"the {name} has {part.lora}, the model {config}. Set one of the two."
             )
@@ -70,7 +70,9 @@ def with_lora(module: Any, config: LoraConfig) -> Any:
         **{
             name: dataclasses.replace(part, lora=config)
             for name, part in parts.items()
-            if part is not None
+            # A tower without such a field has no kernel that could be chosen:
+            # `check_patterns` tells.
+            if hasattr(part, "lora")
         }
     )
 

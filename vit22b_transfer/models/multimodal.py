@@ -7,7 +7,6 @@ typing; the names of its methods and arguments are T5X's. The decoder-only count
 of the module here is `prefix_lm.PrefixLMModule`.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from vit22b_transfer.models import (
     freezing,
     losses,
     prefix_lm,
-    vit,
+    towers,
 )
 from vit22b_transfer.models import lora as low_rank
 
@@ -44,7 +43,7 @@ def _inputs(batch: Batch) -> tuple[Any, jax.Array]:
     """Images, or what the tower made of them, and prompt tokens of a batch."""
     tokens = jnp.asarray(batch["encoder_input_tokens"], jnp.int32)
     if FEATURES in batch:
-        return vit.TowerOutput(jnp.asarray(batch[FEATURES]), None, {}), tokens
+        return towers.TowerOutput(jnp.asarray(batch[FEATURES]), None, {}), tokens
     return jnp.asarray(batch["encoder_input_images"]), tokens
 
 
@@ -57,7 +56,7 @@ def _targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
 def _with_int8_tower(module):
     if module.tower is None:
         raise UserError("int8_tower is set, but the model has no tower.")
-    tower = dataclasses.replace(module.tower, int8_kernels=True)
+    tower = towers.changed(module.tower, "int8_tower", int8_kernels=True)
     return module.clone(tower=tower)
 
 

@@ -220,6 +220,9 @@ def _reference_fits(value: Reference, annotation: Any) -> bool:
     if not isinstance(plain, type):
         return plain is not None
     if not value.evaluate:
+        # A class has the methods of a protocol, but it is not what it makes.
+        if inspect.isclass(value.target) and getattr(plain, "_is_protocol", False):
+            return False
         return plain is type or _is_instance(value.target, plain)
     is_class = inspect.isclass(value.target)
     made = value.target if is_class else _hints(value.target).get("return", Any)
