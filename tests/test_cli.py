@@ -195,7 +195,10 @@ def test_files_are_found_in_every_search_path(folder):
         ("ViTConfig.image_size=8", "must be tuple[int, int], got 8 (int)."),
         ("VOCAB_SIZE='300'", "through the macro set at command line: must be int, got"),
         ("ImageTextModule.tower=@ViTConfig", "Write @ViTConfig() to pass what it retu"),
-        ("ImageTextModule.tower=@T5Config()", "must be vit22b_transfer.models.towers.To"),
+        (
+            "ImageTextModule.tower=@T5Config()",
+            "must be vit22b_transfer.models.towers.To",
+        ),
         ("T5Config.width=@T5Config", "must be int, got @T5Config."),
         ("MODEL_DIR=/tmp/x", "Text needs quotes within quotes: '--gin.MODEL_DIR=\"/tm"),
         ("T5Config.width=eight", "'eight' is not a value"),

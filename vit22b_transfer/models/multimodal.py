@@ -220,3 +220,13 @@ class ImageTextModel:
             rng=rng,
         )
         return decoded.tokens, {"scores": decoded.scores}
+
+    def prediction_record(
+        self, tokens: np.ndarray, aux: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What is told of one example's prediction: its text and score.
+
+        tokens, aux: one row of what `predict_batch_with_aux` returns.
+        """
+        text = self.output_vocabulary.decode(tokens.tolist())
+        return {"prediction": text, "score": aux["scores"]}

@@ -48,7 +48,7 @@ def batch_arguments(
     return {
         "feature_lengths": cached.lengths(feature_lengths),
         "converter_cls": cached.converter_cls,
-        "instead": cached.tasks,
+        "task_overrides": cached.tasks,
     }
 
 

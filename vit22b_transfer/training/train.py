@@ -220,7 +220,7 @@ def fine_tune(
             save()
         writer.wait()
         path = reading.checkpoint_path(model_dir, step)
-        counters = dataclasses.asdict(batches.counters)
+        counters = batches.counters.counts()
         log.message(f"this session read {_counted(counters)}")
         log.message(f"{'stopped' if step < total_steps else 'done'}: {path}")
     return TrainResult(step, step < total_steps, path, metrics, counters)
