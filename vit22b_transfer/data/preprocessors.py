@@ -29,8 +29,8 @@ from seqio.vocabularies import Vocabulary
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.images import MAX_PIXELS, RESIZE_METHODS, read_image, resize
+from vit22b_transfer.data.indexed_source import IndexedSource
 from vit22b_transfer.data.records import Tally, check_choice
-from vit22b_transfer.data.sources import IndexedSource
 
 BAD_IMAGE_POLICIES = ("error", "skip")
 LONG_TEXT_POLICIES = ("error", "truncate")
