@@ -50,7 +50,7 @@ class Decoded:
     tokens: int32 [B, T], up to and including EOS, 0 after it. A sequence that did not
       end within T steps has no EOS.
     scores: float32 [B]; what they are is said by the function that made them.
-    steps: int32 scalar, how many times the model was called; None where not known.
+    steps: int32 scalar, how many times the model was called.
     settings: name and parameters of the method, for records of how a file was made.
     """
 
