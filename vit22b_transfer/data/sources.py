@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.annotations import (
@@ -26,6 +26,8 @@ from vit22b_transfer.data.records import (
     resolve_path,
 )
 
+# The split in which an image stands once for each of its captions.
+PER_CAPTION_SPLIT = "train"
 IMAGE_SUFFIXES = (
     ".bmp",
     ".gif",
@@ -67,10 +69,8 @@ class _CaptionSource(IndexedSource):
         self,
         split_to_files: Mapping[str, CaptionFiles],
         *,
-        per_caption_splits: Sequence[str] = ("train",),
         on_bad_record: str = "error",
     ):
-        self._per_caption_splits = tuple(per_caption_splits)
         super().__init__(split_to_files, on_bad_record=on_bad_record)
 
     def _resolved(self, files: CaptionFiles) -> CaptionFiles:
@@ -87,7 +87,7 @@ class _CaptionSource(IndexedSource):
         references = {image: tuple(texts) for image, texts in by_image.items()}
         records = []
         for path, image_id, caption in captions:
-            if split not in self._per_caption_splits:
+            if split != PER_CAPTION_SPLIT:
                 if image_id not in references:
                     continue  # all its captions are in the record of the first one
                 texts = references.pop(image_id)
@@ -100,8 +100,8 @@ class _CaptionSource(IndexedSource):
 class CocoCaptionsSource(_CaptionSource):
     """COCO captions JSON with an image folder.
 
-    In `per_caption_splits` every caption is a record; in other splits every image is
-    one, with its first caption as `target`. `references` are always all captions.
+    In the split "train" every caption is a record; in other splits every image is one,
+    with its first caption as `target`. `references` are always all captions.
     """
 
     def _read(self, split, files, bad):
