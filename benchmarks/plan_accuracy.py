@@ -68,7 +68,7 @@ def measure(size: str) -> dict[str, float]:
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
 
-    abstract = jobs.abstract_arguments(job, job.partitioning)
+    _, abstract = jobs.abstract_step(job, job.partitioning)
     before = resident_bytes()
     new_state, window, batch, rng = jax.tree.map(_made, abstract)
     for _ in range(2):

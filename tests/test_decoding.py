@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit22b_transfer.inference import decoding
+from vit22b_transfer.inference import decoding, sampling
 
 EOS = 1
 
@@ -431,7 +431,7 @@ def test_sampling_is_a_function_of_its_key():
 def test_nucleus_is_the_smallest_set_with_the_mass(top_p):
     logits = 3.0 * np.random.default_rng(0).normal(size=(20, 50)).astype(np.float32)
     probs = jax.nn.softmax(logits)
-    kept = np.asarray(decoding.nucleus(probs, top_p))
+    kept = np.asarray(sampling.nucleus(probs, top_p))
     for row, keep in zip(np.asarray(probs, float), kept, strict=True):
         chosen = np.sort(row[keep])
         assert row[~keep].max(initial=0.0) < chosen[0]
@@ -441,7 +441,7 @@ def test_nucleus_is_the_smallest_set_with_the_mass(top_p):
 
 def test_nucleus_of_everything_keeps_what_rounding_would_drop():
     probs = jax.nn.softmax(np.zeros((1, 49), np.float32))
-    assert np.asarray(decoding.nucleus(probs, 0.9999999)).all()
+    assert np.asarray(sampling.nucleus(probs, 0.9999999)).all()
 
 
 def test_drawn_tokens_follow_the_filtered_distribution():
@@ -450,7 +450,7 @@ def test_drawn_tokens_follow_the_filtered_distribution():
 
     def frequencies(**settings):
         settings = dict(temperature=1.0, top_k=0, top_p=1.0) | settings
-        drawn = decoding.sample_tokens(jax.random.key(0), rows, **settings)
+        drawn = sampling.sample_tokens(jax.random.key(0), rows, **settings)
         return np.bincount(drawn, minlength=5) / len(rows)
 
     expected = {

@@ -18,6 +18,7 @@ from vit22b_transfer.models import (
     prefix_lm,
     t5,
     vit,
+    vit_variants,
 )
 from vit22b_transfer.partitioning import rules
 from vit22b_transfer.recipes import loading
@@ -71,7 +72,7 @@ def test_every_tower_file_gives_the_size_it_names(path):
     module = module_of(path, CONFIGS / "models/t5_tiny.gin")
     names = {"giant": "g", "gigantic": "G", "so400m": "So400m", "22b": "22B", "e": "e"}
     name = path.stem.removeprefix("vit_").removesuffix("_classic")
-    variant = vit.VARIANTS[names.get(name, name.capitalize())]
+    variant = vit_variants.VARIANTS[names.get(name, name.capitalize())]
     assert module.tower.width == variant.width
     assert module.tower.depth == variant.depth
     assert module.tower.parallel == ("classic" not in path.stem)
@@ -79,7 +80,7 @@ def test_every_tower_file_gives_the_size_it_names(path):
 
 def test_every_variant_has_a_file():
     assert len([path for path in TOWERS if "classic" not in path.stem]) == len(
-        vit.VARIANTS
+        vit_variants.VARIANTS
     )
 
 

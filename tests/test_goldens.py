@@ -14,7 +14,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 from tiny_models import text_config
 
-from vit22b_transfer.models import encoder_decoder, gemma, prefix_lm, stacking, t5, vit
+from vit22b_transfer.models import (
+    encoder_decoder,
+    gemma,
+    prefix_lm,
+    stacking,
+    t5,
+    vit,
+    vit_variants,
+)
 
 GOLDENS = pathlib.Path(__file__).parent / "testdata" / "goldens"
 NAMES = (
@@ -94,14 +102,14 @@ def towers():
 
 
 def test_every_row_of_the_variants_table_has_a_golden():
-    assert [name.split("/")[0] for name in NAMES] == list(vit.VARIANTS)
+    assert [name.split("/")[0] for name in NAMES] == list(vit_variants.VARIANTS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tower_parameters_are_those_of_the_golden(towers, check_golden, name):
     trees = {form: described(towers[form, name]) for form in FORMS}
     # With the width, as some file systems take vit_g_14 and vit_G_14 for the same.
-    width = vit.parse_variant(name)["width"]
+    width = vit_variants.parse_variant(name)["width"]
     check_golden(f"vit_{name.replace('/', '_')}_{width}", trees)
 
 
@@ -255,7 +263,7 @@ def test_classic_towers_have_the_published_parameter_counts(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameter_counts_follow_from_the_sizes(towers, name):
-    sizes = vit.parse_variant(name)
+    sizes = vit_variants.parse_variant(name)
     width, depth, mlp = sizes["width"], sizes["depth"], sizes["mlp_dim"]
     patch, head_dim = sizes["patch_size"], sizes["width"] // sizes["num_heads"]
     stem = 3 * patch**2 * width + width + (224 // patch) ** 2 * width

@@ -6,9 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import assert_within, jit, random_params, relative_difference
+from tiny_models import (
+    assert_within,
+    jit,
+    random_params,
+    relative_difference,
+    stack_layers,
+)
 
-from vit22b_transfer.models import layers, multi_head_attention, stacking
+from vit22b_transfer.models import attention, layers, multi_head_attention, stacking
 
 BFLOAT16_EPSILON = 2.0**-8
 
@@ -96,7 +102,7 @@ def test_attention_equals_its_formula_with_mask_bias_and_scale():
     weights = np.exp(logits) * mask
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bnqk,bknh->bqnh", weights, value)
-    actual = layers.attend(
+    actual = attention.attend(
         query, key, value, mask=jnp.asarray(mask), bias=bias, scale=0.3
     )
     assert_within(1e-5, actual, expected)
@@ -106,8 +112,8 @@ def test_cached_attention_equals_attention_in_its_own_layout():
     query, key, value = normal(2, 3, 4, 8), normal(2, 5, 4, 8), normal(2, 5, 4, 8)
     bias, mask = normal(1, 4, 1, 5, seed=3), normal(2, 1, 3, 5, seed=4) < 0.5
     options = dict(mask=mask.at[..., 0].set(True), bias=bias, scale=0.3)
-    expected = layers.attend(query, key, value, **options)
-    actual = layers.attend_cached(
+    expected = attention.attend(query, key, value, **options)
+    actual = attention.attend_cached(
         query, key.transpose(0, 2, 3, 1), value.swapaxes(1, 2), **options
     )
     assert_within(1e-6, actual, expected)
@@ -117,7 +123,7 @@ def test_masked_keys_have_no_weight_at_all():
     query, key, value = normal(1, 3, 2, 8), normal(1, 5, 2, 8), normal(1, 5, 2, 8)
     mask = jnp.asarray([True, True, False, True, False])[None, None, None]
     wild = jnp.where(mask[0, 0, 0][None, :, None, None], 0.0, 1e4)
-    attend = functools.partial(layers.attend, mask=mask)
+    attend = functools.partial(attention.attend, mask=mask)
     actual = attend(query, key + wild, value + wild)
     assert_within(0.0, actual, attend(query, key, value))
 
@@ -201,9 +207,7 @@ def test_stacking_layers_is_the_inverse_of_unstacking():
     assert set(unrolled) == {"decoder", *(f"layers_{i}" for i in range(depth))}
     last = unrolled[f"layers_{depth - 1}"]["mlp"]["kernel"]
     assert_within(0.0, last, tree["layers"]["mlp"]["kernel"][-1])
-    jax.tree.map(
-        functools.partial(assert_within, 0.0), stacking.stack_layers(unrolled), tree
-    )
+    jax.tree.map(functools.partial(assert_within, 0.0), stack_layers(unrolled), tree)
 
 
 def test_relative_position_bias_depends_on_the_distance_only():

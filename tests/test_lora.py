@@ -22,13 +22,14 @@ from vit22b_transfer.models import (
     layers,
     lora,
     multimodal,
-    stacking,
     t5,
     vit,
 )
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import optimizers, state
 from vit22b_transfer.training.train import InitialCheckpoint
+from vit22b_transfer.weights.adapters import merging
+from vit22b_transfer.weights.files.stored_tensors import StoredTensor
 
 QUERY_VALUE = (".*attention/(query|value)/kernel",)
 EVERY_KERNEL = (".*(attention|mlp)/[^/]*/kernel",)
@@ -117,14 +118,27 @@ def test_kernels_of_attention_and_mlps_can_be_chosen(name):
             assert chosen != any(other in path for other in others), path
 
 
+def merged(params):
+    """The parameters with their updates added, as an export writes them."""
+    arrays = flatten_dict(params, sep="/")
+    stored = {
+        name: StoredTensor(array.shape, np.dtype(array.dtype), "", array.__array__)
+        for name, array in arrays.items()
+    }
+    read = {
+        n: tensor.read() for n, tensor in merging.merged(stored, CONFIG.alpha).items()
+    }
+    return unflatten_dict(read, sep="/")
+
+
 @some_models
 def test_merged_parameters_compute_the_same(name):
     params = trained(name)[1]
-    merged = lora.merge_lora(params, CONFIG.alpha)
-    assert not any("lora" in path[-1] for path in flatten_dict(merged))
+    plain = merged(params)
+    assert not any("lora" in path[-1] for path in flatten_dict(plain))
     expected = logits_of(name)(params)
     scale = max(1.0, float(np.max(np.abs(expected))))
-    assert_within(1e-5 * scale, logits_of(name, None)(merged), expected, name)
+    assert_within(1e-5 * scale, logits_of(name, None)(plain), expected, name)
     without = logits_of(name, None)(without_updates(params))
     assert np.max(np.abs(expected - without)) > 0.1, "the updates do something"
 
@@ -143,7 +157,7 @@ def test_a_merge_rounds_only_once():
 
 def test_scanned_layers_compute_what_unrolled_ones_do():
     params = trained("T5")[1]
-    stacked = {name: stacking.stack_layers(part) for name, part in params.items()}
+    stacked = {name: tiny_models.stack_layers(part) for name, part in params.items()}
     scanned = logits_of("T5, scanned")
     assert_within(1e-5, scanned(stacked), logits_of("T5")(params))
 
@@ -175,7 +189,7 @@ def test_a_tower_alone_takes_updates_too():
         jit(module.apply)({"params": tree}, images).pooled
         for module, tree in (
             (tower, params),
-            (plain, lora.merge_lora(params, CONFIG.alpha)),
+            (plain, merged(params)),
         )
     )
     assert_within(1e-5, *outputs)

@@ -19,6 +19,7 @@ from tiny_models import (
     jit,
     model_params,
     relative_difference,
+    stack_layers,
     text_config,
     tower_config,
 )
@@ -128,7 +129,7 @@ def test_initial_variables_are_plain_trees_whatever_types_are_announced(types):
 
 def test_scan_and_remat_change_neither_loss_nor_gradients_nor_scores(params, plain):
     model = model_of(scan_layers=True, remat="dots", **LOSS_OPTIONS)
-    scanned = everything(model)(stacking.stack_layers(params), BATCH)
+    scanned = everything(model)(stack_layers(params), BATCH)
     scanned["gradients"] = stacking.unstack_layers(scanned["gradients"])
     # The same sums, which XLA may fuse, and so round, differently.
     assert relative_difference(scanned, plain) <= 1e-5
@@ -277,7 +278,7 @@ def test_one_beam_is_greedy_and_more_beams_are_never_worse(params, greedy):
 
 def test_scanned_parameters_predict_the_same_tokens(params, greedy):
     scanned = predictor(decoding.greedy, scan_layers=True)
-    actual = scanned(stacking.stack_layers(params), BATCH)
+    actual = scanned(stack_layers(params), BATCH)
     np.testing.assert_array_equal(actual[0], greedy(BATCH)[0])
     assert_within(1e-4, actual[1]["scores"], greedy(BATCH)[1]["scores"])
 

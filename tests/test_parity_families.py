@@ -20,7 +20,7 @@ from torch_peers import import_peer
 
 from vit22b_transfer.models import vit
 from vit22b_transfer.recipes import loading
-from vit22b_transfer.weights import convert, export, sources
+from vit22b_transfer.weights import convert, export, import_plan, sources
 from vit22b_transfer.weights.families.table import FAMILIES
 from vit22b_transfer.weights.files import tensor_files
 
@@ -332,7 +332,7 @@ def test_an_npz_of_big_visions_layout_gives_the_same_outputs_and_bytes(name, tmp
 def import_(source, out, **options):
     """(tower configuration, parameters) of a source, through our import."""
     convert.import_weights(
-        [str(source)], str(out), FAMILIES, options=convert.ImportOptions(**options)
+        [str(source)], str(out), FAMILIES, options=import_plan.ImportOptions(**options)
     )
     opened = sources.open_source(str(source), FAMILIES)
     tensors = tensor_files.open_tensors(str(out / "checkpoint_0"))

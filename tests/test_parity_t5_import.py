@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from published_layouts import check_layout
 from tiny_models import Vocabulary, assert_within, jit, tower_config
 from torch_peers import import_peer
 
@@ -20,7 +21,6 @@ from vit22b_transfer.checkpoints import restoring, writing
 from vit22b_transfer.inference import decoding
 from vit22b_transfer.models import encoder_decoder, multimodal
 from vit22b_transfer.recipes import loading
-from vit22b_transfer.weights import mapping
 from vit22b_transfer.weights.families import t5
 from vit22b_transfer.weights.files import tensor_files
 
@@ -302,12 +302,12 @@ def test_every_name_and_shape_of_the_published_sizes_maps(name):
             transformers.T5Config(**(config | {"model_type": "t5"}))
         )
     shapes = {k: tuple(v.shape) for k, v in theirs.state_dict().items()}
-    model = mapping.check_layout(t5.HUGGING_FACE, config, shapes)
+    model = check_layout(t5.HUGGING_FACE, config, shapes)
     assert model.text.num_encoder_layers == config["num_layers"]
     assert model.text.activation == ("silu" if name.startswith("UL2") else "gelu")
     for wrong in (shapes | {"extra": (1,)}, {**shapes, "lm_head.weight": (1, 4096)}):
         with pytest.raises(ValueError, match="extra|lm_head"):
-            mapping.check_layout(t5.HUGGING_FACE, config, wrong)
+            check_layout(t5.HUGGING_FACE, config, wrong)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tiny_models import (
 )
 from torch_peers import import_peer
 
-from vit22b_transfer.models import multi_head_attention, vit
+from vit22b_transfer.models import multi_head_attention, vit, vit_blocks, vit_positions
 
 timm_vit = import_peer("timm.models.vision_transformer")
 RmsNorm = import_peer("timm.layers").RmsNorm
@@ -192,7 +192,7 @@ def test_map_pooling_equals_hugging_face_siglips_head(classic):
     pooling = classic[0]["map"]
     head.load_state_dict(siglip_pooling("", pooling), strict=True)
     tokens = np.random.default_rng(1).standard_normal((3, 7, 32)).astype(np.float32)
-    ours = vit.MapPooling(classic_tower_config())
+    ours = vit_blocks.MapPooling(classic_tower_config())
     pooled = jit(ours.apply)({"params": pooling}, jnp.asarray(tokens))
     assert_within(BLOCK, pooled, head(tensor(tokens)), "MAP vs SigLIP")
 
@@ -336,7 +336,7 @@ def test_square_position_resampling_equals_scipys_zoom(new):
     old = 6
     table = np.random.default_rng(3).standard_normal((old, old, 16)).astype(np.float32)
     expected = scipy.ndimage.zoom(table, (new / old, new / old, 1), order=1)
-    actual = vit.resample_position_embeddings(
+    actual = vit_positions.resample_position_embeddings(
         jnp.asarray(table.reshape(-1, 16)), (old, old), (new, new)
     )
     assert_within(1e-5, actual, expected.reshape(-1, 16), f"{old} to {new} vs scipy")
@@ -352,7 +352,7 @@ def test_rectangular_position_resampling_equals_torchs_bilinear(new):
         mode="bilinear",
         align_corners=True,
     )[0].permute(1, 2, 0)
-    actual = vit.resample_position_embeddings(
+    actual = vit_positions.resample_position_embeddings(
         jnp.asarray(table.reshape(-1, 16)), old, new
     )
     assert_within(1e-5, actual, expected.reshape(-1, 16), f"{old} to {new} vs torch")

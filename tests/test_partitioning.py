@@ -74,7 +74,7 @@ def partitioning(setting, **mesh):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_rules_are_those_of_t5x_in_its_order_then_ours(setting):
-    ours = (("patch", None), ("classes", None), ("lora_rank", None))
+    ours = (("patch", None), ("lora_rank", None))
     t5x = parse_rules(f"{T5X_HEAD[setting]} {T5X_TAIL}")
     assert logical_axis_rules(*setting) == t5x + ours
 
@@ -98,19 +98,6 @@ def test_a_setting_that_t5x_has_not_is_refused():
         logical_axis_rules(3, 1)
     with pytest.raises(ValueError, match="1 or 2, got 1 and 0"):
         partitioning((1, 0))
-
-
-def test_additional_rules_come_last_and_introduce_names():
-    rules = logical_axis_rules(additional_rules=[("experts", "model")])
-    assert rules[-1] == ("experts", "model")
-    assert rules[:-1] == logical_axis_rules()
-
-
-def test_additional_rules_that_can_never_apply_are_refused():
-    with pytest.raises(ValueError, match="can never apply"):
-        logical_axis_rules(1, 1, [("embed", "data")])
-    with pytest.raises(ValueError, match="unknown mesh axis"):
-        logical_axis_rules(1, 1, [("experts", "modle")])
 
 
 @pytest.mark.parametrize(

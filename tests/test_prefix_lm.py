@@ -21,6 +21,7 @@ from tiny_models import (
     images,
     jit,
     relative_difference,
+    stack_layers,
     tower_config,
     without_type_checks,
 )
@@ -287,7 +288,7 @@ def test_scan_and_remat_change_neither_loss_nor_gradients(blind, family, remat):
     params, expected = blind(family)
     options = dict(scan_layers=True, remat=remat)
     module = prefix_lm_module(family, blind=True, **SMALL, **options)
-    actual = everything(prefix_lm_model(module), stacking.stack_layers(params))
+    actual = everything(prefix_lm_model(module), stack_layers(params))
     actual["gradients"] = stacking.unstack_layers(actual["gradients"])
     assert relative_difference(actual, expected) <= 1e-5
 
@@ -302,7 +303,7 @@ def test_remat_of_unrolled_layers_changes_nothing(blind):
 def test_scanned_parameters_predict_the_same_tokens(local, searched):
     tower = tower_config(depth=1, scan_layers=True)
     module = prefix_lm_module(LOCAL, tower, **SMALL, scan_layers=True)
-    stacked = stacking.stack_layers(local.params)
+    stacked = stack_layers(local.params)
     ((actual, _),) = predictions(module, stacked, decoding.greedy)
     np.testing.assert_array_equal(actual, searched[0][0])
 

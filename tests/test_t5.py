@@ -15,6 +15,7 @@ from tiny_models import (
     model_params,
     random_params,
     relative_difference,
+    stack_layers,
     text_config,
     without_type_checks,
 )
@@ -35,7 +36,7 @@ def params_of(module, seed=0):
     config = dataclasses.replace(module.text, scan_layers=False)
     unrolled = module.clone(text=config)
     params = random_params(unrolled, None, PROMPTS, SHIFTED, seed=seed)
-    return stacking.stack_layers(params) if module.text.scan_layers else params
+    return stack_layers(params) if module.text.scan_layers else params
 
 
 def loss_and_gradients(dropout_rng=None, **options):
@@ -81,7 +82,7 @@ def text():
 def test_dropout_acts_in_training_only_and_follows_its_key(text):
     _, params, logits = text
     module = module_of(dropout_rate=0.3, scan_layers=True)
-    stacked = stacking.stack_layers(params)
+    stacked = stack_layers(params)
 
     @jit
     def run(params, key):

@@ -21,11 +21,19 @@ from tiny_models import (
     jit,
     random_params,
     relative_difference,
+    stack_layers,
     tower_config,
     without_type_checks,
 )
 
-from vit22b_transfer.models import layers, stacking, vit
+from vit22b_transfer.models import (
+    layers,
+    stacking,
+    vit,
+    vit_blocks,
+    vit_positions,
+    vit_variants,
+)
 
 PIXELS = jnp.asarray(images(3, 16, 16, 3))
 
@@ -34,7 +42,7 @@ def tower_params(config, seed=0):
     """Random parameters, the same whether layers are scanned or not."""
     unrolled = vit.VisionTower(dataclasses.replace(config, scan_layers=False))
     params = random_params(unrolled, PIXELS, seed=seed)
-    return stacking.stack_layers(params) if config.scan_layers else params
+    return stack_layers(params) if config.scan_layers else params
 
 
 def outputs_and_gradients(config, names=("stem", "block_1")):
@@ -222,7 +230,7 @@ def test_another_image_size_equals_a_tower_whose_positions_were_resampled(tower,
     pixels = jnp.asarray(images(2, *size, 3))
     grid = (size[0] // 8, size[1] // 8)
     table = params["position_embedding"]["embedding"]
-    resampled = vit.resample_position_embeddings(table, (2, 2), grid)
+    resampled = vit_positions.resample_position_embeddings(table, (2, 2), grid)
     native = vit.VisionTower(tower_config(depth=1, image_size=size))
     expected = jit(native.apply)(
         {"params": params | {"position_embedding": {"embedding": resampled}}}, pixels
@@ -235,8 +243,8 @@ def test_another_image_size_equals_a_tower_whose_positions_were_resampled(tower,
 
 def test_positions_of_the_own_grid_are_untouched():
     table = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)
-    assert vit.resample_position_embeddings(table, (2, 3), (2, 3)) is table
-    corners = vit.resample_position_embeddings(table, (2, 3), (5, 7))
+    assert vit_positions.resample_position_embeddings(table, (2, 3), (2, 3)) is table
+    corners = vit_positions.resample_position_embeddings(table, (2, 3), (5, 7))
     rows = jnp.asarray([0, 6, 28, 34])
     assert_within(1e-6, corners[rows], table[jnp.asarray([0, 2, 3, 5])])
 
@@ -286,7 +294,7 @@ def test_each_pooling_gives_what_its_name_says(tower):
 def test_map_pooling_does_not_depend_on_the_order_of_tokens(tower):
     params, _ = tower
     tokens = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 32)), "f4")
-    pool = jit(vit.MapPooling(tower_config()).apply)
+    pool = jit(vit_blocks.MapPooling(tower_config()).apply)
     pooled = pool({"params": params["map"]}, tokens)
     reversed_ = pool({"params": params["map"]}, tokens[:, ::-1])
     assert_within(1e-6, reversed_, pooled)
@@ -373,7 +381,7 @@ def test_fused_projections_and_scan_share_the_parameters_of_the_plain_tower():
         return jax.eval_shape(module.init, jax.random.key(0), PIXELS)["params"]
 
     assert shapes(fused_projections=True) == shapes()
-    stacked = jax.eval_shape(stacking.stack_layers, shapes())
+    stacked = jax.eval_shape(stack_layers, shapes())
     assert shapes(scan_layers=True, remat="dots") == stacked
 
 
@@ -426,7 +434,7 @@ def test_variants_are_read_by_name_and_their_fields_can_be_overridden():
 @pytest.mark.parametrize("name", ["So400/14", "B", "B/x", "B/0", "", "b/16"])
 def test_an_unknown_variant_is_refused_with_the_nearest_names(name):
     with pytest.raises(ValueError, match="unknown ViT variant .*Nearest sizes: ") as e:
-        vit.parse_variant(name)
+        vit_variants.parse_variant(name)
     if name == "So400/14":
         assert "Nearest sizes: So400m" in str(e.value)
 

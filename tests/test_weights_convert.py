@@ -12,8 +12,7 @@ import pytest
 
 from vit22b_transfer import cli
 from vit22b_transfer.models import vit
-from vit22b_transfer.weights import convert, export, mapping
-from vit22b_transfer.weights.convert import ImportOptions
+from vit22b_transfer.weights import convert, export, mapping, transforms
 from vit22b_transfer.weights.families import t5
 from vit22b_transfer.weights.files import tensor_files
 from vit22b_transfer.weights.files.tensor_writing import (
@@ -21,6 +20,7 @@ from vit22b_transfer.weights.files.tensor_writing import (
     write_npz,
     write_safetensors,
 )
+from vit22b_transfer.weights.import_plan import ImportOptions
 from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
 
 CONFIG = dict(
@@ -198,7 +198,7 @@ def shapes_of(tower, text):
     return blocks | {"encoder/tower/positions": (rows * columns, WIDTH)}
 
 
-FUSED = mapping.unstack()
+FUSED = transforms.unstack()
 
 
 def tower_family(fused=FUSED, resample=None):
@@ -351,7 +351,7 @@ def test_a_tower_and_a_text_model_make_one_checkpoint(tmp_path):
 def interrupting(after):
     """A family whose import is interrupted after so many tensors, and their count."""
     state, calls = types.SimpleNamespace(converted=0), itertools.count()
-    plain = mapping.unstack()
+    plain = transforms.unstack()
 
     def to_ours(arrays):
         if arrays[0].any():  # not when shapes alone are run through
@@ -360,7 +360,7 @@ def interrupting(after):
             state.converted = max(state.converted, call + 1)
         return plain.to_ours(arrays)
 
-    return tower_family(mapping.Transform(to_ours, plain.to_theirs)), state
+    return tower_family(transforms.Transform(to_ours, plain.to_theirs)), state
 
 
 def interrupt(tmp_path):

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from published_layouts import check_layout
 from torch_peers import import_peer
 
 from vit22b_transfer.models import gemma as models
-from vit22b_transfer.weights import mapping, sources
+from vit22b_transfer.weights import sources, transforms
 from vit22b_transfer.weights.families import gemma
 from vit22b_transfer.weights.families.table import FAMILIES
 
@@ -128,7 +129,7 @@ def test_every_tensor_of_a_published_size_maps_and_none_is_left(name):
     kind, said, variant, millions = PUBLISHED[name]
     shapes = published_shapes(kind, said)
     family = sources.choose(FAMILIES, said, shapes, None, name)
-    model = mapping.check_layout(family, said, shapes)
+    model = check_layout(family, said, shapes)
     expected = models.gemma_config(variant, vocab_size=model.text.vocab_size)
     assert model.text == expected
     ours = sum(map(math.prod, family.shapes(model.tower, model.text).values()))
@@ -140,9 +141,9 @@ def test_every_tensor_of_a_published_size_maps_and_none_is_left(name):
     assert (model.tower is None) == (name.startswith("Gemma"))
     wrong = {n: shape for n, shape in shapes.items() if ".17.mlp.up_proj" not in n}
     with pytest.raises(ValueError, match=r"17.mlp.up_proj.weight: missing"):
-        mapping.check_layout(family, said, wrong)
+        check_layout(family, said, wrong)
     with pytest.raises(ValueError, match=r"more.weight: not expected"):
-        mapping.check_layout(family, said, shapes | {"more.weight": (3,)})
+        check_layout(family, said, shapes | {"more.weight": (3,)})
 
 
 DEFAULTS = {
@@ -260,7 +261,7 @@ def test_a_text_that_our_model_cannot_compute_is_refused(kind, fields, message):
     ],
 )
 def test_a_model_that_is_another_or_not_whole_is_refused(config, message):
-    tensors = {"something.weight": mapping.abstract((1,))}
+    tensors = {"something.weight": transforms.abstract((1,))}
     family = sources.choose(FAMILIES, config, tensors, None, "the source")
     with pytest.raises(ValueError, match=message):
         family.read(config, tensors)

@@ -3,26 +3,26 @@
 import numpy as np
 import pytest
 
-from vit22b_transfer.weights import mapping
+from vit22b_transfer.weights import mapping, transforms
 from vit22b_transfer.weights.mapping import Model, Row, per_layer
 
 # transform, shapes of theirs, shapes of ours
 TRANSFORMS = {
-    "same": (mapping.SAME, [(3, 4)], [(3, 4)]),
-    "transpose": (mapping.TRANSPOSE, [(3, 4)], [(4, 3)]),
-    "reshape": (mapping.reshape((-1, 6), (2, 3, -1)), [(2, 3, 4)], [(4, 6)]),
-    "leading ones": (mapping.leading_ones(0, 2), [(1, 1, 5)], [(5,)]),
-    "more leading ones": (mapping.leading_ones(2, 1), [(1, 5)], [(1, 1, 5)]),
-    "query kernel": (mapping.join_heads(2, axis=1), [(6, 2, 3)], [(6, 6)]),
-    "out kernel": (mapping.join_heads(2, axis=0), [(2, 3, 6)], [(6, 6)]),
-    "head bias": (mapping.join_heads(2, axis=0), [(2, 3)], [(6,)]),
-    "fused": (mapping.split(3, axis=0), [(12, 5)], [(4, 5)] * 3),
-    "uneven": (mapping.split((1, -1), axis=0), [(5, 4)], [(1, 4), (4, 4)]),
-    "stacked pair": (mapping.unstack(), [(2, 4, 5)], [(4, 5)] * 2),
-    "torch patches": (mapping.conv_kernel_oihw(2), [(7, 3, 2, 2)], [(12, 7)]),
-    "flax patches": (mapping.conv_kernel_hwio(2), [(2, 2, 3, 7)], [(12, 7)]),
+    "same": (transforms.SAME, [(3, 4)], [(3, 4)]),
+    "transpose": (transforms.TRANSPOSE, [(3, 4)], [(4, 3)]),
+    "reshape": (transforms.reshape((-1, 6), (2, 3, -1)), [(2, 3, 4)], [(4, 6)]),
+    "leading ones": (transforms.leading_ones(0, 2), [(1, 1, 5)], [(5,)]),
+    "more leading ones": (transforms.leading_ones(2, 1), [(1, 5)], [(1, 1, 5)]),
+    "query kernel": (transforms.join_heads(2, axis=1), [(6, 2, 3)], [(6, 6)]),
+    "out kernel": (transforms.join_heads(2, axis=0), [(2, 3, 6)], [(6, 6)]),
+    "head bias": (transforms.join_heads(2, axis=0), [(2, 3)], [(6,)]),
+    "fused": (transforms.split(3, axis=0), [(12, 5)], [(4, 5)] * 3),
+    "uneven": (transforms.split((1, -1), axis=0), [(5, 4)], [(1, 4), (4, 4)]),
+    "stacked pair": (transforms.unstack(), [(2, 4, 5)], [(4, 5)] * 2),
+    "torch patches": (transforms.conv_kernel_oihw(2), [(7, 3, 2, 2)], [(12, 7)]),
+    "flax patches": (transforms.conv_kernel_hwio(2), [(2, 2, 3, 7)], [(12, 7)]),
     "fused kernels": (
-        mapping.then(mapping.split(3, axis=0), mapping.TRANSPOSE),
+        transforms.then(transforms.split(3, axis=0), transforms.TRANSPOSE),
         [(12, 5)],
         [(5, 4)] * 3,
     ),
@@ -38,15 +38,15 @@ def test_every_transform_undoes_itself_on_values_and_on_shapes(name):
     assert [x.shape for x in there] == ours
     for back, array in zip(transform.to_theirs(there), arrays, strict=True):
         np.testing.assert_array_equal(back, array)
-    shapes = transform.to_ours(tuple(map(mapping.abstract, theirs)))
+    shapes = transform.to_ours(tuple(map(transforms.abstract, theirs)))
     assert [x.shape for x in shapes] == ours
-    backs = transform.to_theirs(tuple(map(mapping.abstract, ours)))
+    backs = transform.to_theirs(tuple(map(transforms.abstract, ours)))
     assert [x.shape for x in backs] == theirs
 
 
 def test_shapes_of_any_size_take_no_memory():
-    parts = (mapping.abstract((10**6, 10**6)),) * 3
-    (fused,) = mapping.split(3, axis=0).to_theirs(parts)
+    parts = (transforms.abstract((10**6, 10**6)),) * 3
+    (fused,) = transforms.split(3, axis=0).to_theirs(parts)
     assert fused.shape == (3 * 10**6, 10**6)
     assert not any(fused.strides)
 
@@ -56,17 +56,17 @@ def test_patches_are_read_row_by_row_with_the_channels_innermost():
     rng = np.random.default_rng(1)
     hwio, image = rng.standard_normal((2, 2, 3, 7)), rng.standard_normal((2, 2, 3))
     expected = np.einsum("hwc,hwce->e", image, hwio)
-    (ours,) = mapping.conv_kernel_hwio(2).to_ours((hwio,))
+    (ours,) = transforms.conv_kernel_hwio(2).to_ours((hwio,))
     np.testing.assert_allclose(image.reshape(-1) @ ours, expected)
-    (ours,) = mapping.conv_kernel_oihw(2).to_ours((hwio.transpose(3, 2, 0, 1),))
+    (ours,) = transforms.conv_kernel_oihw(2).to_ours((hwio.transpose(3, 2, 0, 1),))
     np.testing.assert_allclose(image.reshape(-1) @ ours, expected)
 
 
 def test_a_transform_for_other_heads_or_ones_is_refused():
     with pytest.raises(ValueError, match="is not 4 heads"):
-        mapping.join_heads(4, axis=1).to_ours((np.zeros((6, 2, 3)),))
+        transforms.join_heads(4, axis=1).to_ours((np.zeros((6, 2, 3)),))
     with pytest.raises(ValueError, match="does not begin with 1 ones"):
-        mapping.leading_ones(0, 1).to_ours((np.zeros((2, 3)),))
+        transforms.leading_ones(0, 1).to_ours((np.zeros((2, 3)),))
 
 
 ROWS = (
@@ -78,7 +78,7 @@ ROWS = (
             Row(
                 ("layers_{i}/key/kernel", "layers_{i}/value/kernel"),
                 "block_{i}/kv",
-                mapping.unstack(),
+                transforms.unstack(),
             ),
         ],
     ),
@@ -99,7 +99,7 @@ STACKED = {"embed": (9, 4), "block/norm": (2, 4), "block/kv": (2, 2, 4, 6)}
 
 def misfits(theirs, ours=None, **fields):
     ours = OURS if ours is None else ours
-    found = {name: mapping.abstract(shape) for name, shape in theirs.items()}
+    found = {name: transforms.abstract(shape) for name, shape in theirs.items()}
     expected = mapping.expected_shapes(mapping.steps(ROWS, found, ours), ours)
     return mapping.misfits(expected, found, Model(ROWS, **fields))
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from published_layouts import check_layout
 from tiny_models import assert_within
 from torch_peers import import_peer
 
@@ -111,7 +112,7 @@ def test_every_tensor_of_a_published_size_maps_and_none_is_left(name):
     }
     said = sizes | {"model_type": config.model_type}
     family = sources.choose(FAMILIES, said, shapes, None, name)
-    read = mapping.check_layout(family, said, shapes)
+    read = check_layout(family, said, shapes)
     ours = family.shapes(read.tower, None)
     count = sum(map(math.prod, ours.values()))
     unused = [shape for n, shape in shapes.items() if read.drops(n)]
@@ -178,7 +179,7 @@ def siglip_shapes(**sizes):
 
 def read(config, shapes):
     family = sources.choose(FAMILIES, config, shapes, None, "the source")
-    return mapping.check_layout(family, config, shapes)
+    return check_layout(family, config, shapes)
 
 
 def test_an_image_processors_file_decides_on_mean_deviation_and_size():

@@ -147,6 +147,19 @@ def model_params(model, seed=0):
     )
 
 
+def stack_layers(params):
+    """Parameters of unrolled layers as those of scanned ones."""
+    out = {}
+    names = [name for name in params if name.startswith("layers_")]
+    for name, child in params.items():
+        if name not in names:
+            out[name] = stack_layers(child) if isinstance(child, dict) else child
+    if names:
+        layers = [params[f"layers_{i}"] for i in range(len(names))]
+        out["layers"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    return out
+
+
 def assert_within(tolerance, actual, expected, label=""):
     """Equal shapes, and no absolute difference above the tolerance, which is printed.
 

@@ -1,38 +1,26 @@
 """What unmodified T5X needs beyond the model contract; the only file that imports it.
 
 `gin_configs/runs/t5x_*.gin` bind what is here; nothing else imports this file. T5X's
-trainer adds gradients up and knows nothing of an optax schedule, its optimizer wrapper
-knows the state of some optax parts only, and its interactive model takes text only:
-each has its small answer here.
+trainer adds gradients up and knows nothing of an optax schedule, and its optimizer
+wrapper knows the state of some optax parts only.
 """
 
 import copy
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import flax
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, UInt8
 
-from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import reading, restoring
-from vit22b_transfer.data import batches, preprocessors
-from vit22b_transfer.inference.decoding import PAD_ID, Decoded, InitCache, StepFn
-from vit22b_transfer.partitioning import rules
+from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.training import optimizers, state, steps
 
 # pyright: reportMissingImports=false
 try:
-    from t5x import adafactor as t5x_adafactor
-    from t5x import decoding as t5x_decoding
-    from t5x import interactive_model as t5x_interactive
     from t5x import models as t5x_models
     from t5x import optimizers as t5x_optimizers
-    from t5x import partitioning as t5x_partitioning
     from t5x import trainer as t5x_trainer
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -185,131 +173,3 @@ def mean_gradient_trainer(
         donate_argnums=(0,),
     )
     return made
-
-
-def adafactor_rules() -> Mapping[str, Any]:
-    """How T5X's Adafactor factors each of our axes: T5X's rules, and our own names.
-
-    For `adafactor.Adafactor.logical_factor_rules`; without them it fails at the first
-    name that T5X has no rule for.
-    """
-    known = dict(t5x_adafactor.standard_logical_factor_rules())
-    unfactored = t5x_adafactor.FactorDim.NONE
-    return {name: unfactored for name in rules.LOGICAL_AXES} | known
-
-
-# --- Decoding ---
-
-
-def beam_search(
-    init_cache: InitCache,
-    step_fn: StepFn,
-    *,
-    batch_size: int,
-    max_decode_length: int,
-    eos_id: int,
-    rng: Array | None = None,
-    num_beams: int = 4,
-    alpha: float = 0.6,
-) -> Decoded:
-    """T5X's own beam search, a decode function as in `inference.decoding`.
-
-    T5X moves the cache of a beam to the place of the beam that continues it, so every
-    beam sees its own past only. Scores: T5X's, with its length penalty.
-    """
-    del rng
-    beams = (batch_size, num_beams)
-    leaves, treedef = jax.tree.flatten(init_cache(1))
-    past = jnp.ones((batch_size, 1, 1, max_decode_length), bool)
-
-    def tokens_to_logits(decoding: t5x_decoding.DecodingState):
-        def step(tokens, leaves):
-            cache = jax.tree.unflatten(treedef, leaves)
-            logits, cache = step_fn(tokens, cache, decoding.cur_index, past)
-            return logits, jax.tree.leaves(cache)
-
-        # Over the beams of a sequence, which share what the encoder gave.
-        cache = [decoding.cache[str(i)] for i in range(len(leaves))]
-        logits, cache = jax.vmap(step, in_axes=1, out_axes=1)(
-            decoding.cur_token.reshape(*beams, 1),
-            [leaf.reshape(*beams, *leaf.shape[1:]) for leaf in cache],
-        )
-        flat = [leaf.reshape(-1, *leaf.shape[2:]) for leaf in cache]
-        logits = logits.reshape(batch_size * num_beams, -1)
-        return logits, {str(i): leaf for i, leaf in enumerate(flat)}
-
-    tokens, scores = t5x_decoding.beam_search(
-        inputs=jnp.full((batch_size, max_decode_length), PAD_ID, jnp.int32),
-        cache={str(i): leaf for i, leaf in enumerate(leaves)},
-        tokens_to_logits=tokens_to_logits,
-        eos_id=eos_id,
-        num_decodes=num_beams,
-        alpha=alpha,
-    )
-    settings = (("method", "t5x_beam_search"), ("num_beams", num_beams))
-    return Decoded(
-        tokens=tokens[:, -1].astype(jnp.int32),
-        scores=scores[:, -1],
-        steps=None,  # T5X does not tell
-        settings=(*settings, ("alpha", alpha)),
-    )
-
-
-class InteractiveModel(t5x_interactive.InteractiveModel):
-    """T5X's interactive model, whose examples may be images with prompts.
-
-    checkpoint: one of our runtime or of T5X in either format, or a directory of them;
-      T5X's own interactive model reads only its older format.
-    feature_lengths: of `images`, `inputs` and `targets`, as in a task.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        partitioner: t5x_partitioning.PjitPartitioner,
-        *,
-        checkpoint: str,
-        output_dir: str,
-        feature_lengths: Mapping[str, Any],
-        batch_size: int,
-    ):
-        shapes, types = batches.batch_shapes(
-            model.FEATURE_CONVERTER_CLS, feature_lengths, batch_size
-        )
-        super().__init__(
-            batch_size=batch_size,
-            task_feature_lengths=feature_lengths,
-            output_dir=absolute_path(output_dir),
-            partitioner=partitioner,
-            model=for_t5x(model),
-            dtype=None,
-            restore_mode="specific",
-            checkpoint_path="",
-            input_shapes=shapes,
-            input_types=types,
-        )
-        fresh = self._train_state.params
-        params = restoring.restore_params(
-            checkpoint,
-            flax.core.unfreeze(fresh),
-            flax.core.unfreeze(state.shardings_of(fresh)),
-            model=model,
-        )
-        self._train_state = self._train_state.replace_params(flax.core.freeze(params))
-        self._trainer.train_state = self._train_state
-
-    def predict_images(
-        self, images: UInt8[np.ndarray, "examples height width 3"], prompts: list[str]
-    ) -> list[str]:
-        """The text decoded for each image and its prompt."""
-        if len(images) != len(prompts):
-            raise UserError(
-                f"there are {len(images)} images and {len(prompts)} prompts; every "
-                "image needs its own prompt."
-            )
-        results, _ = self.infer_with_preprocessors(
-            t5x_interactive.InferenceType.PREDICT_WITH_AUX,
-            [{"input": prompt, "target": ""} for prompt in prompts],
-            preprocessors.image_prompt_preprocessors(images),
-        )
-        return [prediction.decode() for _, prediction in results]

@@ -88,14 +88,14 @@ def add_to(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from vit22b_transfer.weights import convert
+    from vit22b_transfer.weights import convert, import_plan
     from vit22b_transfer.weights.adapters import peft_adapters
     from vit22b_transfer.weights.families import table
 
     size = args.image_size
     if size and len(size) > 2:
         raise UserError(f"--image_size {size}: give one side, or height and width.")
-    options = convert.ImportOptions(
+    options = import_plan.ImportOptions(
         dtype=args.dtype,
         image_size=(size[0], size[-1]) if size else None,
         vocab_size=args.vocab_size,

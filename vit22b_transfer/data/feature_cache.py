@@ -37,9 +37,9 @@ from vit22b_transfer.data.feature_shards import (
     TokenFormat,
     pack,
 )
+from vit22b_transfer.data.indexed_source import IndexedSource
 from vit22b_transfer.data.numbered_examples import count_examples, numbered_examples
 from vit22b_transfer.data.records import check_choice
-from vit22b_transfer.data.sources import IndexedSource
 from vit22b_transfer.host import whole_files
 
 # Examples that are read twice, to see whether they are the same.

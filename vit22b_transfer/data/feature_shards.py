@@ -23,7 +23,7 @@ from array_record.python.array_record_module import (
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.converters import Example
-from vit22b_transfer.data.sources import record_order
+from vit22b_transfer.data.indexed_source import record_order
 from vit22b_transfer.host import whole_files
 
 STORAGES = ("exact", "int8")

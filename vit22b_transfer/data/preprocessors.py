@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import seqio
 import tensorflow as tf
-from jaxtyping import UInt8
 from seqio.utils import Feature
 from seqio.vocabularies import Vocabulary
 
@@ -346,24 +345,3 @@ def references_and_predictions(
 
 def _text(value) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def image_prompt_preprocessors(
-    images: UInt8[np.ndarray, "examples height width 3"],
-) -> list[Callable]:
-    """Preprocessors that add `images` to texts in the same order, and encode these.
-
-    For programs that make a data set of bare texts `inputs` and `targets`, such as
-    T5X's interactive model. No more texts than images may come.
-    """
-
-    def add_images(dataset: tf.data.Dataset) -> tf.data.Dataset:
-        return tf.data.Dataset.zip(
-            (dataset, tf.data.Dataset.from_tensor_slices(images))
-        ).map(lambda example, pixels: {**example, "images": pixels})
-
-    # Not the images again under another name, as copy_pretokenized would.
-    tokenize = functools.partial(
-        seqio.preprocessors.tokenize, copy_pretokenized=False, with_eos=True
-    )
-    return [add_images, tokenize]

@@ -1,24 +1,13 @@
-"""SeqIO sources over annotation files and image folders, with random access.
+"""SeqIO sources over COCO, caption and VQAv2 files and over folders of images.
 
-Images stay on disk: a record carries a path. Paths may hold `~` and `$VARIABLES` and
-are resolved when a split is first used, so constructing a source touches no file.
-
-Every source yields examples with the same string features: `image_path`, `image_id`,
-`question_id`, `question`, `target` (scalars) and `references` (a vector).
+`indexed_source.py` has what they share: paths, features, random access, bad records.
 """
 
-import abc
 import collections
 import dataclasses
 import logging
 import os
-import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
-import seqio
-import tensorflow as tf
+from collections.abc import Mapping
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.annotations import (
@@ -29,16 +18,16 @@ from vit22b_transfer.data.annotations import (
     read_json,
     vqa_answers,
 )
+from vit22b_transfer.data.indexed_source import IndexedSource
 from vit22b_transfer.data.records import (
-    BadRecords,
     ImageFolder,
     PathLike,
     Record,
-    check_choice,
     resolve_path,
 )
 
-BAD_RECORD_POLICIES = ("error", "skip")
+# The split in which an image stands once for each of its captions.
+PER_CAPTION_SPLIT = "train"
 IMAGE_SUFFIXES = (
     ".bmp",
     ".gif",
@@ -49,8 +38,6 @@ IMAGE_SUFFIXES = (
     ".tiff",
     ".webp",
 )
-
-_SCALARS = ("image_path", "image_id", "question_id", "question", "target")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,162 +62,6 @@ class VqaFiles:
     image_file: str = "{image_id:012d}.jpg"
 
 
-def record_order(
-    size: int, shuffle: bool, seed: int | None, shard_info: seqio.ShardInfo | None
-) -> tf.data.Dataset:
-    """Indices of `size` records, or of a shard of them; in order, or shuffled."""
-    order = tf.data.Dataset.range(size)
-    if shard_info is not None:
-        order = order.shard(shard_info.num_shards, shard_info.index)
-    return order.shuffle(size, seed=seed) if shuffle else order
-
-
-class IndexedSource(seqio.DataSource):
-    """A SeqIO source with random access over records.
-
-    A bad record is an error that names it, or with `on_bad_record='skip'` is left out,
-    counted in `report()` and logged.
-    """
-
-    def __init__(
-        self, split_to_files: Mapping[str, Any], *, on_bad_record: str = "error"
-    ):
-        check_choice("on_bad_record", on_bad_record, BAD_RECORD_POLICIES)
-        self._split_to_files = dict(split_to_files)
-        self._on_bad_record = on_bad_record
-        self._loaded: dict[str, tuple[Any, list[Record], dict[str, int]]] = {}
-        self._tables: dict[str, tuple[list[Record], Any]] = {}
-        self._lock = threading.Lock()
-        super().__init__(
-            splits=self._split_to_files,
-            caching_permitted=False,
-            performs_internal_shuffling=True,
-        )
-
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        """True: any subset of the records can be read."""
-        return True
-
-    def list_shards(self, split: str) -> Sequence[str]:
-        """One name: sharding is by record, not by file."""
-        return [split]
-
-    @abc.abstractmethod
-    def _origin(self, files: Any) -> str:
-        """What error messages call these files."""
-
-    @abc.abstractmethod
-    def _read(self, split: str, files: Any, bad: BadRecords) -> list[Record]:
-        """All good records of a split, in the order of the file."""
-
-    def _load(self, split: str) -> list[Record]:
-        check_choice("split", split, list(self._split_to_files))
-        files = self._split_to_files[split]
-        # The variables in the paths may change between two uses in one process.
-        key = _resolved(files)
-        with self._lock:
-            if split not in self._loaded or self._loaded[split][0] != key:
-                bad = BadRecords(self._on_bad_record, self._origin(key))
-                records = self._read(split, key, bad)
-                bad.log()
-                if not records:
-                    raise UserError(
-                        f"{self._origin(key)}: split {split!r} has no usable record."
-                    )
-                self._loaded[split] = (key, records, bad.tally.counts())
-            return self._loaded[split][1]
-
-    def record(self, split: str, index: int) -> Record:
-        """The record at `index` of a split."""
-        return self._load(split)[index]
-
-    def num_records(self, split: str) -> int:
-        """The number of records of a split."""
-        return len(self._load(split))
-
-    def num_input_examples(self, split: str) -> int:
-        """The number of records of a split; here one record is one example."""
-        return self.num_records(split)
-
-    def report(self) -> dict[str, dict[str, int]]:
-        """Skipped records: split -> reason -> count, of the splits read so far."""
-        return {split: dict(loaded[2]) for split, loaded in self._loaded.items()}
-
-    def records(self, split: str, order: tf.data.Dataset) -> tf.data.Dataset:
-        """One example for each record index (int64) in `order`, in that order."""
-        look_up = self._table(split)
-        return order.map(tf.autograph.experimental.do_not_convert(look_up))
-
-    def _table(self, split):
-        """A function from an index to the example, without Python in between.
-
-        A tf.numpy_function would cost as much as the decoding of a small image.
-        """
-        records = self._load(split)
-        if split not in self._tables or self._tables[split][0] is not records:
-            self._tables[split] = (records, _look_up(records))
-        return self._tables[split][1]
-
-    def get_dataset(
-        self,
-        split: str,
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        **unused,
-    ) -> tf.data.Dataset:
-        """All examples of a split, or of a shard; a shuffle is over all of them."""
-        del (
-            unused
-        )  # sequence_length, use_cached, num_epochs: of no effect in any source
-        size = self.num_records(split)
-        return self.records(split, record_order(size, shuffle, seed, shard_info))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._split_to_files})"
-
-
-def _look_up(records):
-    """The function from a record index to the example, in TensorFlow alone."""
-    columns, places = [], []
-    for name in (*_SCALARS, "references"):
-        values = [getattr(record, name) for record in records]
-        # Paths, ids and references repeat: keep each once, and where it lies.
-        distinct = {value: place for place, value in enumerate(dict.fromkeys(values))}
-        columns.append(list(distinct))
-        places.append([distinct[value] for value in values])
-    *scalars, references = columns
-    scalars = [tf.constant(column) for column in scalars]
-    ends = np.cumsum([0, *(len(group) for group in references)])
-    texts = tf.constant([text for group in references for text in group], tf.string)
-    spans = tf.constant(np.stack([ends[:-1], ends[1:]], axis=1))
-    rows = tf.constant(np.array(places, np.int64).T)
-
-    def look_up(index):
-        row = tf.unstack(rows[index])
-        example = {
-            name: tf.gather(column, place)
-            for name, column, place in zip(_SCALARS, scalars, row[:-1], strict=True)
-        }
-        start, end = tf.unstack(spans[row[-1]])
-        example["references"] = texts[start:end]
-        return example
-
-    return look_up
-
-
-def _resolved(files):
-    if not isinstance(files, CaptionFiles | VqaFiles):
-        return resolve_path(files)
-    changes = {}
-    for field in dataclasses.fields(files):
-        value = getattr(files, field.name)
-        if field.name != "image_file" and value is not None:
-            changes[field.name] = resolve_path(value)
-    return dataclasses.replace(files, **changes)
-
-
 class _CaptionSource(IndexedSource):
     """Captions grouped by image: what both caption formats have in common."""
 
@@ -238,11 +69,12 @@ class _CaptionSource(IndexedSource):
         self,
         split_to_files: Mapping[str, CaptionFiles],
         *,
-        per_caption_splits: Sequence[str] = ("train",),
         on_bad_record: str = "error",
     ):
-        self._per_caption_splits = tuple(per_caption_splits)
         super().__init__(split_to_files, on_bad_record=on_bad_record)
+
+    def _resolved(self, files: CaptionFiles) -> CaptionFiles:
+        return CaptionFiles(resolve_path(files.captions), resolve_path(files.images))
 
     def _origin(self, files: CaptionFiles) -> str:
         return str(files.captions)
@@ -255,7 +87,7 @@ class _CaptionSource(IndexedSource):
         references = {image: tuple(texts) for image, texts in by_image.items()}
         records = []
         for path, image_id, caption in captions:
-            if split not in self._per_caption_splits:
+            if split != PER_CAPTION_SPLIT:
                 if image_id not in references:
                     continue  # all its captions are in the record of the first one
                 texts = references.pop(image_id)
@@ -268,8 +100,8 @@ class _CaptionSource(IndexedSource):
 class CocoCaptionsSource(_CaptionSource):
     """COCO captions JSON with an image folder.
 
-    In `per_caption_splits` every caption is a record; in other splits every image is
-    one, with its first caption as `target`. `references` are always all captions.
+    In the split "train" every caption is a record; in other splits every image is one,
+    with its first caption as `target`. `references` are always all captions.
     """
 
     def _read(self, split, files, bad):
@@ -345,6 +177,15 @@ class VqaSource(IndexedSource):
         self, split_to_files: Mapping[str, VqaFiles], *, on_bad_record: str = "error"
     ):
         super().__init__(split_to_files, on_bad_record=on_bad_record)
+
+    def _resolved(self, files: VqaFiles) -> VqaFiles:
+        annotations = files.annotations
+        return VqaFiles(
+            resolve_path(files.questions),
+            resolve_path(files.images),
+            None if annotations is None else resolve_path(annotations),
+            files.image_file,
+        )
 
     def _origin(self, files: VqaFiles) -> str:
         return str(files.questions)

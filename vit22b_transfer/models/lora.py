@@ -4,8 +4,8 @@ A chosen `layers.Dense` adds `(alpha / rank) * (x @ lora_a) @ lora_b` to its res
 two matrices are parameters beside the kernel, so that scans, shardings, checkpoints and
 both runtimes treat them as all others. The product is not added to the kernel before
 use: that would hold a second copy of every chosen kernel, round the update to the dtype
-of a frozen bfloat16 kernel, and compute the gradient of the whole kernel. For serving,
-`merge_lora` does it once.
+of a frozen bfloat16 kernel, and compute the gradient of the whole kernel. An export
+adds it once (`weights.adapters.merging`).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from vit22b_transfer import UserError
 
@@ -107,24 +107,6 @@ def check_no_tower(config: LoraConfig, module: Any) -> None:
             "run it. Choose kernels of the text model alone: begin the patterns with "
             "(?!encoder/tower/)."
         )
-
-
-def merge_lora(params: dict, alpha: float) -> dict:
-    """Parameters without updates that compute the same.
-
-    The rank is that of the matrices. Sums are computed in float32 and rounded to the
-    dtype of the kernel.
-    """
-    flat = flatten_dict(params)
-    merged = {}
-    for path, value in flat.items():
-        if path[-1] in ("lora_a", "lora_b"):
-            continue
-        if path[-1] == "kernel" and (*path[:-1], "lora_a") in flat:
-            a, b = (flat[(*path[:-1], name)] for name in ("lora_a", "lora_b"))
-            value = merged_kernel(value, a, b, alpha)
-        merged[path] = value
-    return unflatten_dict(merged)
 
 
 def merged_kernel(kernel: Any, lora_a: Any, lora_b: Any, alpha: float) -> jax.Array:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.partitioning import scan_with_axes
 
@@ -26,19 +25,6 @@ def unstack_layers(params: dict) -> dict:
                 out[f"layers_{i}"] = layer
         else:
             out[name] = unstack_layers(child)
-    return out
-
-
-def stack_layers(params: dict) -> dict:
-    """The inverse of `unstack_layers`."""
-    out = {}
-    names = [name for name in params if name.startswith("layers_")]
-    for name, child in params.items():
-        if name not in names:
-            out[name] = stack_layers(child) if isinstance(child, dict) else child
-    if names:
-        layers = [params[f"layers_{i}"] for i in range(len(names))]
-        out["layers"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
     return out
 
 

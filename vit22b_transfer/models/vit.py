@@ -26,18 +26,7 @@ from vit22b_transfer.models.vit_positions import (
     resample_position_embeddings,
     rotary_angles,
 )
-from vit22b_transfer.models.vit_variants import VARIANTS, parse_variant
-
-__all__ = [
-    "VARIANTS",
-    "MapPooling",
-    "ViTConfig",
-    "VisionTower",
-    "classic_config",
-    "parse_variant",
-    "resample_position_embeddings",
-    "vit22b_config",
-]
+from vit22b_transfer.models.vit_variants import parse_variant
 
 Pooling = Literal["map", "gap", "cls", "none"]
 FinalNorm = Literal["all", "pooled", "none"]

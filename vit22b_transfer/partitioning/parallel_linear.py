@@ -32,6 +32,8 @@ from vit22b_transfer.models import layers
 Form = Literal["row", "column"]
 
 SUMS = jnp.float32
+# The mesh axis that the examples of a batch are split over.
+_BATCH_AXIS = "data"
 """What partial sums are accumulated in, on a device and on their way."""
 
 
@@ -75,7 +77,6 @@ class Ring:
 
     mesh: Mesh
     axis: str = "model"
-    batch_axis: str = "data"
 
     @property
     def devices(self) -> int:
@@ -190,8 +191,8 @@ def _specs(
     A batch that does not divide, such as the one example of an initialisation, is
     computed by all.
     """
-    even = len(shape) > 1 and shape[0] % ring.mesh.shape[ring.batch_axis] == 0
-    batch = [ring.batch_axis if even else None, *[None] * (len(shape) - 2)]
+    even = len(shape) > 1 and shape[0] % ring.mesh.shape[_BATCH_AXIS] == 0
+    batch = [_BATCH_AXIS if even else None, *[None] * (len(shape) - 2)]
     kernel = (None, ring.axis) if form == "row" else (ring.axis, None)
     return PartitionSpec(*batch[: len(shape) - 1], ring.axis), PartitionSpec(*kernel)
 
@@ -223,8 +224,8 @@ def _backward(ring, form, saved, grad):
     def backward(x, kernel, grad):
         own = ring.row_backward if form == "row" else ring.column_backward
         grad_x, grad_kernel = own(x, kernel, grad)
-        if ring.batch_axis in activation:
-            grad_kernel = jax.lax.psum(grad_kernel, ring.batch_axis)
+        if _BATCH_AXIS in activation:
+            grad_kernel = jax.lax.psum(grad_kernel, _BATCH_AXIS)
         return grad_x, grad_kernel
 
     return jax.shard_map(

@@ -76,24 +76,23 @@ _REPLICATED: tuple[Rule, ...] = (
     ("mlp_activations", None),
 )
 
-# Names that T5X has no word for: pixels of a flattened patch, class logits, what lies
-# between the two matrices of a low-rank update.
-_OWN: tuple[Rule, ...] = (("patch", None), ("classes", None), ("lora_rank", None))
+# Names that T5X has no word for: pixels of a flattened patch, and what lies between the
+# two matrices of a low-rank update.
+_NOT_IN_T5X: tuple[Rule, ...] = (("patch", None), ("lora_rank", None))
 
 LOGICAL_AXES: tuple[str, ...] = tuple(
-    dict.fromkeys(name for name, _ in _SETTINGS[1, 1] + _REPLICATED + _OWN)
+    dict.fromkeys(name for name, _ in _SETTINGS[1, 1] + _REPLICATED + _NOT_IN_T5X)
 )
 
 
 def logical_axis_rules(
     activation_partitioning_dims: int = 1,
     parameter_partitioning_dims: int = 1,
-    additional_rules: Sequence[Rule] = (),
 ) -> tuple[Rule, ...]:
-    """(logical axis, mesh axis) pairs: T5X's in T5X's order, ours, then additional.
+    """(logical axis, mesh axis) pairs: T5X's in T5X's order, then ours.
 
     Raises:
-      UserError: if the setting does not exist, or an additional rule can never apply.
+      UserError: if the setting does not exist.
     """
     setting = (activation_partitioning_dims, parameter_partitioning_dims)
     if setting not in _SETTINGS:
@@ -101,22 +100,7 @@ def logical_axis_rules(
             "activation_partitioning_dims and parameter_partitioning_dims must each be "
             f"1 or 2, got {setting[0]} and {setting[1]}."
         )
-    rules = _SETTINGS[setting] + _REPLICATED + _OWN
-    for name, mesh_axis in additional_rules:
-        if mesh_axis is not None and mesh_axis not in MESH_AXES:
-            raise UserError(
-                f"additional rule ({name!r}, {mesh_axis!r}) names an unknown mesh axis;"
-                f" the mesh has {MESH_AXES}."
-            )
-        if (name, None) in rules:
-            raise UserError(
-                f"additional rule ({name!r}, {mesh_axis!r}) can never apply: with "
-                f"activation_partitioning_dims={setting[0]} and "
-                f"parameter_partitioning_dims={setting[1]} an earlier rule already "
-                f"replicates {name!r}. Choose other partitioning dims."
-            )
-        rules += ((name, mesh_axis),)
-    return rules
+    return _SETTINGS[setting] + _REPLICATED + _NOT_IN_T5X
 
 
 @dataclasses.dataclass(frozen=True)

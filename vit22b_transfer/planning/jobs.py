@@ -1,7 +1,7 @@
 """The run of a recipe, as a plan needs it: devices need not be there."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -92,17 +92,18 @@ def compile_step(job: Job, partitioning: Partitioning) -> jax.stages.Compiled:
 
     `partitioning` needs its devices: simulated ones will do.
     """
-    update, arguments = _step(job, partitioning)
+    update, arguments = abstract_step(job, partitioning)
     step = steps.make_train_step(update, 1)
     return steps.compile_train_step(step, *arguments, partitioning)
 
 
-def abstract_arguments(job: Job, partitioning: Partitioning) -> tuple[Any, ...]:
-    """State, window, batch and key of the train step, abstract but for the key."""
-    return _step(job, partitioning)[1]
+def abstract_step(
+    job: Job, partitioning: Partitioning
+) -> tuple[Callable[..., Any], tuple[Any, Any, Any, Any]]:
+    """The function of the train step, and its state, window, batch and key.
 
-
-def _step(job, partitioning):
+    All of them are abstract but for the key.
+    """
     model, replicated = job.model, partitioning.replicated
     batch = {
         name: jax.ShapeDtypeStruct(

@@ -198,8 +198,7 @@ def _compose(scale, learning_rate, weight_decay, decay_patterns, clip_norm):
         mask = _mask_from(decay_patterns)
         parts.append(optax.add_decayed_weights(weight_decay, mask))
     parts.append(optax.scale_by_learning_rate(learning_rate))
-    chain = _with_standard_promotion(optax.chain(*parts))
-    return ScheduledOptimizer(chain, learning_rate)
+    return ScheduledOptimizer(optax.chain(*parts), learning_rate)
 
 
 def _mask_from(patterns):
@@ -220,16 +219,6 @@ def _mask_from(patterns):
         return tree
 
     return mask
-
-
-def _with_standard_promotion(transformation):
-    # optax mixes integer counts with Python floats and bfloat16 momentum with float32,
-    # which JAX refuses where strict promotion is on.
-    def update(updates, state, params=None):
-        with jax.numpy_dtype_promotion("standard"):
-            return transformation.update(updates, state, params)
-
-    return optax.GradientTransformation(transformation.init, update)
 
 
 def freeze(

@@ -17,9 +17,9 @@ import numpy as np
 from vit22b_transfer import UserError
 from vit22b_transfer.host.progress import Progress, console
 from vit22b_transfer.models import int8
-from vit22b_transfer.weights import mapping, sources
+from vit22b_transfer.weights import mapping, sources, transforms
 from vit22b_transfer.weights.adapters import merging, peft_adapters
-from vit22b_transfer.weights.convert import CARRIED, RECORD
+from vit22b_transfer.weights.companions import CARRIED, RECORD
 from vit22b_transfer.weights.files import blocks, tensor_files, tensor_writing
 from vit22b_transfer.weights.files.stored_tensors import StoredTensor
 from vit22b_transfer.weights.files.tensor_writing import LazyTensor
@@ -141,7 +141,7 @@ def _recorded(folder: str, family: str) -> dict[str, Any]:
             f"with --format {record['family']}, or name another --config."
         )
     shapes = record.get("tensors", {})
-    return {name: mapping.abstract(shape) for name, shape in shapes.items()}
+    return {name: transforms.abstract(shape) for name, shape in shapes.items()}
 
 
 def _plan(
@@ -250,7 +250,7 @@ def _tensor(
         return outputs(slot, step, (params[s.name].read(s.layer) for s in step.ours))
 
     slot, step = places[0]
-    abstract = [mapping.abstract(shape_of(slot)) for slot in step.ours]
+    abstract = [transforms.abstract(shape_of(slot)) for slot in step.ours]
     shape = outputs(slot, step, abstract).shape
     dtype = params[step.ours[0].name].dtype
     if slot.layer is None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import lora
-from vit22b_transfer.weights.mapping import TRANSPOSE, Slot, Step
+from vit22b_transfer.weights.mapping import Slot, Step
+from vit22b_transfer.weights.transforms import TRANSPOSE
 
 _GEMMA = ((r"^language_model\.model\.", "model.language_model."),)
 _ATTENTION = (

@@ -16,14 +16,11 @@ from vit22b_transfer.models import gemma as models
 from vit22b_transfer.weights.families import gemma, towers_big_vision
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
-from vit22b_transfer.weights.mapping import (
-    Family,
-    Model,
-    Row,
+from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
+from vit22b_transfer.weights.transforms import (
     Transform,
     each,
     join_heads,
-    per_layer,
     then,
     unstack,
 )

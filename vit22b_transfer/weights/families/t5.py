@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from vit22b_transfer import UserError
 from vit22b_transfer.models import encoder_decoder, t5
 from vit22b_transfer.weights.mapping import (
-    TRANSPOSE,
     Family,
     Model,
     Row,
@@ -24,6 +23,7 @@ from vit22b_transfer.weights.mapping import (
     per_layer,
     unrolled_shapes,
 )
+from vit22b_transfer.weights.transforms import TRANSPOSE
 
 # Hugging Face calls them layer.0, layer.1, ... of a block: our attention and norm.
 _SUBLAYERS = {

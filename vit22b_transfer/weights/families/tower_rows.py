@@ -12,7 +12,8 @@ import numpy as np
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import vit, vit_positions
-from vit22b_transfer.weights.mapping import TRANSPOSE, Row, Shape, unrolled_shapes
+from vit22b_transfer.weights.mapping import Row, Shape, unrolled_shapes
+from vit22b_transfer.weights.transforms import TRANSPOSE
 
 TOWER = "encoder/tower"
 BLOCK = f"{TOWER}/layers_{{i}}"

@@ -16,15 +16,12 @@ import numpy as np
 from vit22b_transfer.models import vit
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
-from vit22b_transfer.weights.mapping import (
-    Family,
-    Model,
-    Row,
+from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
+from vit22b_transfer.weights.transforms import (
     Transform,
     conv_kernel_hwio,
     join_heads,
     leading_ones,
-    per_layer,
     reshape,
 )
 

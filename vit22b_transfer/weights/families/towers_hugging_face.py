@@ -11,14 +11,11 @@ from typing import Any
 from vit22b_transfer import UserError
 from vit22b_transfer.models import vit
 from vit22b_transfer.weights.families import tower_rows as tr
-from vit22b_transfer.weights.mapping import (
+from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
+from vit22b_transfer.weights.transforms import (
     TRANSPOSE,
-    Family,
-    Model,
-    Row,
     conv_kernel_oihw,
     leading_ones,
-    per_layer,
     split,
     then,
 )

@@ -11,15 +11,8 @@ from vit22b_transfer import UserError
 from vit22b_transfer.models import vit
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
-from vit22b_transfer.weights.mapping import (
-    TRANSPOSE,
-    Family,
-    Model,
-    Row,
-    per_layer,
-    split,
-    then,
-)
+from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
+from vit22b_transfer.weights.transforms import TRANSPOSE, split, then
 
 Config = Mapping[str, Any]
 
