@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import multimodal, vit
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.planning import planner
@@ -79,9 +80,11 @@ class Job:
 
 
 def with_features(
-    batch: Mapping[str, jax.ShapeDtypeStruct], tower: vit.ViTConfig
+    batch: Mapping[str, jax.ShapeDtypeStruct], tower: vit.ViTConfig | None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch with the tower's tokens, from a cache, in place of images."""
+    if tower is None:
+        raise UserError("training on cached features needs a model with a tower.")
     others = dict(batch)
     images = others.pop("encoder_input_images").shape
     shape = (images[0], math.prod(tower.grid_of(*images[1:3])), tower.width)

@@ -6,6 +6,7 @@ name is resolved and every value checked; only then does gin read them.
 """
 
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,14 +32,24 @@ def read(
 ) -> Recipe:
     """The recipe that `files` and then `overrides` ("NAME=VALUE") say.
 
+    The files behind the first change it, in any order; overrides have the last word.
+
     Raises:
-      RecipeError: if a file is missing, a name unknown, or a value of the wrong type.
+      RecipeError: if a file is missing, a name unknown, a value of the wrong type, or
+        two files behind the first say different things.
     """
     recipe = Recipe(tuple(files), tuple(overrides))
+    said = []
     for file in files:
-        Reader(recipe, search_paths, ()).read(file, "named on the command line")
+        said.append(recipe.nothing_yet())
+        Reader(said[-1], search_paths, ()).read(file, "named on the command line")
+        recipe.take(said[-1])
+    last = recipe.nothing_yet()
     for override in overrides:
-        Reader(recipe, search_paths, ()).read_override(override)
+        Reader(last, search_paths, ()).read_override(override)
+    recipe.take(last)
+    for one, other in itertools.combinations(said[1:], 2):
+        _check_agreement(one, other, last)
     _check_macros(recipe)
     for binding in recipe.bindings.values():
         _check_type(recipe, binding)
@@ -98,6 +109,21 @@ def arguments(
     """What gin would call `root` with, built but not used."""
     install(recipe, root, search_paths)
     return gin.get_bindings(root)
+
+
+def _check_agreement(one: Recipe, other: Recipe, last: Recipe) -> None:
+    """Raises RecipeError if the order of two files would decide what is said."""
+    ours, others = one.statements(), other.statements()
+    for key in ours.keys() & others.keys() - last.statements().keys():
+        name, value, where = ours[key]
+        _, theirs, there = others[key]
+        if value == theirs:
+            continue
+        raise RecipeError(
+            f"{where} sets {name} = {gin_values.text(value)} and {there} sets it to "
+            f"{gin_values.text(theirs)}. Files behind the first are to go together in "
+            f"any order: name one of the two, or set it with --gin.{name}=VALUE."
+        )
 
 
 def _check_macros(recipe: Recipe) -> None:
