@@ -1,10 +1,10 @@
 """Caption metrics without Java: BLEU-1..4, ROUGE-L, CIDEr and CIDEr-D as COCO has them.
 
-`captioning` has SeqIO's form `f(targets, predictions) -> {name: value}`, where `targets`
-holds a list of reference captions for each image; `*_scores` score each image. Captions go through
-`ptb_tokenizer.ptb_tokenize`; on its tokens all values equal those of `pycocoevalcap`,
-whose "CIDEr" is CIDEr-D and called `cider_d` here. BLEU and ROUGE-L are in [0, 1], both
-CIDErs in [0, 10]; papers print all of them times 100.
+`captioning` has SeqIO's form `f(targets, predictions) -> {name: value}`; `*_scores`
+score each image. `targets` holds a list of reference captions for each. Captions go
+through `ptb_tokenizer.ptb_tokenize`; on its tokens all values equal those of
+`pycocoevalcap`, whose "CIDEr" is CIDEr-D and called `cider_d` here. BLEU and ROUGE-L
+are in [0, 1], both CIDErs in [0, 10]; papers print all of them times 100.
 
 An empty prediction scores 0. What the functions raise is in `references.py`.
 """

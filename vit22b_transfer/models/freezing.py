@@ -40,7 +40,9 @@ def check_trained(
     lora: low_rank.LoraConfig, params: dict, patterns: Sequence[str]
 ) -> None:
     """Raises UserError if LoRA's `trained` spares nothing, or is frozen itself."""
-    if not any(re.fullmatch(lora.frozen, path) for path in flatten_dict(params, "/")):
+    if not any(
+        re.fullmatch(lora.frozen, path) for path in flatten_dict(params, sep="/")
+    ):
         raise UserError(
             f"LoRA's trained patterns {list(lora.trained)} match every parameter. To "
             "train the whole model leave LoRA out."

@@ -109,8 +109,8 @@ def check_no_tower(config: LoraConfig, module: Any) -> None:
         raise UserError(
             f"LoRA's patterns {config.patterns} choose kernels of the tower (such as "
             f"encoder/tower/{chosen[0]}), but training from cached features does not "
-            "run it. Freeze the tower (gin_configs/models/frozen_tower.gin, in eval and "
-            "infer as well), and the text model alone gets updates."
+            "run it. Freeze the tower (models/frozen_tower.gin, in eval and infer as "
+            "well), and the text model alone gets updates."
         )
 
 

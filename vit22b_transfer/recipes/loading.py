@@ -8,7 +8,7 @@ name is resolved and every value checked; only then does gin read them.
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -197,13 +197,39 @@ def show(recipe: Recipe) -> Iterator[str]:
         yield ""
         yield f"# {scope + '/' if scope else ''}{name}"
         bound = recipe.bound_to(name, scope)
+        made = _made_by(recipe, target, bound)
         for parameter in gin_values.parameters(target).values():
             key = f"{scope + '/' if scope else ''}{short_name(name)}.{parameter.name}"
             if parameter.name in bound:
                 binding = bound[parameter.name]
                 value = gin_values.text(recipe.resolved(binding.value))
                 yield f"{key} = {value}  # {binding.where}"
+            elif parameter.is_extra and hasattr(made, parameter.name):
+                value = getattr(made, parameter.name)
+                by = f"by {target.__name__}"
+                by = "default" if value == parameter.default else by
+                yield f"{key} = {gin_values.text(value)}  # {by}"
             elif not parameter.needed and not parameter.is_extra:
                 default = gin_values.text(parameter.default)
                 if not default.startswith("<"):  # flax's own sentinels
                     yield f"{key} = {default}  # default"
+
+
+def _made_by(
+    recipe: Recipe, target: Callable[..., Any], bound: Mapping[str, Binding]
+) -> Any:
+    """The dataclass that a function of its name and overrides makes, such as a tower.
+
+    None for other functions, and where arguments are open or have to be made first.
+    """
+    if inspect.isclass(target):
+        return None
+    known = gin_values.parameters(target).values()
+    values = {name: recipe.resolved(binding.value) for name, binding in bound.items()}
+    is_open = bool(list(gin_values.find(values, (MacroUse, Reference))))
+    is_open |= any(
+        parameter.needed and parameter.name not in values for parameter in known
+    )
+    if is_open or not any(parameter.is_extra for parameter in known):
+        return None
+    return target(**values)
