@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.planning import planner
@@ -78,9 +79,8 @@ class Job:
 
 
 def with_features(
-    batch: Mapping[str, jax.ShapeDtypeStruct], tower: Any
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch with the tokens of `tower` (a `TowerConfig`) in place of images."""
+from vit22b_transfer import UserError
+from vit22b_transfer.models import multimodal
     others = dict(batch)
     images = others.pop("encoder_input_images").shape
     shape = (images[0], tower.num_tokens(*images[1:3]), tower.width)
