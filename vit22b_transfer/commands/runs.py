@@ -14,7 +14,7 @@ from vit22b_transfer.commands.arguments import (
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
 
 # Command -> the function that a recipe configures for it.
-_FUNCTIONS = {
+FUNCTIONS = {
     "train": "vit22b_transfer.training.train.fine_tune",
     "eval": "vit22b_transfer.evaluation.evaluate.evaluate_checkpoint",
     "infer": "vit22b_transfer.inference.infer.infer_split",
@@ -65,6 +65,6 @@ def _run(args: argparse.Namespace) -> None:
             from vit22b_transfer.data import streams
 
             streams.keep_tensorflow_off_accelerators()
-    module, _, function = _FUNCTIONS[args.command].rpartition(".")
+    module, _, function = FUNCTIONS[args.command].rpartition(".")
     root = getattr(importlib.import_module(module), function)
     loading.install(recipe, root, paths)()

@@ -4,7 +4,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from types import ModuleType
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -38,7 +38,7 @@ class TasksFinder:
     def find_spec(
         cls,
         name: str,
-        path: Sequence[str] | None = None,
+        path: Iterable[str] | None = None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
         """The specification of `tasks`, None for any other module."""
