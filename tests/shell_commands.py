@@ -53,6 +53,22 @@ def recorded_calls(commands: str, folder: Path, **variables: str) -> list:
     return recorded
 
 
+_ONE_DEVICE = """
+from __gin__ import dynamic_registration
+from vit22b_transfer.partitioning import rules
+rules.Partitioning:
+  data = 1
+  model = 1
+"""
+
+
+def use_one_device(folder: Path) -> None:
+    """Recipes that are run in the folder use one of this process's eight devices."""
+    mesh = folder / "gin_configs" / "meshes" / "data_parallel.gin"
+    mesh.parent.mkdir(parents=True)
+    mesh.write_text(_ONE_DEVICE)
+
+
 def run_in_process(commands: str, folder: Path, **variables: str) -> None:
     """Runs the lines in the folder; every `vit22b` of theirs must succeed.
 

@@ -23,6 +23,7 @@ from vit22b_transfer.checkpoints import reading, restoring
 from vit22b_transfer.data import batches, preprocessors
 from vit22b_transfer.inference.decoding import PAD_ID, Decoded, InitCache, StepFn
 from vit22b_transfer.partitioning import rules
+from vit22b_transfer.recipes import shipped
 from vit22b_transfer.training import optimizers, state, steps
 
 # pyright: reportMissingImports=false
@@ -40,6 +41,9 @@ except ModuleNotFoundError as error:
         "this repository: pip install -e '.[t5x]' && "
         "pip install --no-deps -r requirements-t5x.txt"
     ) from error
+
+# T5X reads the run file, which imports this, before the recipe, which imports tasks.
+shipped.offer_tasks()
 
 
 def for_t5x(model: Any) -> Any:
