@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.recipes import shipped
 from vit22b_transfer.training import optimizers, state, steps
 
 # pyright: reportMissingImports=false
@@ -28,6 +29,9 @@ except ModuleNotFoundError as error:
         "this repository: pip install -e '.[t5x]' && "
         "pip install --no-deps -r requirements-t5x.txt"
     ) from error
+
+# T5X reads the run file, which imports this, before the recipe, which imports tasks.
+shipped.offer_tasks()
 
 
 def for_t5x(model: Any) -> Any:

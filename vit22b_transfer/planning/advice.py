@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vit22b_transfer import UserError
@@ -126,7 +126,7 @@ def _configurable(part) -> str:
 
 
 def _sizes(row: Any) -> dict[str, Any]:
-    sizes = dataclasses.asdict(row) if dataclasses.is_dataclass(row) else dict(row)
+    sizes = dict(row) if isinstance(row, Mapping) else dataclasses.asdict(row)
     sizes.pop("vocab_size", None)  # a recipe sets its own
     return sizes
 

@@ -79,8 +79,11 @@ class Job:
 
 
 def with_features(
-from vit22b_transfer import UserError
-from vit22b_transfer.models import multimodal
+    batch: Mapping[str, jax.ShapeDtypeStruct], tower: Any
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch with the tokens of `tower` (a `TowerConfig`) in place of images."""
+    if tower is None:
+        raise UserError("training on cached features needs a model with a tower.")
     others = dict(batch)
     images = others.pop("encoder_input_images").shape
     shape = (images[0], tower.num_tokens(*images[1:3]), tower.width)
