@@ -17,6 +17,8 @@ def register(
     vocabulary: Vocabulary | None = None,
     options: preprocessors.ReadingOptions | None = None,
     before: Sequence[Callable] = (),
+    postprocess_fn: Callable = preprocessors.references_and_predictions,
+    several_images: bool = False,
 ) -> seqio.Task:
     """The registered task.
 
@@ -25,6 +27,11 @@ def register(
     "{question}" also `question` and, if known, `question_id`. Without `vocabulary` the
     one that $VIT22B_VOCABULARY names is used, or bytes. The preprocessors `before` come
     first; a source with other feature names needs `seqio.preprocessors.rekey` there.
+
+    `postprocess_fn(text, example=..., is_target=...)` makes what metric functions get:
+    by default the references for a target, the stripped text for a prediction. Another
+    one lets a metric see the whole example. With `several_images` the source yields
+    `image_paths`, such as `vit22b_transfer.data.image_sets`.
     """
     if vocabulary is None:
         vocabulary = vocabularies.from_environment()
@@ -36,8 +43,10 @@ def register(
             *before,
             *preprocessors.image_text_preprocessors(prompt, options),
         ],
-        output_features=preprocessors.image_text_features(vocabulary),
-        postprocess_fn=preprocessors.references_and_predictions,
+        output_features=preprocessors.image_text_features(
+            vocabulary, several_images=several_images
+        ),
+        postprocess_fn=postprocess_fn,
         metric_fns=metric_fns,
         shuffle_buffer_size=preprocessors.shuffle_buffer_size(source),
     )

@@ -86,20 +86,24 @@ def read_caption_lines(
             f"{path} has suffix {path.suffix!r}; captions beside an image folder are "
             f"read from {', '.join(readers)}."
         )
-    return readers[path.suffix.lower()](path, _read_text(path), bad)
+    return readers[path.suffix.lower()](path, bad)
 
 
-def _jsonl_lines(path, text, bad):
-    for number, line in enumerate(text.splitlines(), start=1):
+def jsonl_entries(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each line of JSON; a malformed one is an error."""
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
-        where = f"line {number}"
         try:
-            entry = json.loads(line)
+            yield f"line {number}", json.loads(line)
         except json.JSONDecodeError as e:
             raise UserError(
                 f"{path}, line {number}, column {e.colno}: malformed JSON: {e.msg}."
             ) from e
+
+
+def _jsonl_lines(path, bad):
+    for where, entry in jsonl_entries(path):
         several = isinstance(entry, dict) and "captions" in entry
         problem = missing_field(
             entry, file_name=str, **{"captions": list} if several else {"caption": str}
@@ -117,8 +121,8 @@ def _jsonl_lines(path, text, bad):
                 bad.add("malformed entry", f"{where}: caption {caption!r} is no string")
 
 
-def _csv_lines(path, text, bad):
-    rows = csv.DictReader(text.splitlines(keepends=True))
+def _csv_lines(path, bad):
+    rows = csv.DictReader(_read_text(path).splitlines(keepends=True))
     if not {"file_name", "caption"} <= set(rows.fieldnames or ()):
         raise UserError(
             f"{path}: the header must have columns file_name and caption, found "
@@ -132,8 +136,8 @@ def _csv_lines(path, text, bad):
             yield where, row["file_name"], row["caption"]
 
 
-def _txt_lines(path, text, bad):
-    for number, line in enumerate(text.splitlines(), start=1):
+def _txt_lines(path, bad):
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         name, tab, caption = line.partition("\t")

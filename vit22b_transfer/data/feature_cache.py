@@ -359,6 +359,7 @@ def _records_digest(task: seqio.Task, split: str) -> str:
         # The same images may lie elsewhere on another machine.
         facts = [os.path.basename(record.image_path), record.references]
         facts += [record.image_id, record.question_id, record.question, record.target]
+        facts += map(os.path.basename, record.image_paths)
         digest.update(repr(facts).encode())
     return digest.hexdigest()[:16]
 

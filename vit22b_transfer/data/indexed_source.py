@@ -149,28 +149,33 @@ class IndexedSource(seqio.DataSource):
 
 def _look_up(records):
     """The function from a record index to the example, in TensorFlow alone."""
-    columns, places = [], []
-    for name in (*_SCALARS, "references"):
+    lists = ["references"]
+    if any(record.image_paths for record in records):
+        lists.append("image_paths")
+    columns, places = {}, []
+    for name in (*_SCALARS, *lists):
         values = [getattr(record, name) for record in records]
         # Paths, ids and references repeat: keep each once, and where it lies.
         distinct = {value: place for place, value in enumerate(dict.fromkeys(values))}
-        columns.append(list(distinct))
+        columns[name] = list(distinct)
         places.append([distinct[value] for value in values])
-    *scalars, references = columns
-    scalars = [tf.constant(column) for column in scalars]
-    ends = np.cumsum([0, *(len(group) for group in references)])
-    texts = tf.constant([text for group in references for text in group], tf.string)
-    spans = tf.constant(np.stack([ends[:-1], ends[1:]], axis=1))
+    scalars = {name: tf.constant(columns[name]) for name in _SCALARS}
+    texts, spans = {}, {}
+    for name in lists:
+        ends = np.cumsum([0, *(len(group) for group in columns[name])])
+        flat = [text for group in columns[name] for text in group]
+        texts[name] = tf.constant(flat, tf.string)
+        spans[name] = tf.constant(np.stack([ends[:-1], ends[1:]], axis=1))
     rows = tf.constant(np.array(places, np.int64).T)
 
     def look_up(index):
-        row = tf.unstack(rows[index])
-        example = {
-            name: tf.gather(column, place)
-            for name, column, place in zip(_SCALARS, scalars, row[:-1], strict=True)
-        }
-        start, end = tf.unstack(spans[row[-1]])
-        example["references"] = texts[start:end]
+        row = dict(zip(columns, tf.unstack(rows[index]), strict=True))
+        example = {name: tf.gather(scalars[name], row[name]) for name in scalars}
+        for name in lists:
+            start, end = tf.unstack(spans[name][row[name]])
+            example[name] = texts[name][start:end]
+        if "image_paths" in example:
+            del example["image_path"]
         return example
 
     return look_up

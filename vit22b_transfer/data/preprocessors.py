@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from seqio.utils import Feature
 from seqio.vocabularies import Vocabulary
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data.converters import feature_specs, map_examples
 from vit22b_transfer.data.images import MAX_PIXELS, RESIZE_METHODS, read_image, resize
 from vit22b_transfer.data.records import Tally, check_choice
 
@@ -65,11 +66,15 @@ class ReadingOptions:
 
 
 def image_text_features(
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary, *, several_images: bool = False
 ) -> dict[str, Feature]:
-    """The output features of every image-text task."""
+    """The output features of every image-text task.
+
+    several_images: each example has a number of images, on an axis of their own.
+    """
+    rank = 4 if several_images else 3
     return {
-        "images": seqio.ContinuousFeature(dtype=tf.uint8, rank=3),
+        "images": seqio.ContinuousFeature(dtype=tf.uint8, rank=rank),
         "inputs": seqio.Feature(vocabulary, add_eos=True),
         "targets": seqio.Feature(vocabulary, add_eos=True),
     }
@@ -182,21 +187,30 @@ def load_images(
 ) -> tf.data.Dataset:
     """Replaces `image` (encoded bytes or uint8 pixels) or `image_path` by `images`.
 
-    Adds `image_error`: why the image could not be read, "" if it could.
+    `image_paths`, the files of an example with several images, become `images` of rank
+    4; how many there must be is the first size in the feature length `images`.
+    Adds `image_error`: why an image could not be read, "" if all could.
     """
+    several = "image_paths" in feature_specs(dataset)
+    count, sequence_length = _number_of_images(sequence_length, several)
     height, width = _target_size(options, sequence_length)
+    shape = (*([count] if several else []), height, width, 3)
     method = options.resize_method
 
-    def read(image, image_id):
+    def pixels_of(image):
+        if isinstance(image, np.ndarray):
+            return resize(image, (height, width), method=method)
+        return _SMALL_SETS.read(image, (height, width), method, options.max_pixels)
+
+    def read(images, image_id):
         name = image_id.decode()
+        if several and len(images) != count:
+            raise UserError(
+                f"example {name!r} has {len(images)} images, but the feature length "
+                f"'images' asks for {count}; make them equal."
+            )
         try:
-            if isinstance(image, np.ndarray):
-                pixels = resize(image, (height, width), method=method)
-            else:
-                pixels = _SMALL_SETS.read(
-                    image, (height, width), method, options.max_pixels
-                )
-            return pixels, b""
+            pixels = [pixels_of(image) for image in images]
         except ValueError as e:
             if options.on_bad_image == "error":
                 raise UserError(
@@ -207,36 +221,52 @@ def load_images(
                 logging.getLogger(__name__).warning(
                     "skipping image %r: %s (later ones are only counted)", name, e
                 )
-            return np.zeros((height, width, 3), np.uint8), str(e).encode()
+            return np.zeros(shape, np.uint8), str(e).encode()
+        return np.stack(pixels) if several else pixels[0], b""
+
+    def read_one(image, image_id):
+        return read([image], image_id)
 
     def read_file(path, image_id):
-        return read(path.decode(), image_id)
+        return read([path.decode()], image_id)
+
+    def read_files(paths, image_id):
+        return read([path.decode() for path in paths], image_id)
+
+    readers = {"image": read_one, "image_path": read_file, "image_paths": read_files}
 
     def load(example):
         example = dict(example)
-        path = example.pop("image_path", None)
-        encoded = example.pop("image", None)
-        if (path is None) == (encoded is None):
+        given = {name: example.pop(name) for name in readers if name in example}
+        if len(given) != 1:
             raise UserError(
-                "an example needs either 'image_path' or 'image' (encoded bytes or "
-                f"uint8 pixels); its features are {sorted(example)}."
+                "an example needs either 'image_path' ('image_paths' for several) or "
+                "'image' (encoded bytes or uint8 pixels); its features are "
+                f"{sorted([*example, *given])}."
             )
+        ((name, value),) = given.items()
         image_id = _as_string(example.get("image_id", tf.constant("")))
-        reader, value = (read, encoded) if path is None else (read_file, path)
         images, error = tf.numpy_function(
-            reader, [value, image_id], [tf.uint8, tf.string], stateful=False
+            readers[name], [value, image_id], [tf.uint8, tf.string], stateful=False
         )
-        images.set_shape([height, width, 3])
+        images.set_shape(shape)
         error.set_shape([])
         return {**example, "images": images, "image_error": error}
 
-    return _mapped(dataset, load)
+    return map_examples(dataset, load)
 
 
-def _mapped(dataset, function):
-    # AutoGraph has nothing to convert here, and takes longer than the tracing.
-    plain = tf.autograph.experimental.do_not_convert(function)
-    return dataset.map(plain, num_parallel_calls=tf.data.AUTOTUNE)
+def _number_of_images(sequence_length, several):
+    """How many images an example has, and the feature lengths of one of them."""
+    asked = (sequence_length or {}).get("images")
+    if not several:
+        return 1, sequence_length
+    if not isinstance(asked, Sequence) or len(asked) not in (3, 4):
+        raise UserError(
+            "with several images per example the feature length 'images' must be "
+            f"(number, height, width), got {asked!r}."
+        )
+    return asked[0], {**(sequence_length or {}), "images": asked[1:]}
 
 
 def _as_string(value):
@@ -263,7 +293,7 @@ def format_text(dataset: tf.data.Dataset, *, prompt: str) -> tf.data.Dataset:
         example["targets_pretokenized"] = target
         return example
 
-    return _mapped(dataset, form)
+    return map_examples(dataset, form)
 
 
 def encode_text(
@@ -324,7 +354,7 @@ def encode_text(
         encoded["truncated_targets"] &= readable
         return {**example, **encoded}
 
-    return _mapped(dataset, encode)
+    return map_examples(dataset, encode)
 
 
 def references_and_predictions(

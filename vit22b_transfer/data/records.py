@@ -22,6 +22,7 @@ class Record:
 
     `target` is the text to learn ("" if unknown), `references` all the texts that a
     prediction is scored against; `question` and `question_id` may be "".
+    `image_paths` are all images of an example with several, `image_path` the first.
     """
 
     image_path: str
@@ -30,6 +31,7 @@ class Record:
     question: str = ""
     target: str = ""
     references: tuple[str, ...] = ()
+    image_paths: tuple[str, ...] = ()
 
 
 class Tally:

@@ -1,0 +1,90 @@
+"""Examples with several images each: JSON lines that name the files."""
+
+from collections.abc import Mapping
+
+from vit22b_transfer import UserError
+from vit22b_transfer.data.annotations import jsonl_entries, missing_field
+from vit22b_transfer.data.indexed_source import IndexedSource
+from vit22b_transfer.data.records import ImageFolder, Record, resolve_path
+from vit22b_transfer.data.sources import CaptionFiles
+
+
+class ImageSetSource(IndexedSource):
+    """A `.jsonl` file of examples with the same number of images, and their folder.
+
+    A line is `{"file_names": ["left.png", "right.png"], "question": "same colour?",
+    "target": "yes"}`. `question` may be missing where the prompt has none; without
+    `target` there is nothing to learn or to score. `references` may list all texts that
+    count as right; by default `target` alone. `id` names the example in predictions; by
+    default its file names do.
+    """
+
+    def __init__(
+        self,
+        split_to_files: Mapping[str, CaptionFiles],
+        *,
+        images_per_example: int,
+        on_bad_record: str = "error",
+    ):
+        if images_per_example < 1:
+            raise UserError(
+                f"images_per_example is {images_per_example}; it must be at least 1."
+            )
+        self._count = images_per_example
+        super().__init__(split_to_files, on_bad_record=on_bad_record)
+
+    def _resolved(self, files: CaptionFiles) -> CaptionFiles:
+        return CaptionFiles(resolve_path(files.captions), resolve_path(files.images))
+
+    def _origin(self, files: CaptionFiles) -> str:
+        return str(files.captions)
+
+    def _read(self, split, files, bad):
+        folder, records = ImageFolder(files.images), []
+        for where, entry in jsonl_entries(files.captions):
+            problem = missing_field(entry, file_names=list) or self._problem(entry)
+            if problem:
+                bad.add("malformed entry", f"{where}: {problem}")
+                continue
+            names = entry["file_names"]
+            found = {name: folder.path(name) for name in names}
+            if missing := [name for name, path in found.items() if path is None]:
+                bad.add(
+                    "missing image file",
+                    f"{where}: {missing[0]!r} is not in {folder.root}",
+                )
+                continue
+            paths = [path for name in names if (path := found[name])]
+            target = entry.get("target", "").strip()
+            references = entry.get("references") or ([target] if target else [])
+            name = str(entry.get("id", " ".join(names)))
+            records.append(
+                Record(
+                    paths[0],
+                    image_id=name,
+                    question_id=name,
+                    question=entry.get("question", "").strip(),
+                    target=target,
+                    references=tuple(references),
+                    image_paths=tuple(paths),
+                )
+            )
+        return records
+
+    def _problem(self, entry):
+        """What is wrong with an entry that has file names; "" if nothing is."""
+        names = entry["file_names"]
+        if len(names) != self._count:
+            return f"{len(names)} file_names, but images_per_example is {self._count}"
+        if not all(isinstance(name, str) and name.strip() for name in names):
+            return f"file_names {names!r} are no texts"
+        for field in ("question", "target"):
+            if not isinstance(entry.get(field, ""), str):
+                return f"field {field!r} has a wrong type"
+        references = entry.get("references", [])
+        is_list = isinstance(references, list)
+        if not is_list or not all(isinstance(text, str) for text in references):
+            return "field 'references' is no list of texts"
+        if not isinstance(entry.get("id", ""), (str, int)):
+            return "field 'id' has a wrong type"
+        return ""
