@@ -6,8 +6,8 @@ Copy this file, rename the tasks, and write your paths into it, or set the varia
     MY_VALIDATION_JSON  captions to be scored against (images also in MY_IMAGES)
     MY_NEW_IMAGES       a folder of images to caption
 
-Another kind of captions file needs another source, see `vit22b_transfer.data.sources`;
-another kind of target needs only another prompt.
+Captions in a `.jsonl`, `.csv` or `.txt` file need the source `CaptionFileSource` of
+`vit22b_transfer.data.sources`; another kind of target needs only another prompt.
 """
 
 from tasks.captioning import register_captioning

@@ -187,7 +187,7 @@ def _message(error: Exception) -> str | None:
 def _without_startup_notes() -> Iterator[None]:
     """Context that drops the notes TensorFlow prints when it is imported and starts.
 
-    They are written to the file descriptor before any log level is looked at.
+    They are written to the file descriptor before any log level takes effect.
     """
     with tempfile.TemporaryFile() as written:
         sys.stderr.flush()

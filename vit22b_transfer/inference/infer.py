@@ -307,7 +307,7 @@ def _lines(
         )
 
 
-def example_of(line: Mapping[str, Any]) -> dict[str, Any]:
+def example_features(line: Mapping[str, Any]) -> dict[str, Any]:
     """The task's features of the example that a line was written for."""
     example = dict(line.get("metadata", {}))
     for feature, name in (_BEFORE | _AFTER).items():
