@@ -16,8 +16,9 @@ import sys
 import interleave
 
 ROOT = pathlib.Path(__file__).parent.parent
-RECIPE = ("recipes/coco_captions", "models/vit_22b", "models/t5_xxl")
+RECIPE = ("recipes/coco_captions", "models/vit_scanned", "models/t5_scanned")
 RECIPE += ("meshes/activations_2d_fsdp",)
+SIZES = ("VIT='22B/14'", "T5='xxl'")
 MODES = {
     "full": (),
     "frozen": ("models/frozen_tower",),
@@ -35,7 +36,7 @@ def row(devices: int, mode: str) -> list[str]:
         [
             *(sys.executable, "-m", "vit22b_transfer.cli", "plan", "--compile"),
             *(f"--gin_file={file}" for file in files),
-            *(f"--gin.{macro}" for macro in MACROS.get(mode, ())),
+            *(f"--gin.{macro}" for macro in (*SIZES, *MACROS.get(mode, ()))),
             *("--gin.Partitioning.model=8", f"--devices={devices}"),
         ],
         cwd=ROOT,

@@ -1,13 +1,9 @@
 """Your own captions: a COCO-format JSON file and a folder of images.
 
-Copy this file, rename the tasks, and write your paths into it, or set the variables:
-
-    MY_CAPTIONS_JSON    captions to learn from        MY_IMAGES    their images
-    MY_VALIDATION_JSON  captions to be scored against (images also in MY_IMAGES)
-    MY_NEW_IMAGES       a folder of images to caption
-
-Captions in a `.jsonl`, `.csv` or `.txt` file need the source `CaptionFileSource` of
-`vit22b_transfer.data.sources`; another kind of target needs only another prompt.
+`vit22b init DIR` writes a copy of this file for you to edit: write your paths below, or
+set the environment variables that stand there. Captions in a `.jsonl`, `.csv` or `.txt`
+file need the source `CaptionFileSource` of `vit22b_transfer.data.sources`; another kind
+of target needs only another prompt.
 """
 
 from tasks.captioning import register_captioning
@@ -18,6 +14,11 @@ from vit22b_transfer.data.sources import (
     ImageFolderSource,
 )
 
+CAPTIONS = "$MY_CAPTIONS_JSON"  # to learn from
+VALIDATION = "$MY_VALIDATION_JSON"  # to be scored against
+IMAGES = "$MY_IMAGES"  # the images of both
+NEW_IMAGES = "$MY_NEW_IMAGES"  # a folder of images to caption
+
 # An unreadable image is left out, counted, and reported at the end.
 OPTIONS = ReadingOptions(on_bad_image="skip")
 
@@ -25,15 +26,15 @@ register_captioning(
     "my_captions",
     CocoCaptionsSource(
         {
-            "train": CaptionFiles("$MY_CAPTIONS_JSON", "$MY_IMAGES"),
-            "validation": CaptionFiles("$MY_VALIDATION_JSON", "$MY_IMAGES"),
+            "train": CaptionFiles(CAPTIONS, IMAGES),
+            "validation": CaptionFiles(VALIDATION, IMAGES),
         }
     ),
     options=OPTIONS,
 )
 register_captioning(
     "my_new_images",
-    ImageFolderSource({"test": "$MY_NEW_IMAGES"}),
+    ImageFolderSource({"test": NEW_IMAGES}),
     options=OPTIONS,
     metric_fns=(),  # nothing to score against
 )

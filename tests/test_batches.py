@@ -356,10 +356,10 @@ def test_lost_text_and_images_are_counted_and_first_losses_are_logged(mesh, capl
     )
     counters = batches.counters
     assert counters.examples == RECORDS
-    assert counters.skipped_images == 5  # 0, 5, 10, 15, 20
+    assert counters.lost["skipped_images"] == 5  # 0, 5, 10, 15, 20
     # "say 10" and its EOS are 7 tokens, "10" and its EOS are 3.
-    assert counters.truncated_inputs == 12
-    assert counters.truncated_targets == 9  # those of 10, 15 and 20 are empty
+    assert counters.lost["truncated_inputs"] == 12
+    assert counters.lost["truncated_targets"] == 9  # those of 10, 15 and 20 are empty
     assert not weights[[0, 5, 10, 15, 20]].any()
     assert "skipped_images: 2 of the 8 examples" in caplog.text
     assert caplog.text.count("truncated_targets") == 1

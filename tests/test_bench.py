@@ -3,17 +3,18 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 import tiny_models
 
-from vit22b_transfer import cli
 from vit22b_transfer.models import vit
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.planning import bench
 from vit22b_transfer.training import optimizers
 
+ROOT = str(Path(__file__).parent.parent)
 ROWS, PATCH_VALUES = 4, 8 * 8 * 3
 SIZES = dict(batch_size=ROWS, input_length=3, target_length=5, rounds=1)
 WIDTH, DEPTH, MLP, TOKENS = 32, 2, 64, 4
@@ -85,7 +86,7 @@ def test_the_command_measures_all_parts_on_a_mesh_without_tensorflow():
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": cli._ROOT, "XLA_FLAGS": devices, "COLUMNS": "120"},
+        env={"PYTHONPATH": ROOT, "XLA_FLAGS": devices, "COLUMNS": "120"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 x cpu" in done.stdout

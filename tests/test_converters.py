@@ -10,7 +10,6 @@ from array_tasks import LENGTHS, SIZE
 from vit22b_transfer.data.converters import (
     ImageTextFeatureConverter,
     MultiImageTextFeatureConverter,
-    require_image_size,
 )
 
 
@@ -100,20 +99,6 @@ def test_an_image_of_another_size_is_an_error_that_names_both_sizes(size):
     assert f"{size}x{size}x3 are expected" in str(error.value)
     assert f"[{min(size, 8)} 8 3]" in str(error.value)
     assert "image0" in str(error.value)
-
-
-def test_rows_that_seqio_cropped_before_the_converter_are_caught_in_the_task():
-    source = array_tasks.ArraySource(3)
-    array_tasks.add_task("tall", source, [tall])
-    assert len(converted("tall")) == 3  # no converter can tell: the rows are gone
-    array_tasks.add_task("tall", source, [tall, require_image_size])
-    with pytest.raises(
-        ValueError, match="4x4x3 are expected, but the task gives 8x4x3"
-    ):
-        converted("tall")
-    array_tasks.add_task("large", source, [large, require_image_size])
-    with pytest.raises(tf.errors.InvalidArgumentError, match="4x4x3 are expected"):
-        converted("large", {**LENGTHS, "images": (SIZE, SIZE)})
 
 
 def test_packing_is_refused_and_t5x_arguments_are_accepted():

@@ -1,5 +1,7 @@
 """Frozen parameters: chosen by pattern, zero gradients, not a bit changed."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from tiny_models import (
     tower_config,
 )
 
-from vit22b_transfer.models import freezing
+from vit22b_transfer.models import freezing, lora
 
 PARAMS = {
     "encoder": {"tower": {"kernel": 1, "bias": 2}, "text": {"kernel": 3}},
@@ -42,6 +44,25 @@ def test_a_pattern_that_matches_nothing_is_refused_with_near_paths(pattern):
     with pytest.raises(ValueError, match="matches no parameter.*Nearest paths: ") as e:
         freezing.frozen_mask(PARAMS, [".*/bias", pattern])
     assert repr(pattern) in str(e.value) and "encoder/" in str(e.value)
+
+
+def test_a_pattern_of_the_tower_may_match_nothing_where_there_is_none():
+    params = {"encoder": {"text": {"kernel": 3}}, "decoder": {"kernel": 4}}
+    mask = freezing.frozen_mask(params, ["encoder/tower/.*", "decoder/.*"])
+    assert mask == {"encoder": {"text": {"kernel": False}}, "decoder": {"kernel": True}}
+    with pytest.raises(ValueError, match="matches no parameter"):
+        freezing.frozen_mask(params, ["encoder/projection/.*"])
+
+
+def test_all_that_asks_for_something_to_be_frozen_is_heard():
+    config = lora.LoraConfig(1, 1.0, ("decoder/.*",), ("decoder/.*bias",))
+    for names in itertools.permutations(["decoder/kernel", "encoder/text/.*"]):
+        assert freezing.frozen_patterns(names) == names
+        patterns = freezing.frozen_patterns(names, tower=True, lora=config)
+        assert patterns == (config.frozen, *TOWER, *names)
+    assert freezing.frozen_patterns() == ()
+    assert freezing.frozen_patterns(TOWER, tower=True, int8_tower=True) == TOWER
+    assert freezing.frozen_patterns(int8_tower=True) == TOWER
 
 
 def test_merging_is_the_inverse_of_splitting():

@@ -1,34 +1,38 @@
 """Every shipped gin file parses, finalizes, and builds what it describes."""
 
 import ast
-import dataclasses
 import importlib
 import re
-from pathlib import Path
 
 import gin
 import jax
 import pytest
+from gin_files import (
+    BEHIND,
+    CONFIGS,
+    RECIPES,
+    ROOT,
+    T5X_RUNS,
+    WHOLE_RUNS,
+    files,
+    model_files,
+    read_recipe,
+    required_macros,
+)
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import (
     encoder_decoder,
     gemma,
-    lora,
     multimodal,
     prefix_lm,
     t5,
+    t5_variants,
     vit,
     vit_variants,
 )
 from vit22b_transfer.partitioning import rules
 from vit22b_transfer.recipes import loading
-
-ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "gin_configs"
-
-
-def files(folder):
-    return sorted((CONFIGS / folder).glob("*.gin"))
 
 
 def stem(path):
@@ -48,86 +52,89 @@ def no_gin_left_over():
     gin.clear_config()
 
 
-TOWERS = [
-    path
-    for path in files("models")
-    if path.stem.startswith("vit_") and path.stem != "vit_mini"
-]
-TEXT_MODELS = [path for path in files("models") if path.stem.startswith("t5_")]
-GEMMAS = [path for path in files("models") if path.stem.startswith("gemma")]
-PALIGEMMAS = [path for path in files("models") if path.stem.startswith("paligemma")]
-MACROS = {"vit": "IMAGE_SIZE=(224, 224)", "t5": "VOCAB_SIZE=512"}
+IMAGE_SIZE = "IMAGE_SIZE=(224, 224)"
+VOCAB_SIZE = "VOCAB_SIZE=512"
+# Large models: in bfloat16, scanned, recomputed.
+AT_SCALE = dict(dtype="bfloat16", scan_layers=True, remat="block")
 
 
-def module_of(tower, text):
-    overrides = [MACROS["t5"]]
-    if tower.stem.startswith("vit_"):
-        overrides.append(MACROS["vit"])
-    paths = [tower, text, CONFIGS / "models/image_text.gin"]
-    return installed(encoder_decoder.ImageTextModule, paths, *overrides)()
+def built(root, names, *overrides):
+    return installed(root, model_files(*names), *overrides)()
 
 
-@pytest.mark.parametrize("path", TOWERS, ids=stem)
-def test_every_tower_file_gives_the_size_it_names(path):
-    module = module_of(path, CONFIGS / "models/t5_tiny.gin")
-    names = {"giant": "g", "gigantic": "G", "so400m": "So400m", "22b": "22B", "e": "e"}
-    name = path.stem.removeprefix("vit_").removesuffix("_classic")
-    variant = vit_variants.VARIANTS[names.get(name, name.capitalize())]
-    assert module.tower.width == variant.width
-    assert module.tower.depth == variant.depth
-    assert module.tower.parallel == ("classic" not in path.stem)
+@pytest.mark.parametrize("name", ["vit", "vit_scanned", "vit_classic"])
+def test_every_tower_has_the_size_that_it_is_called_by(name):
+    make = vit.classic_config if name == "vit_classic" else vit.vit22b_config
+    how = AT_SCALE | {"fused_projections": True} if name == "vit_scanned" else {}
+    for size in vit_variants.VARIANTS:
+        variant = f"VIT='{size}/14'"
+        names = (name, "t5_tiny", "image_text")
+        overrides = variant, "IMAGE_SIZE=(28, 28)", VOCAB_SIZE
+        tower = built(encoder_decoder.ImageTextModule, names, *overrides).tower
+        assert tower == make(f"{size}/14", image_size=(28, 28), **how)
 
 
-def test_every_variant_has_a_file():
-    assert len([path for path in TOWERS if "classic" not in path.stem]) == len(
-        vit_variants.VARIANTS
-    )
+@pytest.mark.parametrize("name", ["t5", "t5_scanned"])
+def test_every_t5_has_the_size_that_it_is_called_by(name):
+    how = AT_SCALE if name == "t5_scanned" else {}
+    for size in t5_variants.VARIANTS:
+        names, overrides = ("no_tower", name, "image_text"), (f"T5={size!r}",)
+        root = encoder_decoder.ImageTextModule
+        text = built(root, names, *overrides, VOCAB_SIZE).text
+        assert text == t5.t5_config(size, vocab_size=512, **how)
 
 
-@pytest.mark.parametrize("path", TEXT_MODELS, ids=stem)
-def test_every_text_model_file_builds(path):
-    module = module_of(CONFIGS / "models/no_tower.gin", path)
-    assert isinstance(module.text, t5.T5Config)
-    assert module.text.vocab_size == 512
+def test_every_gemma_has_the_size_that_it_is_called_by():
+    for variant in gemma.VARIANTS:
+        names = ("no_tower", "gemma", "prefix_lm")
+        overrides = f"GEMMA={variant!r}", VOCAB_SIZE
+        text = built(prefix_lm.PrefixLMModule, names, *overrides).text
+        assert text == gemma.gemma_config(variant, vocab_size=512, **AT_SCALE)
 
 
-# Parameters in millions, token tables of 32,128 rows included, untied.
+def test_every_paligemma_has_its_text_model_and_framing():
+    for variant in ("gemma-2b", "gemma2-2b", "gemma2-9b", "gemma2-27b"):
+        overrides = f"GEMMA={variant!r}", IMAGE_SIZE
+        module = built(prefix_lm.PrefixLMModule, ["paligemma"], *overrides)
+        assert (module.bos_id, module.separator_id) == (2, 108)
+        assert module.tower == vit.classic_config("So400m/14")
+        expected = gemma.gemma_config(variant, vocab_size=257_152, **AT_SCALE)
+        assert module.text == expected
+
+
+def test_the_headers_name_all_sizes():
+    for name, table in (("t5", t5_variants), ("gemma", gemma), ("vit", vit_variants)):
+        header = (CONFIGS / f"models/{name}.gin").read_text().partition("from __gin__")
+        assert set(table.VARIANTS) <= set(re.split(r"[\s,/]+", header[0])), name
+
+
 @pytest.mark.parametrize(
-    "name, expected", [("t5_small", 77), ("t5_base", 248), ("t5_large", 783)]
+    "names, override, message",
+    [
+        (("t5",), "T5='bsae'", "unknown T5 variant 'bsae'; nearest: base"),
+        (("gemma",), "GEMMA='gemma3'", "unknown Gemma variant 'gemma3'; nearest: "),
+        (("vit",), "VIT='BB/16'", "unknown ViT variant 'BB/16'"),
+    ],
 )
-def test_text_models_have_the_published_sizes(name, expected):
-    names = ("no_tower", name, "image_text")
-    paths = [CONFIGS / f"models/{name}.gin" for name in names]
-    overrides = ["VOCAB_SIZE=32128", "T5Config.scan_layers=True"]
-    module = installed(encoder_decoder.ImageTextModule, paths, *overrides)()
-    tokens = jax.ShapeDtypeStruct((1, 4), "int32")
-    params = jax.eval_shape(module.init, jax.random.key(0), None, tokens, tokens)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params["params"]))
-    assert round(count / 1e6) == expected
+def test_an_unknown_size_is_refused_with_the_nearest_ones(names, override, message):
+    root = {"t5": t5.t5_config, "gemma": gemma.gemma_config, "vit": vit.vit22b_config}
+    sizes = (IMAGE_SIZE,) if names == ("vit",) else (VOCAB_SIZE,)
+    with pytest.raises(UserError, match=message):
+        built(root[names[0]], names, override, *sizes)
 
 
-@pytest.mark.parametrize("path", GEMMAS, ids=stem)
-def test_every_gemma_file_gives_the_size_it_names(path):
-    names = ("no_tower", path.stem, "prefix_lm")
-    paths = [CONFIGS / f"models/{name}.gin" for name in names]
-    module = installed(prefix_lm.PrefixLMModule, paths, MACROS["t5"])()
-    assert module.text.vocab_size == 512
-    if path.stem != "gemma_tiny":
-        variant = gemma.VARIANTS[path.stem.replace("_", "-")]
-        own = dataclasses.asdict(module.text) | {"vocab_size": variant["vocab_size"]}
-        assert variant.items() <= own.items()
-
-
-def test_every_gemma_has_a_file():
-    assert len(GEMMAS) == len(gemma.VARIANTS) + 1
-
-
-@pytest.mark.parametrize("path", PALIGEMMAS, ids=stem)
-def test_every_paligemma_file_builds_with_its_framing(path):
-    module = installed(prefix_lm.PrefixLMModule, [path], MACROS["vit"])()
-    assert (module.bos_id, module.separator_id) == (2, 108)
-    assert module.tower == vit.classic_config("So400m/14")
-    assert module.text.vocab_size == 257_152
+@pytest.mark.parametrize("name", ["t5_tiny", "gemma_tiny", "vit_mini"])
+def test_every_small_model_file_builds(name):
+    if name == "gemma_tiny":
+        names, root = ("no_tower", name, "prefix_lm"), prefix_lm.PrefixLMModule
+    else:
+        tower = "vit_mini" if name == "vit_mini" else "no_tower"
+        names = (tower, "t5_tiny", "image_text")
+        root = encoder_decoder.ImageTextModule
+    sizes = [IMAGE_SIZE] if name == "vit_mini" else []
+    module = built(root, names, VOCAB_SIZE, *sizes)
+    assert module.text.vocab_size == 512 and module.text.width == 128
+    assert (module.tower is None) == (name != "vit_mini")
 
 
 @pytest.mark.parametrize("path", files("meshes"), ids=stem)
@@ -145,28 +152,11 @@ def test_the_mesh_files_cover_all_settings_of_t5x():
     assert {x.model for x in layouts} == {1, 2}
 
 
-RECIPES = files("recipes")
 COMMANDS = [
     ("training.train", "fine_tune"),
     ("evaluation.evaluate", "evaluate_checkpoint"),
     ("inference.infer", "infer_split"),
 ]
-SETTINGS = {
-    "MODEL_DIR": "MODEL_DIR='/nowhere'",
-    "INITIAL_CHECKPOINT": "INITIAL_CHECKPOINT='/nowhere/checkpoint_1'",
-}
-
-
-def required_macros(path):
-    """Names that the header of a recipe says are required."""
-    line = re.search(r"# REQUIRED macros?: (.*)\.", path.read_text())
-    return line[1].split(", ")
-
-
-def read_recipe(path, *overrides, behind=()):
-    overrides = [*overrides, *(SETTINGS[name] for name in required_macros(path))]
-    names = [file.relative_to(ROOT).as_posix() for file in (path, *behind)]
-    return loading.read(names, overrides, [str(ROOT)])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=stem)
@@ -200,11 +190,11 @@ def test_every_recipe_builds_its_model_on_its_mesh(path, behind):
     from vit22b_transfer.data import batches
 
     # Scanned layers have the same parameters, stacked, and are traced once.
-    text = "GemmaConfig" if "paligemma" in path.stem else "T5Config"
+    text = re.search(r"text = @(.*)\(\)", "\n".join(loading.show(read_recipe(path))))[1]
     recipe = read_recipe(path, f"{text}.scan_layers=True", behind=behind)
     model = loading.install(recipe, multimodal.ImageTextModel, [str(ROOT)])()
     if behind:
-        assert model.frozen == lora.ALL_BUT_LORA
+        assert model.frozen[0] == model.lora.frozen
     layout = gin.get_configurable(rules.Partitioning)()
     lengths, batch_size = (
         recipe.resolved(recipe.macros[name][0])
@@ -242,9 +232,6 @@ def test_recipes_stay_short_and_say_what_to_expect(path):
 
 
 # Run only where T5X is installed (tests/test_t5x_runs.py); this holds anywhere.
-T5X_RUNS = sorted((CONFIGS / "runs").glob("t5x_*.gin"))
-
-
 @pytest.mark.parametrize("path", T5X_RUNS, ids=stem)
 def test_t5x_run_files_bind_what_the_adapter_has(path):
     tree = ast.parse((ROOT / "vit22b_transfer/t5x_adapter.py").read_text())
@@ -262,14 +249,5 @@ def test_t5x_run_files_bind_what_the_adapter_has(path):
 
 
 def test_every_gin_file_is_built_by_a_test():
-    included = set()
-    for path in RECIPES:
-        included |= set(re.findall("^include '(.*)'", path.read_text(), re.MULTILINE))
-    tested = {*TOWERS, *TEXT_MODELS, *GEMMAS, *PALIGEMMAS}
-    tested |= {*files("meshes"), *RECIPES, *T5X_RUNS}
-    tested |= {ROOT / name for name in included}
-    tested |= {CONFIGS / "runs/cached_features.gin"}  # in test_feature_cache.py
-    tested |= {CONFIGS / "models/int8_tower.gin"}  # in test_int8.py
-    tested |= {CONFIGS / "runs/bench.gin"}  # in test_bench.py
-    tested |= {LORA, CONFIGS / "models/no_tower.gin"}
-    assert set(CONFIGS.rglob("*.gin")) == tested
+    """Those behind a recipe in test_gin_behind.py, bench.gin in test_bench.py."""
+    assert {*CONFIGS.rglob("*.gin")} == {*BEHIND, *RECIPES, *T5X_RUNS, *WHOLE_RUNS}

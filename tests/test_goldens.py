@@ -20,6 +20,7 @@ from vit22b_transfer.models import (
     prefix_lm,
     stacking,
     t5,
+    t5_variants,
     vit,
     vit_variants,
 )
@@ -29,16 +30,7 @@ NAMES = (
     "Ti/16 S/16 B/16 L/16 So400m/14 H/14 g/14 G/14 e/14 22B/14"  # a row each
 ).split()
 FORMS = {"vit22b": vit.vit22b_config, "classic": vit.classic_config}
-T5_XXL = t5.T5Config(
-    vocab_size=32128,
-    width=4096,
-    num_encoder_layers=24,
-    num_decoder_layers=24,
-    num_heads=64,
-    head_dim=64,
-    mlp_dim=10240,
-    scan_layers=True,
-)
+T5_XXL = t5.t5_config("xxl", vocab_size=32128, scan_layers=True)
 
 
 def abstract(module, *inputs):
@@ -162,6 +154,28 @@ def test_text_model_parameters_are_those_of_the_golden(check_golden):
     check_golden("t5_tiny", trees)
     extra = set(trees["untied"]) - set(trees["tied"])
     assert extra == {"decoder/logits_dense/kernel"}
+
+
+# Of T5X's examples/t5/t5_1_1 with 32,128 tokens; PaLI-X's with 250,112.
+T5S = {
+    "small": 76_961_152,
+    "base": 247_577_856,
+    "large": 783_150_080,
+    "xl": 2_849_757_184,
+    "xxl": 11_135_332_352,
+    "32b": 32_248_939_520,
+}
+
+
+def test_every_t5_has_the_golden_parameters_and_the_published_count(check_golden):
+    trees = {}
+    for name in t5_variants.VARIANTS:
+        rows = 250_112 if name == "32b" else 32_128
+        config = t5.t5_config(name, vocab_size=rows, scan_layers=True)
+        variables = abstract_model(None, config)
+        trees[name] = described(variables)
+        assert count(variables) == T5S[name], name
+    check_golden("t5", trees)
 
 
 def test_a_22b_tower_before_t5_xxl_has_the_golden_parameters(check_golden):

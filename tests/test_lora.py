@@ -342,24 +342,64 @@ def test_updates_of_another_rank_or_factor_are_refused(tmp_path):
         restoring.restore_params(path, abstract, shardings, model=other)
 
 
-def test_the_whole_model_trains_if_nothing_is_frozen():
-    assert t5_model(CONFIG, frozen=()).frozen == ()
-    assert t5_model(None).frozen == ()
+def trained_paths(model):
+    params = state.abstract_variables(model, ONE_DEVICE, BATCH)
+    trained, _ = freezing.split_frozen(params, model.frozen)
+    return set(flatten_dict(trained, sep="/"))
+
+
+PROJECTION = {"encoder/projection/kernel", "encoder/projection/bias"}
+
+
+def test_what_is_trained_beside_the_updates_is_named_in_the_config():
+    """As PEFT's modules_to_save."""
+    updates = trained_paths(t5_model(CONFIG))
+    assert updates and all("/lora_" in path for path in updates)
+    config = dataclasses.replace(CONFIG, trained=("encoder/projection/.*",))
+    assert trained_paths(t5_model(config)) == updates | PROJECTION
+    # In whatever else is frozen.
+    model = t5_model(config, frozen=("encoder/text/.*", "encoder/projection/bias"))
+    others = {path for path in updates if not path.startswith("encoder/text/")}
+    assert trained_paths(model) == others | {"encoder/projection/kernel"}
+
+
+def test_a_frozen_tower_gets_no_updates():
+    updates = trained_paths(t5_model(CONFIG))
+    model = t5_model(CONFIG, frozen_tower=True)
+    assert trained_paths(model) == {path for path in updates if "tower" not in path}
+    assert model.module.tower.lora is None
+    tower_alone = dataclasses.replace(CONFIG, patterns=("encoder/tower/.*/kernel",))
+    with pytest.raises(ValueError, match="The tower is frozen, so it gets no updates"):
+        trained_paths(t5_model(tower_alone, frozen_tower=True))
+
+
+def test_updates_of_an_int8_tower_are_all_that_is_trained_of_it():
+    config = dataclasses.replace(CONFIG, trained=(".*/scale",))
+    trained = trained_paths(t5_model(config, int8_tower=True))
+    of_tower = {path for path in trained if path.startswith("encoder/tower/")}
+    assert of_tower and all("/lora_" in path for path in of_tower)
+    assert any(path.endswith("/scale") for path in trained)
+
+
+@pytest.mark.parametrize(
+    "trained, arguments, message",
+    [
+        ("encoder/projction/.*", {}, "LoRA's trained pattern .* Nearest paths"),
+        (".*", {}, "match every parameter. To train the whole model leave LoRA out"),
+        ("encoder/tower/.*", dict(frozen_tower=True), "frozen by 'encoder/tower/"),
+        ("encoder/projection/.*", dict(frozen=(".*bias", ".*l")), "by '.*bias', '.*l'"),
+    ],
+)
+def test_what_cannot_be_trained_besides_is_refused(trained, arguments, message):
+    config = dataclasses.replace(CONFIG, trained=(trained,))
+    with pytest.raises(ValueError, match=message):
+        trained_paths(t5_model(config, **arguments))
 
 
 def test_the_optimizer_state_is_below_two_percent_of_that_of_full_fine_tuning():
     """A B/16 tower and a text model of T5 v1.1 small's size, all in float32."""
     tower = vit.vit22b_config("B/16", scan_layers=True)
-    text = t5.T5Config(
-        vocab_size=32128,
-        width=512,
-        num_encoder_layers=8,
-        num_decoder_layers=8,
-        num_heads=6,
-        head_dim=64,
-        mlp_dim=1024,
-        scan_layers=True,
-    )
+    text = t5.t5_config("small", vocab_size=32128, scan_layers=True)
     images = tiny_models.images(1, 224, 224, 3)
     batch = dict(tiny_models.batch(1), encoder_input_images=images)
     sizes = {}

@@ -215,9 +215,9 @@ def test_knobs_are_ranked_by_what_they_leave_and_name_their_gin_lines():
     lines = {line for knob in found for line in knob.lines}
     assert {
         "rules.Partitioning.parameter_partitioning_dims = 2",
-        "multimodal.ImageTextModel.frozen = ('encoder/tower/.*',)",
+        "include 'gin_configs/models/frozen_tower.gin'",
         "include 'gin_configs/models/lora.gin'",
-        "multimodal.ImageTextModel.optimizer_def = @optimizers.adafactor()",
+        "include 'gin_configs/runs/optimizer_adafactor.gin'",
     } <= lines
     for knob in found:
         if knob.lines[0].startswith("include"):

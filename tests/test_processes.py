@@ -67,7 +67,7 @@ t5.T5Config:
   mlp_dim = 64
 WARMUP_STEPS = 1
 # One program for any number of steps.
-optimizers.adamw.learning_rate = @optimizers.constant()
+SCHEDULE = @optimizers.constant()
 optimizers.constant.peak = 0.001
 train.Periods.log = 1
 train.fine_tune.keep = None

@@ -1,28 +1,116 @@
-"""What README.md says is so: its commands run, its tree is the tree."""
+"""What README.md and docs/ say is so: their commands run, the tree is the tree."""
 
+import importlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from shell_commands import (
+    no_tasks,
+    recorded_calls,
+    run_in_process,
+    use_one_device,
+)
 from torch_peers import import_peer
 
+from vit22b_transfer import cli
+from vit22b_transfer.commands import runs
 from vit22b_transfer.data import vocabularies
 from vit22b_transfer.demo import scenes
+from vit22b_transfer.recipes import loading, shipped
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+
+# Each block of commands, by the HTML comment in the line before it. A mark is one of
+#   ci: NAME            .ci/run runs the block
+#   test: NAME          a test here runs it, test_NAME_runs_as_written
+#   read: WHY           recipe and arguments are checked, WHY says what a run needs
+#   elsewhere: FILE     the file of tests runs these commands
+#   not run: WHY
+_BLOCK = re.compile(r"(?:<!-- ([^\n]*) -->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
+BLOCKS = [
+    (page, mark, commands)
+    for page, text in TEXTS.items()
+    for mark, _, commands in _BLOCK.findall(text)
+]
+READ = [(mark, commands) for _, mark, commands in BLOCKS if mark.startswith("read: ")]
 
 
 def block(mark):
-    """The fenced block after the HTML comment `mark`."""
-    found = re.search(rf"<!-- {mark} -->\n```bash\n(.*?)```", README, re.DOTALL)
-    assert found, f"README.md has no block marked {mark}"
-    return found.group(1)
+    (found,) = [commands for _, known, commands in BLOCKS if known == mark]
+    return found
+
+
+def test_every_block_is_run_or_says_why_not():
+    ci = (ROOT / ".ci" / "run").read_text()
+    tests = Path(__file__).read_text()
+    marks = [mark for _, mark, _ in BLOCKS]
+    named = [mark for mark in marks if not mark.startswith(("read: ", "not run: "))]
+    assert len(set(named)) == len(named)
+    unsupported = []
+    for page, mark, commands in BLOCKS:
+        kind, _, rest = mark.partition(": ")
+        is_covered = {
+            "ci": lambda name: f"run_block {name}" in ci,
+            "test": lambda name: f"test_{name.replace('-', '_')}_runs_as_w" in tests,
+            "read": lambda why: len(why) > 5,
+            "elsewhere": lambda file: (ROOT / file).is_file(),
+            "not run": lambda why: len(why) > 5,
+        }
+        if kind not in is_covered or not is_covered[kind](rest):
+            unsupported.append(
+                f"{page}: {mark or 'no mark'}: {commands.splitlines()[0]}"
+            )
+    assert not unsupported
+
+
+def test_links_between_pages_lead_somewhere():
+    broken = [
+        f"{page.name}: {link}"
+        for page in PAGES
+        for link in re.findall(r"\]\(([^)#:]+)", TEXTS[page.name])
+        if not (page.parent / link).is_file()
+    ]
+    assert not broken
+
+
+def test_readme_stays_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 120
+
+
+def test_files_of_the_repository_that_are_named_exist():
+    named = {
+        name
+        for text in TEXTS.values()
+        for name in re.findall(r"(?:gin_configs|tasks|tests|benchmarks)/[\w./]+", text)
+    }
+    named |= {
+        f"gin_configs/{name}"
+        for name in re.findall(r"`((?:models|runs)/\w+\.gin)`", TEXTS["recipes.md"])
+    }
+    named |= {
+        f"gin_configs/meshes/{name}"
+        for name in re.findall(r"`(\w+\.gin)`", TEXTS["scale.md"])
+    }
+    missing = [name for name in named if not (ROOT / name.rstrip(".")).exists()]
+    assert set(missing) <= {"tasks/NAME.py"}
+
+
+@pytest.mark.parametrize("mark, commands", READ, ids=[mark[6:] for mark, _ in READ])
+def test_what_is_only_read_has_a_complete_recipe(mark, commands, tmp_path):
+    for _, _, arguments in recorded_calls(commands, tmp_path):
+        args, overrides = cli._parser().parse_known_args(arguments)
+        overrides = [override.removeprefix("--gin.") for override in overrides]
+        with no_tasks():
+            shipped.offer_tasks()
+            recipe = loading.read(args.gin_file, overrides, shipped.search_paths())
+        module, _, function = runs.FUNCTIONS[args.command].rpartition(".")
+        root = getattr(importlib.import_module(module), function)
+        loading.check_complete(recipe, root)
 
 
 @pytest.fixture
@@ -38,41 +126,13 @@ def own_data(tmp_path):
     shutil.copytree(drawn["test"].images, tmp_path / "new_images")
     broken = sorted((tmp_path / "new_images").iterdir())[2]
     broken.write_bytes(broken.read_bytes()[:100])
+    use_one_device(tmp_path)
     return tmp_path, broken.name
 
 
-def run_as_written(commands, folder, **variables):
-    """Runs the lines in the folder, with the command of this environment."""
-    binaries = folder / "bin"
-    binaries.mkdir()
-    command = binaries / "vit22b"
-    command.write_text(
-        f'#!/bin/sh\nexec "{sys.executable}" -m vit22b_transfer.cli "$@"\n'
-    )
-    command.chmod(0o755)
-    environment = (
-        os.environ
-        | variables
-        | {
-            "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "",
-        }
-    )
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_own_captions_commands_run_as_written(own_data):
+def test_my_captions_runs_as_written(own_data):
     folder, broken = own_data
-    run_as_written(block("test: my-captions"), folder)
+    run_in_process(block("test: my-captions"), folder)
     lines = [
         json.loads(x) for x in (folder / "captions.jsonl").read_text().splitlines()
     ]
@@ -114,13 +174,13 @@ def save_public_models(folder):
     )
 
 
-def test_commands_for_public_weights_run_as_written(own_data):
+def test_public_weights_runs_as_written(own_data, capsys):
     folder, _ = own_data
     save_public_models(folder)
     recipe = ["--gin_file=gin_configs/recipes/my_captions.gin"]
     recipe += [f"--gin.MODEL_DIR='{folder}/tuned'", "--gin.BATCH_SIZE=8"]
     recipe += ["--gin.TRAIN_STEPS=6", "--gin.WARMUP_STEPS=2"]
-    shown = run_as_written(
+    run_in_process(
         block("test: public-weights"),
         folder,
         RECIPE=" ".join(recipe),
@@ -128,24 +188,57 @@ def test_commands_for_public_weights_run_as_written(own_data):
         MY_VALIDATION_JSON="validation.json",
         MY_IMAGES="images",
     )
+    shown = capsys.readouterr().out
     assert "initial checkpoint" in shown and "encoder/projection" in shown
     assert (folder / "exported" / "model.safetensors").is_file()
     assert "shared.weight" in shown
 
 
+def test_init_runs_as_written(tmp_path, capsys):
+    run_in_process(block("test: init"), tmp_path)
+    shown = capsys.readouterr().out
+    assert "cd my_project && vit22b train" in shown
+    assert shown.splitlines()[-4].startswith("my_new_images")
+    assert "coco_captions" not in shown  # its own tasks only
+
+
+def test_tasks_runs_as_written(tmp_path, capsys):
+    run_in_process(block("test: tasks"), tmp_path)
+    assert {"scenes_mixture", "my_captions"} <= set(capsys.readouterr().out.split())
+
+
+def test_own_task_runs_as_written(own_data, monkeypatch):
+    import seqio
+
+    folder, _ = own_data
+    with no_tasks():
+        shipped.offer_tasks()
+        monkeypatch.chdir(folder)
+        exec(block("test: own-task"), {})
+        task = seqio.TaskRegistry.get("mine")
+        assert task.num_input_examples("train") == 24 * 5
+        assert task.num_input_examples("validation") == 8
+
+
+def test_vocab_runs_as_written(own_data, capsys):
+    run_in_process(block("test: vocab"), own_data[0])
+    assert capsys.readouterr().out == "my.model: 320 pieces\n"
+
+
+def test_config_runs_as_written(tmp_path, capsys):
+    run_in_process(block("test: config"), tmp_path)
+    assert "BATCH_SIZE = 32  # command line" in capsys.readouterr().out
+
+
+def test_plan_runs_as_written(tmp_path, capsys):
+    run_in_process(block("test: plan"), tmp_path)
+    assert "h100, 64 devices: mesh 64 data x 1 model" in capsys.readouterr().out
+
+
 def test_the_tree_names_every_module():
-    tree = README[README.index("## The tree") :]
+    contributing = TEXTS["contributing.md"]
+    tree = contributing[contributing.index("## The tree") :]
     package = ROOT / "vit22b_transfer"
     modules = {p.name for p in package.rglob("*.py") if p.name != "__init__.py"}
     named = set(re.findall(r"\w+\.py", tree))
     assert named == modules
-
-
-@pytest.mark.parametrize(
-    "title, limit",
-    [("Your own captions", 30), ("Start from public weights", 20), ("Under T5X", 25)],
-)
-def test_the_sections_keep_their_promised_length(title, limit):
-    start = README.index(f"## {title}")
-    section = README[start : README.index("\n## ", start)]
-    assert len(section.strip().splitlines()) <= limit

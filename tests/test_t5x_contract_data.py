@@ -310,6 +310,8 @@ def test_seqios_evaluator_computes_the_metrics_of_our_own_evaluation(name, size)
         example["targets_pretokenized"].decode() if index % 3 else "x"
         for index, example in enumerate(examples)
     ]
-    expected = task_metrics.metrics(name, examples, texts, [0.0] * len(texts))
+    expected = task_metrics.metrics(
+        name, examples, texts, {"scores": [0.0] * len(texts)}
+    )
     assert dict(measured) == expected
     assert any(0 < value for value in expected.values() if not isinstance(value, str))

@@ -15,7 +15,8 @@ import tasks.my_captions
 import tasks.scenes  # noqa: F401
 from tasks.captioning import register_captioning
 from tasks.vqa import register_vqa
-from vit22b_transfer.data import preprocessors, vocabularies
+from vit22b_transfer.data import tasks as registered
+from vit22b_transfer.data import vocabularies
 from vit22b_transfer.data.preprocessors import ReadingOptions
 from vit22b_transfer.data.sources import (
     CaptionFiles,
@@ -360,25 +361,25 @@ def test_a_skipped_image_keeps_its_place_and_weighs_nothing(pictures, register, 
             assert example["images"].any()
     assert b"truncated" in found[1]["image_error"]
     assert b"empty (0 bytes)" in found[3]["image_error"]
-    assert preprocessors.bad_example_report("lenient") == {"bad image": 2}
+    assert sum(bool(example["image_error"]) for example in found) == 2
     assert caplog.text.count("skipping image") == 1
 
 
-def test_the_report_of_a_mixture_sums_its_tasks(pictures, tmp_path, register):
-    options = ReadingOptions(on_bad_image="skip")
+def test_records_that_the_sources_of_a_mixture_left_out_are_added_up(
+    pictures, tmp_path, register
+):
     lines = tmp_path / "pictures" / "captions.txt"
     lines.write_text(lines.read_text() + "\nabsent.jpg\tx")
-    source = CaptionFileSource(
-        {"train": CaptionFiles(lines, lines.parent)}, on_bad_record="skip"
-    )
     for name in ("one", "two"):
-        examples(register(register_captioning, name, source, options=options))
+        source = CaptionFileSource(
+            {"train": CaptionFiles(lines, lines.parent)}, on_bad_record="skip"
+        )
+        register(register_captioning, name, source)
     mixture = seqio.MixtureRegistry.add("both", [("one", 1.0), ("two", 1.0)])
     try:
-        assert preprocessors.bad_example_report("both") == {
-            "bad image": 4,
-            "missing image file": 1,
-        }
+        registered.find_provider("both", "train")
+        counts = registered.skipped_records(mixture, "train")
+        assert counts == {"missing image file": 2}
     finally:
         seqio.MixtureRegistry.remove(mixture.name)
 
@@ -433,7 +434,7 @@ def test_long_texts_are_cut_before_the_end_and_counted(scenes_here, register, ca
     for short, long in zip(found, whole, strict=True):
         np.testing.assert_array_equal(short["targets"], [*long["targets"][:8], 1])
         assert short["targets_pretokenized"] == long["targets_pretokenized"]
-    assert preprocessors.bad_example_report("cut") == {"truncated targets": 6}
+    assert sum(bool(example["truncated_targets"]) for example in found) == 6
     assert caplog.text.count("truncated targets of image") == 1
 
 

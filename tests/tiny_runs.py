@@ -111,6 +111,9 @@ def quick_noise(rng, shape, salt=0):
 class Counters:
     examples: int = 0
 
+    def counts(self):
+        return dataclasses.asdict(self)
+
 
 class Killed(Exception):
     """Stands for the death of the process, at the moment a batch is asked for."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.recipes import shipped
 from vit22b_transfer.training import optimizers, state, steps
 
 # pyright: reportMissingImports=false
@@ -29,14 +30,18 @@ except ModuleNotFoundError as error:
         "pip install --no-deps -r requirements-t5x.txt"
     ) from error
 
+# T5X reads the run file, which imports this, before the recipe, which imports tasks.
+shipped.offer_tasks()
+
 
 def for_t5x(model: Any) -> Any:
     """`model` as T5X takes it: with a T5X optimizer made of its own and its `frozen`.
 
     T5X compares the vocabularies of tasks only with those of models of its own base
-    class, so the model's class is declared one.
+    class, so the class of a model that has vocabularies is declared one.
     """
-    t5x_models.BaseTransformerModel.register(type(model))
+    if hasattr(model, "input_vocabulary"):
+        t5x_models.BaseTransformerModel.register(type(model))
     model = copy.copy(model)
     if model.optimizer_def is not None:
         model.optimizer_def = Optimizer(model.optimizer_def, model.frozen)
@@ -144,6 +149,7 @@ def mean_gradient_trainer(
         train_state_axes=train_state_axes,
         rng=rng,
     )
+    steps.check_microbatches(model, made._num_microbatches or 1)
     learning_rate = model.optimizer_def.learning_rate
 
     def train_step(train_state, batch):

@@ -13,7 +13,9 @@ def vocabulary_record(model: Any) -> dict[str, Any]:
     """Class, size and content hash of both vocabularies, to compare at restore."""
     record = {}
     for name in ("input_vocabulary", "output_vocabulary"):
-        vocabulary = getattr(model, name)
+        vocabulary = getattr(model, name, None)
+        if vocabulary is None:  # a model without texts
+            continue
         kind, size = type(vocabulary).__name__, int(vocabulary.vocab_size)
         # A SentencePiece vocabulary has its whole model; others are what they are
         # called and how large they are.

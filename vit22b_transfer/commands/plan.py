@@ -1,8 +1,12 @@
 """`vit22b plan` of the command."""
 
 import argparse
-import contextlib
-from collections.abc import Callable, Sequence
+
+from vit22b_transfer.commands.arguments import (
+    Add,
+    add_gin_file,
+    without_startup_notes,
+)
 
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
 
@@ -10,20 +14,12 @@ from collections.abc import Callable, Sequence
 _UNREAD = ("MODEL_DIR", "INITIAL_CHECKPOINT")
 
 
-def add_to(
-    add: Callable[..., argparse.ArgumentParser],
-    add_gin_file: Callable[[argparse.ArgumentParser], None],
-    search_paths: Sequence[str],
-    quietly: Callable[[], contextlib.AbstractContextManager[None]],
-) -> None:
-    """Adds the command; `add(name, run, text, epilog)` makes it.
-
-    Recipes are read in the context `quietly`.
-    """
+def add_to(add: Add) -> None:
+    """Adds the command; `add(name, run, text, epilog)` makes it."""
 
     def run(args):
-        with quietly():
-            job, plan = _planned(args, search_paths)
+        with without_startup_notes():
+            job, plan = _planned(args)
         from vit22b_transfer.planning import advice, report
 
         for line in report.report(plan):
@@ -65,7 +61,7 @@ def add_to(
     )
 
 
-def _planned(args: argparse.Namespace, search_paths: Sequence[str]):
+def _planned(args: argparse.Namespace):
     """The job of the recipe, and its plan."""
     import jax
 
@@ -74,15 +70,16 @@ def _planned(args: argparse.Namespace, search_paths: Sequence[str]):
     if args.compile:
         jax.config.update("jax_num_cpu_devices", args.devices)
     from vit22b_transfer.planning import devices, jobs, planner
-    from vit22b_transfer.recipes import loading
+    from vit22b_transfer.recipes import loading, shipped
     from vit22b_transfer.training import train
 
+    paths = shipped.search_paths()
     device = devices.device(args.device)
-    recipe = loading.read(args.gin_file, args.overrides, search_paths)
+    recipe = loading.read(args.gin_file, args.overrides, paths)
     unset = " ".join(recipe.required())
     unread = [f"{name}='(not read)'" for name in _UNREAD if name in unset.split()]
-    recipe = loading.read(args.gin_file, [*args.overrides, *unread], search_paths)
-    arguments = loading.arguments(recipe, train.fine_tune, search_paths)
+    recipe = loading.read(args.gin_file, [*args.overrides, *unread], paths)
+    arguments = loading.arguments(recipe, train.fine_tune, paths)
     job = jobs.Job.from_arguments(arguments)
     partitioning = planner.planned(job.partitioning, args.devices)
     return job, planner.Plan(job.run(), partitioning, device)

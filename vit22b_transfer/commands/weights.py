@@ -3,14 +3,14 @@
 import argparse
 import functools
 import os
-from collections.abc import Callable
 
 from vit22b_transfer import UserError
+from vit22b_transfer.commands.arguments import Add
 
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
 
 
-def add_to(add: Callable[..., argparse.ArgumentParser]) -> None:
+def add_to(add: Add) -> None:
     """Adds the commands; `add(name, run, text, epilog)` makes one."""
     command = add(
         "import",

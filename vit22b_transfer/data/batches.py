@@ -12,11 +12,10 @@ import tensorflow as tf
 from vit22b_transfer import UserError
 from vit22b_transfer.data import placement, streams
 from vit22b_transfer.data import tasks as registered
-from vit22b_transfer.data.converters import FLAGS, Lengths, feature_specs, known_shape
+from vit22b_transfer.data.converters import Lengths, feature_specs, known_shape
 from vit22b_transfer.data.host_batches import (
     ConverterFactory,
     Request,
-    check_lengths,
     host_eval_batches,
     host_train_batches,
 )
@@ -30,34 +29,36 @@ Item = TypeVar("Item")
 class BatchCounters:
     """What this host has been given so far: examples, and what was lost of them.
 
-    `skipped_images` counts examples whose image could not be read (policy 'skip': zero
-    image, no targets); `truncated_*` counts texts that lost tokens beyond their length.
-    Rows that fill up the last batch do not count. `skipped_records` are those that the
-    source left out of the split (its policy 'skip'), whether this host reads it all or
-    a part.
+    skipped_records: those that the source left out of the split (its policy 'skip'),
+      whether this host reads it all or a part.
+    lost: by name in the converter's `flags`: `skipped_images` counts examples whose
+      image could not be read (policy 'skip': zero image, nothing to learn);
+      `truncated_<text>` counts texts that lost tokens beyond their length. Rows that
+      fill up the last batch do not count.
     """
 
-    examples: int = 0
-    skipped_images: int = 0
-    truncated_inputs: int = 0
-    truncated_targets: int = 0
-    skipped_records: int = 0
+    examples: int
+    skipped_records: int
+    lost: dict[str, int]
 
-    def lost(self) -> str:
+    def counts(self) -> dict[str, int]:
+        """All counters by name."""
+        first, last = {"examples": self.examples}, self.skipped_records
+        return first | self.lost | {"skipped_records": last}
+
+    def losses(self) -> str:
         """What was lost, as `2 skipped images, 1 skipped records`; "" if nothing."""
-        counts = dataclasses.asdict(self)
-        del counts["examples"]
         return ", ".join(
             f"{count} {name.replace('_', ' ')}"
-            for name, count in counts.items()
-            if count
+            for name, count in self.counts().items()
+            if count and name != "examples"
         )
 
     def add(self, flags: np.ndarray) -> None:
-        """Counts a batch by its rows of `FLAGS`; warns of each first loss."""
+        """Counts a batch by its rows of flags; warns of each first loss."""
         self.examples += len(flags)
-        for name, count in zip(FLAGS, flags.sum(axis=0), strict=True):
-            if count and not getattr(self, name):
+        for name, count in zip(self.lost, flags.sum(axis=0), strict=True):
+            if count and not self.lost[name]:
                 logger.warning(
                     "%s: %d of the %d examples of this batch, the first to be seen. "
                     "The total is counted.",
@@ -65,7 +66,7 @@ class BatchCounters:
                     count,
                     len(flags),
                 )
-            setattr(self, name, getattr(self, name) + int(count))
+            self.lost[name] += int(count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,25 +88,24 @@ class EvalBatch:
 class Batches(Generic[Item], Iterator[Item]):
     """Iterator over device batches made ahead of use, with `counters` of those given.
 
-    At the end of a split, called `what`, it logs what was lost, if anything was. Close
+    At the end of the split it logs what was lost, if anything was. Close
     it, or use it in a `with` block, to stop its thread before the end.
     """
 
     def __init__(
-        self,
-        items: Generator[tuple[Item, np.ndarray], None, None],
-        what: str,
-        skipped_records: int,
+        self, request: Request, items: Generator[tuple[Item, np.ndarray], None, None]
     ):
-        self.counters = BatchCounters(skipped_records=skipped_records)
-        self._what = what
+        skipped = registered.skipped_records(request.provider, request.split)
+        lost = dict.fromkeys(request.converter.flags, 0)
+        self.counters = BatchCounters(0, sum(skipped.values()), lost)
+        self._what = f"{request.name} {request.split}"
         self._items = Prefetched(items)
 
     def __next__(self) -> Item:
         try:
             item, flags = next(self._items)
         except StopIteration:
-            if lost := self.counters.lost():
+            if lost := self.counters.losses():
                 read = self.counters.examples
                 logger.warning("%s, %d examples read: %s", self._what, read, lost)
             raise
@@ -133,7 +133,7 @@ def train_batches(
     seed: int,
     partitioning: placement.BatchPartitioning,
     start_step: int = 0,
-    instead: Mapping[str, seqio.Task] | None = None,
+    task_overrides: Mapping[str, seqio.Task] | None = None,
 ) -> Batches[placement.Features]:
     """Endless device batches, the first being that of `start_step`.
 
@@ -142,8 +142,8 @@ def train_batches(
     where the source has random access and the preprocessors give one example per record
     and draw no random numbers. Otherwise the examples before `start_step` are read
     again, and the log says so; of a source without random access the order then also
-    depends on the number of hosts. `instead` holds tasks by name to read in place of
-    the registered ones (`data.feature_cache`).
+    depends on the number of hosts. `task_overrides` holds tasks by name to read in
+    place of the registered ones (`data.feature_cache`).
 
     Raises:
       UserError: if a name, split, length or batch size does not fit, or while
@@ -155,19 +155,17 @@ def train_batches(
         feature_lengths,
         converter_cls,
         batch_size,
-        instead or {},
+        task_overrides or {},
     )
     if start_step < 0:
         raise UserError(f"start_step must not be negative, got {start_step}.")
-    provider = request.provider()  # checks the name now, not at the first batch
     place = placement.Placement.on(partitioning, batch_size)
 
     def items():
         for batch in host_train_batches(request, seed, start_step, place.shard):
             yield place(batch.features), batch.flags
 
-    skipped = registered.skipped_records(provider, split)
-    return Batches(items(), f"{task_or_mixture_name} {split}", sum(skipped.values()))
+    return Batches(request, items())
 
 
 def eval_batches(
@@ -179,7 +177,7 @@ def eval_batches(
     batch_size: int,
     partitioning: placement.BatchPartitioning,
     start_index: int = 0,
-    instead: Mapping[str, seqio.Task] | None = None,
+    task_overrides: Mapping[str, seqio.Task] | None = None,
 ) -> Batches[EvalBatch]:
     """One pass over a split in order, from example `start_index` on.
 
@@ -192,13 +190,17 @@ def eval_batches(
         it is named.
     """
     request = Request(
-        task_name, split, feature_lengths, converter_cls, batch_size, instead or {}
+        task_name,
+        split,
+        feature_lengths,
+        converter_cls,
+        batch_size,
+        task_overrides or {},
     )
     if start_index < 0:
         raise UserError(f"start_index must not be negative, got {start_index}.")
-    provider = request.provider()
-    if isinstance(provider, seqio.Mixture):
-        names = ", ".join(task.name for task in provider.tasks)
+    if isinstance(request.provider, seqio.Mixture):
+        names = ", ".join(task.name for task in request.provider.tasks)
         raise UserError(
             f"{task_name!r} is a mixture; evaluate its tasks one by one: {names}."
         )
@@ -210,8 +212,7 @@ def eval_batches(
             features = place(batch.features)
             yield EvalBatch(features, examples, batch.start_index), batch.flags
 
-    skipped = registered.skipped_records(provider, split)
-    return Batches(items(), f"{task_name} {split}", sum(skipped.values()))
+    return Batches(request, items())
 
 
 def batch_shapes(
@@ -220,11 +221,14 @@ def batch_shapes(
     """(shapes, dtypes) of a batch's features, to initialise a model; reads nothing."""
     streams.keep_tensorflow_off_accelerators()
     converter = converter_cls(pack=False)
-    check_lengths(converter, feature_lengths)
-    example = {}
-    for name, spec in converter.TASK_FEATURES.items():
-        shape = (0,) if spec.rank == 1 else converter.image_shape(feature_lengths[name])
-        example[name] = tf.zeros(shape, spec.dtype)
+    example = {
+        name: tf.zeros(
+            # Nothing is cut here: vectors may be of any length up to theirs.
+            (0,) if len(shape) == 1 else shape,
+            converter.TASK_FEATURES[name].dtype,
+        )
+        for name, shape in converter.shapes(feature_lengths).items()
+    }
     converted = converter(tf.data.Dataset.from_tensors(example), feature_lengths)
     specs = feature_specs(converted)
     shapes = {name: (batch_size, *known_shape(spec)) for name, spec in specs.items()}

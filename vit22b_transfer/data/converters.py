@@ -1,4 +1,4 @@
-"""SeqIO feature converters: task features to the batch of an image-and-text model."""
+"""SeqIO feature converters: task features to the batch of a model with images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -13,43 +13,28 @@ Spec = seqio.FeatureConverter.FeatureSpec
 Lengths = Mapping[str, Any]
 Example = dict[str, tf.Tensor]
 
-TEXT_FEATURES = ("inputs", "targets")
-# Counted features of each example: see `streams.fitted`.
-FLAGS = ("truncated_inputs", "truncated_targets", "skipped_images")
 
+class ImageFeatureConverter(seqio.FeatureConverter):
+    """What all our converters are: `images` of one size, and no packing.
 
-class ImageTextFeatureConverter(seqio.FeatureConverter):
-    """Converter for one image, a prompt and a target text per example.
+    A subclass names its `TASK_FEATURES` and `MODEL_FEATURES` as SeqIO asks, and:
+      TEXTS: task features whose tokens may be cut to their length when they are read;
+        what is cut is counted.
+      TARGETS: task features that are learned, without which there is no training. In
+        evaluation a vector that a task lacks is an empty one.
+      IMAGES: the model's name of `images`.
 
-    Task feature lengths: `images` is the height of a square image or (height, width);
-    `inputs` and `targets` count tokens, EOS included.
-
-    An image of another size is an error, when the dataset is made if its size is known
-    by then, else while iterating. Texts are padded with 0; a longer one is an error.
-    But SeqIO's `get_dataset` trims beforehand, silently, unless `trim_output_features`
-    is False: see `require_image_size`. `data.batches` trims texts and counts. A trimmed
-    target has lost its EOS: the model learns that the text goes on. Features other than
-    the three are dropped.
-
-    The constructor takes SeqIO's arguments, as T5X passes them. Lengths are checked
-    whatever `apply_length_check` says.
+    Task feature lengths: of `images` as `image_shape` says, of the others how many
+    values. SeqIO's `get_dataset` crops and trims to them beforehand, silently, unless
+    `trim_output_features` is False; `data.batches` sets it so. The constructor takes
+    SeqIO's arguments, as T5X passes them. Lengths are checked whatever
+    `apply_length_check` says.
     """
 
-    TASK_FEATURES = {
-        "images": Spec(dtype=tf.uint8, rank=3),
-        "inputs": Spec(dtype=tf.int32),
-        "targets": Spec(dtype=tf.int32),
-    }
-    MODEL_FEATURES = {
-        "encoder_input_images": Spec(dtype=tf.uint8, rank=3),
-        "encoder_input_tokens": Spec(dtype=tf.int32),
-        "decoder_target_tokens": Spec(dtype=tf.int32),
-        "decoder_input_tokens": Spec(dtype=tf.int32),
-        "decoder_loss_weights": Spec(dtype=tf.int32),
-    }
-    PACKING_FEATURE_DTYPES = {}
-    # The model's name of `images`.
+    TEXTS: tuple[str, ...] = ()
+    TARGETS: tuple[str, ...] = ()
     IMAGES = "encoder_input_images"
+    PACKING_FEATURE_DTYPES = {}
 
     def __init__(
         self,
@@ -68,22 +53,101 @@ class ImageTextFeatureConverter(seqio.FeatureConverter):
         super().__init__(
             pack=False,
             use_custom_packing_ops=use_custom_packing_ops,
-            apply_length_check=False,  # _convert_features has its own checks
+            apply_length_check=False,  # subclasses have their own checks
             bos_id=bos_id,
             passthrough_features=passthrough_features,
         )
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What is counted of each example that is read."""
+        return ("skipped_images", *(f"truncated_{name}" for name in self.TEXTS))
+
+    def shapes(self, lengths: Lengths) -> dict[str, tuple[int, ...]]:
+        """Shape of each task feature in one example.
+
+        Raises:
+          UserError: unless there is a length of the right form for each, and no other.
+        """
+        if set(lengths) != set(self.TASK_FEATURES):
+            raise UserError(
+                f"feature_lengths must name {sorted(self.TASK_FEATURES)}, got "
+                f"{dict(lengths)}."
+            )
+        return {name: self._shape(name, lengths[name]) for name in self.TASK_FEATURES}
+
+    def _shape(self, name: str, length: Any) -> tuple[int, ...]:
+        if name == "images":
+            return self.image_shape(length)
+        if not isinstance(length, int) or length < 1:
+            what = "tokens" if name in self.TEXTS else "values"
+            raise UserError(
+                f"the feature length of {name} must be a positive number of {what}, "
+                f"got {length!r}."
+            )
+        return (length,)
+
     def image_shape(self, length: Any) -> tuple[int, ...]:
-        """Shape of `images` in one example, from its task feature length."""
-        sizes = _sizes([length, length] if isinstance(length, int) else length)
-        if len(sizes) == 3 and sizes[-1] == 3:
-            sizes = sizes[:2]
-        if len(sizes) != 2:
+        """Shape of `images` in one example, from its task feature length.
+
+        That is the height of a square image or (height, width); with several images per
+        example (number, height, width). The 3 channels may follow.
+        """
+        rank = self.TASK_FEATURES["images"].rank
+        one = rank == 3
+        sizes = _sizes([length, length] if one and isinstance(length, int) else length)
+        if len(sizes) == rank and sizes[-1] == 3:
+            sizes = sizes[:-1]
+        if len(sizes) != rank - 1:
             raise UserError(
                 "the feature length of images must be a height (square images) or "
                 f"(height, width), got {length!r}."
+                if one
+                else "with several images per example the feature length of images "
+                f"must be (number, height, width), got {length!r}."
             )
         return (*sizes, 3)
+
+    def converted_images(
+        self, ds: tf.data.Dataset, length: Any
+    ) -> Callable[[Example], tf.Tensor]:
+        """The function that gives the images of an example, of the size asked for.
+
+        An image of another size is an error, now if its size is known, else while
+        iterating.
+        """
+        shape = self.image_shape(length)
+        known = feature_specs(ds)["images"].shape
+        if known.rank is not None and not known.is_compatible_with(shape):
+            raise UserError(
+                f"images of shape {_size(shape)} are expected, but the task gives "
+                f"{_size(known.as_list())}. {_RESIZE}"
+            )
+        return lambda example: _checked_images(example, shape)
+
+
+class ImageTextFeatureConverter(ImageFeatureConverter):
+    """Converter for one image, a prompt and a target text per example.
+
+    `inputs` and `targets` count tokens, EOS included; they are padded with 0 and a
+    longer one is an error. A target that was cut has lost its EOS: the model learns
+    that the text goes on. Features other than the three are dropped.
+    """
+
+    TASK_FEATURES = {
+        "images": Spec(dtype=tf.uint8, rank=3),
+        "inputs": Spec(dtype=tf.int32),
+        "targets": Spec(dtype=tf.int32),
+    }
+    MODEL_FEATURES = {
+        "encoder_input_images": Spec(dtype=tf.uint8, rank=3),
+        "encoder_input_tokens": Spec(dtype=tf.int32),
+        "decoder_target_tokens": Spec(dtype=tf.int32),
+        "decoder_input_tokens": Spec(dtype=tf.int32),
+        "decoder_loss_weights": Spec(dtype=tf.int32),
+    }
+    TEXTS = ("inputs", "targets")
+    TARGETS = ("targets",)
 
     def get_model_feature_lengths(
         self, task_feature_lengths: Lengths
@@ -104,14 +168,13 @@ class ImageTextFeatureConverter(seqio.FeatureConverter):
         self, ds: tf.data.Dataset, task_feature_lengths: Lengths
     ) -> tf.data.Dataset:
         lengths = task_feature_lengths
-        shape = self.image_shape(lengths["images"])
-        _check_known_shape(feature_specs(ds)["images"].shape, shape)
+        images = self.converted_images(ds, lengths["images"])
 
         def convert(example: Example) -> Example:
-            targets = _padded(example, "targets", lengths["targets"])
+            targets = padded(example, "targets", lengths["targets"])
             return {
-                self.IMAGES: _checked_images(example, shape),
-                "encoder_input_tokens": _padded(example, "inputs", lengths["inputs"]),
+                self.IMAGES: images(example),
+                "encoder_input_tokens": padded(example, "inputs", lengths["inputs"]),
                 "decoder_target_tokens": targets,
                 "decoder_input_tokens": seqio.autoregressive_inputs(
                     targets, bos_id=self.bos_id
@@ -122,56 +185,17 @@ class ImageTextFeatureConverter(seqio.FeatureConverter):
         return map_examples(ds, convert)
 
 
+_SEVERAL = Spec(dtype=tf.uint8, rank=4, sequence_dim=1)
+
+
 class MultiImageTextFeatureConverter(ImageTextFeatureConverter):
-    """Converter for several images, a prompt and a target text per example.
+    """Converter for several images, the same number in every example, and texts."""
 
-    The task feature length of `images` is (number, height, width), the same for every
-    example.
-    """
-
-    TASK_FEATURES = {
-        **ImageTextFeatureConverter.TASK_FEATURES,
-        "images": Spec(dtype=tf.uint8, rank=4, sequence_dim=1),
-    }
+    TASK_FEATURES = {**ImageTextFeatureConverter.TASK_FEATURES, "images": _SEVERAL}
     MODEL_FEATURES = {
         **ImageTextFeatureConverter.MODEL_FEATURES,
-        "encoder_input_images": Spec(dtype=tf.uint8, rank=4, sequence_dim=1),
+        ImageTextFeatureConverter.IMAGES: _SEVERAL,
     }
-
-    def image_shape(self, length: Any) -> tuple[int, ...]:
-        """Shape of `images` in one example, from its task feature length."""
-        sizes = _sizes(length)
-        if len(sizes) == 4 and sizes[-1] == 3:
-            sizes = sizes[:3]
-        if len(sizes) != 3:
-            raise UserError(
-                "with several images per example the feature length of images must be "
-                f"(number, height, width), got {length!r}."
-            )
-        return (*sizes, 3)
-
-
-def require_image_size(
-    dataset: tf.data.Dataset,
-    sequence_length: Lengths | None,
-    converter_cls: type[ImageTextFeatureConverter] = ImageTextFeatureConverter,
-) -> tf.data.Dataset:
-    """The same dataset, iterating which fails at an image of another size.
-
-    A preprocessor, to be the last of a task that does not itself resize images to
-    `sequence_length`. SeqIO's `get_dataset` crops `images` to the feature length after
-    the preprocessors; where it leaves exactly the size asked for, no converter can tell
-    that rows or columns are gone. `data.batches` reads tasks without that crop.
-    """
-    if sequence_length is None or "images" not in sequence_length:
-        return dataset
-    shape = converter_cls(pack=False).image_shape(sequence_length["images"])
-    _check_known_shape(feature_specs(dataset)["images"].shape, shape)
-
-    def checked(example: Example) -> Example:
-        return example | {"images": _checked_images(example, shape)}
-
-    return map_examples(dataset, checked)
 
 
 def map_examples(
@@ -193,6 +217,16 @@ def known_shape(spec: tf.TensorSpec) -> tuple[int, ...]:
     return tuple(size or 0 for size in spec.shape.as_list())
 
 
+def padded(example: Example, name: str, length: int) -> tf.Tensor:
+    """A vector of the example with zeros up to `length`; a longer one is an error."""
+    values = example[name]
+    size = tf.shape(values)[0]
+    message = [f"{name} of at most {length} tokens expected, but got", size]
+    with tf.control_dependencies([tf.debugging.Assert(size <= length, message)]):
+        paddings = tf.reshape(tf.stack([0, length - size]), [1, 2])
+    return tf.ensure_shape(tf.pad(values, paddings), [length])
+
+
 def _sizes(length: Any) -> tuple[int, ...]:
     """The positive sizes in a feature length; empty if it is something else."""
     if not isinstance(length, Sequence):
@@ -208,14 +242,6 @@ _RESIZE = (
 )
 
 
-def _check_known_shape(known: tf.TensorShape, shape: tuple[int, ...]) -> None:
-    if known.rank is not None and not known.is_compatible_with(shape):
-        raise UserError(
-            f"images of shape {_size(shape)} are expected, but the task gives "
-            f"{_size(known.as_list())}. {_RESIZE}"
-        )
-
-
 def _size(shape: Sequence[int | None]) -> str:
     return "x".join("?" if size is None else str(size) for size in shape)
 
@@ -229,12 +255,3 @@ def _checked_images(example: Example, shape: tuple[int, ...]) -> tf.Tensor:
         message += ["for image_id", example["image_id"]]
     with tf.control_dependencies([tf.debugging.Assert(fits, [*message, _RESIZE])]):
         return tf.ensure_shape(tf.identity(images), shape)
-
-
-def _padded(example: Example, name: str, length: int) -> tf.Tensor:
-    tokens = example[name]
-    size = tf.shape(tokens)[0]
-    message = [f"{name} of at most {length} tokens expected, but got", size]
-    with tf.control_dependencies([tf.debugging.Assert(size <= length, message)]):
-        paddings = tf.reshape(tf.stack([0, length - size]), [1, 2])
-    return tf.ensure_shape(tf.pad(tokens, paddings), [length])

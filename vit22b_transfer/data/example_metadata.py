@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.converters import (
-    FLAGS,
     Example,
+    ImageFeatureConverter,
     feature_specs,
 )
 
@@ -18,13 +18,15 @@ from vit22b_transfer.data.converters import (
 _PIXELS = ("image", "images")
 
 
-def specs(task: seqio.Task, examples: tf.data.Dataset) -> dict[str, tf.TensorSpec]:
+def specs(
+    task: seqio.Task, converter: ImageFeatureConverter, examples: tf.data.Dataset
+) -> dict[str, tf.TensorSpec]:
     """Specs of the features that evaluation needs beside the model's own."""
     return {
         name: spec
         for name, spec in sorted(feature_specs(examples).items())
         if name not in task.output_features
-        and name not in (*_PIXELS, *FLAGS)
+        and name not in (*_PIXELS, *converter.flags)
         and spec.dtype != tf.uint8
         and spec.shape.rank in (0, 1)
     }
@@ -48,8 +50,8 @@ def is_scalar_string(spec: tf.TensorSpec) -> bool:
 
 def unpacked(
     task_name: str,
-    row: np.ndarray,
     metadata: Mapping[str, tf.TensorSpec],
+    row: np.ndarray,
 ) -> dict[str, Any]:
     """The features in a row of `example_metadata`: str, number or list of them."""
     example = {}

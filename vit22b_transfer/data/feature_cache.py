@@ -24,8 +24,7 @@ from vit22b_transfer import UserError
 from vit22b_transfer.data import streams, vocabularies
 from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.converters import (
-    TEXT_FEATURES,
-    ImageTextFeatureConverter,
+    ImageFeatureConverter,
     Lengths,
     Spec,
     feature_specs,
@@ -39,6 +38,7 @@ from vit22b_transfer.data.feature_shards import (
     pack,
 )
 from vit22b_transfer.data.indexed_source import IndexedSource
+from vit22b_transfer.data.numbered_examples import count_examples, numbered_examples
 from vit22b_transfer.data.records import check_choice
 from vit22b_transfer.host import whole_files
 
@@ -75,15 +75,15 @@ class CacheKey:
     task: seqio.Task
     split: str
     feature_lengths: Lengths
-    converter_cls: Callable[..., ImageTextFeatureConverter]
+    converter_cls: Callable[..., ImageFeatureConverter]
     weights: str
     tower: Mapping[str, str]
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What decides the content of the cache, as plain JSON values."""
-        lengths = self.feature_lengths
-        images = self.converter_cls(pack=False).image_shape(lengths["images"])
+        converter = self.converter_cls(pack=False)
+        shapes = converter.shapes(self.feature_lengths)
         return {
             "weights": self.weights,
             "tower": dict(self.tower),
@@ -91,8 +91,8 @@ class CacheKey:
             "split": self.split,
             "records": _records_digest(self.task, self.split),
             "preprocessing": _digest(_described(self.task)),
-            "feature_lengths": {"images": list(images)}
-            | {name: lengths[name] for name in TEXT_FEATURES},
+            "feature_lengths": {"images": list(shapes["images"])}
+            | {name: self.feature_lengths[name] for name in converter.TEXTS},
             "storage": self.cache.storage,
         }
 
@@ -126,7 +126,7 @@ class CacheKey:
 
     def dataset(self, ranges: Sequence[range]) -> tf.data.Dataset:
         """Pixels `images` and everything else `packed`, of the numbered examples."""
-        examples = streams.numbered_examples(
+        examples = numbered_examples(
             self.task, self.split, self.feature_lengths, ranges
         )
         return map_examples(
@@ -143,7 +143,7 @@ class CacheKey:
 
     def stored_features(self) -> dict[str, tuple[str, list[int | None]]]:
         """dtype and shape of each feature in a packed example."""
-        examples = streams.numbered_examples(
+        examples = numbered_examples(
             self.task, self.split, self.feature_lengths, [range(1)]
         )
         return {
@@ -153,7 +153,7 @@ class CacheKey:
 
     def num_examples(self) -> int:
         """Number of examples; a task that does not tell is read to count them."""
-        return streams.count_examples(self.task, self.split, self.feature_lengths)
+        return count_examples(self.task, self.split, self.feature_lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,32 +202,33 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class CachedTasks:
-    """Tasks by name that give cached tokens as their `images`, in place of others."""
+    """Tasks by name that give cached tokens as their `images`, in place of others.
+
+    converter_cls: of their batches, with `encoder_input_features`.
+    """
 
     tasks: Mapping[str, seqio.Task]
     tokens: TokenFormat
+    converter_cls: type[ImageFeatureConverter]
 
     def lengths(self, lengths: Lengths) -> Lengths:
         """The feature lengths, with that of the tokens in place of the pixels'."""
         return {**lengths, "images": (self.tokens.length, self.tokens.width)}
 
-    @property
-    def converter_cls(self) -> type[ImageTextFeatureConverter]:
-        """The converter of batches with `encoder_input_features`."""
-        return tokens_converter(self.tokens.dtype)
-
 
 @functools.cache
-def tokens_converter(dtype: str) -> type[ImageTextFeatureConverter]:
-    """Converter of tasks whose `images` are tokens [length, width] in `dtype`."""
+def _tokens_converter(
+    kind: type[ImageFeatureConverter], dtype: str
+) -> type[ImageFeatureConverter]:
+    """The converter of tasks whose `images` are tokens [length, width] in `dtype`."""
     spec, name = Spec(dtype=tf.as_dtype(dtype), rank=2), "encoder_input_features"
-    features = dict(ImageTextFeatureConverter.MODEL_FEATURES)
-    del features[ImageTextFeatureConverter.IMAGES]
+    features = dict(kind.MODEL_FEATURES)
+    del features[kind.IMAGES]
 
-    class TokensTextFeatureConverter(ImageTextFeatureConverter):
-        """Converter for the tokens of a tower, a prompt and a target per example."""
+    class TokensConverter(kind):
+        """Converter of tokens of a tower in place of images."""
 
-        TASK_FEATURES = {**ImageTextFeatureConverter.TASK_FEATURES, "images": spec}
+        TASK_FEATURES = {**kind.TASK_FEATURES, "images": spec}
         MODEL_FEATURES = {name: spec, **features}
         IMAGES = name
 
@@ -235,7 +236,7 @@ def tokens_converter(dtype: str) -> type[ImageTextFeatureConverter]:
             """Shape of the tokens, which is their feature length."""
             return tuple(length)
 
-    return TokensTextFeatureConverter
+    return TokensConverter
 
 
 def open_tasks(keys: Sequence[CacheKey]) -> CachedTasks:
@@ -256,7 +257,9 @@ def open_tasks(keys: Sequence[CacheKey]) -> CachedTasks:
             source=source, preprocessors=[], output_features=features
         )
         layouts.append(layout)
-    return CachedTasks(tasks, layouts[0].tokens)
+    kind = type(keys[0].converter_cls(pack=False))
+    tokens = layouts[0].tokens
+    return CachedTasks(tasks, tokens, _tokens_converter(kind, tokens.dtype))
 
 
 def _open(key: CacheKey) -> tuple[Layout, ShardsSource]:

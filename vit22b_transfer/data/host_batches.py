@@ -1,6 +1,7 @@
 """One host's rows of each batch, as numpy: converted, padded, with their metadata."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
@@ -12,22 +13,25 @@ from vit22b_transfer import UserError
 from vit22b_transfer.data import example_metadata, streams
 from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.converters import (
-    FLAGS,
-    ImageTextFeatureConverter,
+    ImageFeatureConverter,
     Lengths,
+    Spec,
     feature_specs,
     known_shape,
 )
 from vit22b_transfer.data.order import HostShard, MixtureSchedule, ReadingPlan
 
-ConverterFactory = Callable[..., ImageTextFeatureConverter]
+ConverterFactory = Callable[..., ImageFeatureConverter]
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What to read: a split of a registered task or mixture, and in which shapes.
 
-    instead: tasks to read in place of those of the same names.
+    task_overrides: tasks to read in place of those of the same names.
+
+    Raises:
+      UserError: for an unknown name or split, or shapes that do not fit.
     """
 
     name: str
@@ -35,24 +39,36 @@ class Request:
     feature_lengths: Lengths
     converter_cls: ConverterFactory
     batch_size: int
-    instead: Mapping[str, seqio.Task] = dataclasses.field(default_factory=dict)
+    task_overrides: Mapping[str, seqio.Task] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise UserError(f"batch_size must be positive, got {self.batch_size}.")
-        check_lengths(self.converter_cls(pack=False), self.feature_lengths)
+        self.converter.shapes(self.feature_lengths)
+        _ = self.provider  # found now, not at the first batch
 
+    @functools.cached_property
     def provider(self) -> seqio.Task | seqio.Mixture:
-        """The registered task or mixture; an error if there is none, or no split."""
+        """The registered task or mixture."""
         return registered.find_provider(self.name, self.split)
+
+    @functools.cached_property
+    def converter(self) -> ImageFeatureConverter:
+        """A converter that says what to read."""
+        return self.converter_cls(pack=False)
+
+    def read_as(self, task: seqio.Task) -> seqio.Task:
+        """The task that is read for a registered one."""
+        return self.task_overrides.get(task.name, task)
 
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
     """One host's rows of a batch; only the first len(flags) rows are examples.
 
-    `flags` has a column per name in `FLAGS`. `examples` holds the metadata of
-    evaluation, none in training. `start_index` is the position of the first row.
+    `flags` has a column per name in the converter's `flags`. `examples` holds the
+    metadata of evaluation, none in training. `start_index` is the position of the first
+    row.
     """
 
     features: dict[str, np.ndarray]
@@ -61,40 +77,21 @@ class HostBatch:
     start_index: int
 
 
-def check_lengths(converter: ImageTextFeatureConverter, lengths: Lengths) -> None:
-    """Raises UserError unless there is a length for each feature of the converter."""
-    if set(lengths) != set(converter.TASK_FEATURES):
-        raise UserError(
-            f"feature_lengths must name {sorted(converter.TASK_FEATURES)}, got "
-            f"{dict(lengths)}."
-        )
-    converter.image_shape(lengths["images"])
-    for name in streams.TEXT_FEATURES:
-        length = lengths[name]
-        if not isinstance(length, int) or length < 1:
-            raise UserError(
-                f"the feature length of {name} must be a positive number of tokens, "
-                f"got {length!r}."
-            )
-
-
 def host_train_batches(
     request: Request, seed: int, start_step: int, shard: HostShard
 ) -> Generator[HostBatch, None, None]:
     """Endless batches from that of `start_step` on: this host's rows of each."""
     streams.keep_tensorflow_off_accelerators()
-
-    def plan_for(schedule: MixtureSchedule) -> ReadingPlan:
-        return ReadingPlan(request.batch_size, seed, schedule, shard)
-
+    tasks, rates = registered.with_rates(request.provider)
+    plan = ReadingPlan(request.batch_size, seed, MixtureSchedule(rates), shard)
     rows = shard.rows(request.batch_size)
     examples = streams.train_examples(
-        request.provider(),
+        [request.read_as(task) for task in tasks],
         request.split,
+        request.converter,
         request.feature_lengths,
-        plan_for,
+        plan,
         start_step,
-        request.instead,
     )
     batches = _batched(request, examples, len(rows), {})
     for step, features in enumerate(streams.as_numpy(batches), start_step):
@@ -114,10 +111,9 @@ def host_eval_batches(
     Every host gets the same number of batches, if need be of zeros alone.
     """
     streams.keep_tensorflow_off_accelerators()
-    task, size = request.provider(), request.batch_size
+    assert isinstance(request.provider, seqio.Task)
+    task, size = request.read_as(request.provider), request.batch_size
     rows = shard.rows(size)
-    task = request.instead.get(task.name, task)
-    assert isinstance(task, seqio.Task)
     examples, num_examples = streams.eval_examples(
         task, request.split, request.feature_lengths, size, shard, start_index
     )
@@ -126,8 +122,10 @@ def host_eval_batches(
             f"start_index {start_index} lies beyond split {request.split!r} of "
             f"{request.name!r}, which has {num_examples} examples."
         )
-    metadata = example_metadata.specs(task, examples)
-    examples = streams.fitted(examples, request.feature_lengths, metadata)
+    metadata = example_metadata.specs(task, request.converter, examples)
+    examples = streams.fitted(
+        examples, task.name, request.converter, request.feature_lengths, metadata
+    )
     # Without a known number, every host reads all rows to know when the last one came.
     reads_all = num_examples is None
     batches = _batched(request, examples, size if reads_all else len(rows), metadata)
@@ -156,24 +154,20 @@ def _batched(
 ) -> tf.data.Dataset:
     """Batches of model features, `example_flags` and `example_metadata`."""
     # SeqIO's own way to carry features past a converter: of fixed length and rank 1.
-    extra = {
-        "example_flags": (len(FLAGS), tf.int32),
-        "example_metadata": (len(metadata), tf.string),
-    }
+    flags, strings = Spec(dtype=tf.int32), Spec(dtype=tf.string)
     converter = request.converter_cls(
         pack=False,
-        passthrough_features={
-            name: seqio.FeatureConverter.FeatureSpec(dtype=dtype)
-            for name, (_, dtype) in extra.items()
-        },
+        passthrough_features={"example_flags": flags, "example_metadata": strings},
     )
     lengths = dict(request.feature_lengths)
-    converted = converter(
-        examples, lengths | {k: size for k, (size, _) in extra.items()}
-    )
+    lengths |= {
+        "example_flags": len(converter.flags),
+        "example_metadata": len(metadata),
+    }
     options = tf.data.Options()
     options.deterministic = True
-    return converted.batch(num_rows).with_options(options).prefetch(1)
+    batches = converter(examples, lengths).batch(num_rows)
+    return batches.with_options(options).prefetch(1)
 
 
 def _host_batch(
@@ -191,9 +185,7 @@ def _host_batch(
             name: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
             for name, value in features.items()
         }
-    examples = (
-        [example_metadata.unpacked(request.name, row, metadata) for row in packed]
-        if metadata
-        else []
+    unpack = functools.partial(example_metadata.unpacked, request.name, metadata)
+    return HostBatch(
+        features, flags, [*map(unpack, packed)] if metadata else [], start_index
     )
-    return HostBatch(features, flags, examples, start_index)

@@ -12,7 +12,6 @@ No example is ever dropped: a bad one under the policy 'skip' becomes a zero ima
 empty targets, so that it weighs nothing and keeps its place.
 """
 
-import collections
 import dataclasses
 import functools
 import logging
@@ -28,7 +27,6 @@ from seqio.vocabularies import Vocabulary
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.images import MAX_PIXELS, RESIZE_METHODS, read_image, resize
-from vit22b_transfer.data.indexed_source import IndexedSource
 from vit22b_transfer.data.records import Tally, check_choice
 
 BAD_IMAGE_POLICIES = ("error", "skip")
@@ -46,7 +44,7 @@ class ReadingOptions:
       image_size: side, or (height, width); None takes the feature length `images`.
       resize_method: 'bilinear' (PaliGemma) or 'bicubic' (SigLIP).
       on_bad_image: 'error' stops and names the image; 'skip' leaves its slot empty,
-        counts it, and says so in `bad_example_report`.
+        and counts it (`batches.BatchCounters`).
       on_long_text: 'error' stops; 'truncate' cuts to the run's feature length (EOS is
         kept), warns at the first one, and counts.
       max_pixels: larger images are refused before they are decoded.
@@ -347,26 +345,3 @@ def references_and_predictions(
 
 def _text(value) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def bad_example_report(name: str) -> dict[str, int]:
-    """Reason -> number of records, images or texts that a task could not use whole.
-
-    Counts what this process has met so far, under the policies 'skip' and 'truncate',
-    for a task or for all tasks of a mixture.
-    """
-    tasks = seqio.get_subtasks(seqio.get_mixture_or_task(name))
-    counts: list[Mapping[str, int]] = []
-    for source in {id(task.source): task.source for task in tasks}.values():
-        if isinstance(source, IndexedSource):
-            counts += source.report().values()
-    tallies: dict[int, Tally] = {}
-    for task in tasks:
-        for step in task.preprocessors:
-            if isinstance(step, functools.partial) and "tally" in step.keywords:
-                tallies[id(step.keywords["tally"])] = step.keywords["tally"]
-    counts += [tally.counts() for tally in tallies.values()]
-    report: collections.Counter[str] = collections.Counter()
-    for part in counts:
-        report.update(part)
-    return dict(report)

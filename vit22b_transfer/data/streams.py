@@ -4,7 +4,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import seqio
@@ -12,20 +12,15 @@ import tensorflow as tf
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data import example_metadata
-from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.converters import (
-    TEXT_FEATURES,
     Example,
+    ImageFeatureConverter,
     Lengths,
     feature_specs,
     map_examples,
 )
-from vit22b_transfer.data.order import (
-    HostShard,
-    MixtureSchedule,
-    ReadingPlan,
-    stream_key,
-)
+from vit22b_transfer.data.order import HostShard, ReadingPlan, stream_key
+from vit22b_transfer.data.tasks import RandomAccess
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +53,7 @@ class _OrderedSource(seqio.DataSource):
         use_cached: bool = False,
         num_epochs: int | None = 1,
     ) -> tf.data.Dataset:
-        assert isinstance(self._source, registered.RandomAccess)
+        assert isinstance(self._source, RandomAccess)
         records = self._source.records(split, self._order)
         # Known, so that preprocessors which drop or multiply examples can be told.
         cardinality = self._order.cardinality()
@@ -87,78 +82,28 @@ def draws_random_numbers(task: seqio.Task) -> bool:
     )
 
 
-def _random_access(task: seqio.Task) -> registered.RandomAccess | None:
+def random_access(task: seqio.Task) -> RandomAccess | None:
     """The task's source if the task can be given its records in any order."""
     # A subclass of Task may read in its own way, which Task.replace would lose.
-    if isinstance(task.source, registered.RandomAccess) and type(task) is seqio.Task:
+    if isinstance(task.source, RandomAccess) and type(task) is seqio.Task:
         return task.source
     return None
 
 
-def _ordered(
+def task_examples(
     task: seqio.Task,
     split: str,
     lengths: Lengths,
-    order: tf.data.Dataset,
-    seed: int | None,
+    seed: int | None = None,
+    order: tf.data.Dataset | None = None,
 ) -> tf.data.Dataset:
-    """The task's examples of the records in `order`."""
-    source = _OrderedSource(task.source, split, order)
-    return task.replace(source=source).get_dataset(
-        lengths,
-        split=split,
-        shuffle=False,
-        seed=seed,
-        trim_output_features=False,
-        try_in_mem_cache=False,
-    )
+    """The task's examples in its own order, or of the records in `order`.
 
-
-def count_examples(task: seqio.Task, split: str, lengths: Lengths) -> int:
-    """Number of examples; the whole split is read if the task does not tell."""
-    size = registered.num_records(task, split)
-    if size is not None and _random_access(task) is not None:
-        examples = numbered_examples(task, split, lengths, [range(size)])
-        if examples.cardinality() == size:
-            return size
-    examples = _in_order(task, split, lengths)
-    return sum(1 for _ in examples)
-
-
-def numbered_examples(
-    task: seqio.Task, split: str, lengths: Lengths, ranges: Sequence[range]
-) -> tf.data.Dataset:
-    """The task's examples of these numbers, which rise, in order.
-
-    Only those are read where the source has random access and gives one example per
-    record, else all of them. Numbers beyond the split are left out.
+    They are as the task makes them: SeqIO trims nothing. The cardinality is that of
+    `order` only if the task gives one example per record.
     """
-    source = _random_access(task)
-    if source is not None:
-        size = source.num_records(split)
-        ranges = [range(part.start, min(part.stop, size)) for part in ranges]
-
-        def numbers(place: int) -> np.ndarray:
-            return np.arange(ranges[place].start, ranges[place].stop, dtype=np.int64)
-
-        order = _computed(numbers, 0, len(ranges), sum(map(len, ranges)))
-        examples = _ordered(task, split, lengths, order, None)
-        if examples.cardinality() == order.cardinality():
-            return examples
-    starts = tf.constant([part.start for part in ranges], tf.int64)
-    stops = tf.constant([part.stop for part in ranges], tf.int64)
-
-    def asked_for(*numbered: Any) -> tf.Tensor:
-        return tf.reduce_any((starts <= numbered[0]) & (numbered[0] < stops))
-
-    numbered = _in_order(task, split, lengths).enumerate().filter(asked_for)
-    return numbered.map(lambda _, example: example)
-
-
-def _in_order(
-    task: seqio.Task, split: str, lengths: Lengths, seed: int | None = None
-) -> tf.data.Dataset:
-    """All examples of the task in their order."""
+    if order is not None:
+        task = task.replace(source=_OrderedSource(task.source, split, order))
     return task.get_dataset(
         lengths,
         split=split,
@@ -169,7 +114,7 @@ def _in_order(
     )
 
 
-def _computed(
+def computed(
     values: Callable[[int], np.ndarray], first: int, last: int, cardinality: int
 ) -> tf.data.Dataset:
     """Dataset of the scalars in values(first), ..., values(last - 1), all int64."""
@@ -183,56 +128,33 @@ def _computed(
     return steps.unbatch().apply(tf.data.experimental.assert_cardinality(cardinality))
 
 
+def _endless_numbers(values: Callable[[int], np.ndarray], first: int):
+    return computed(values, first, _LAST_STEP, tf.data.INFINITE_CARDINALITY)
+
+
 def train_examples(
-    provider: seqio.Task | seqio.Mixture,
+    tasks: Sequence[seqio.Task],
     split: str,
+    converter: ImageFeatureConverter,
     lengths: Lengths,
-    plan_for: Callable[[MixtureSchedule], ReadingPlan],
+    plan: ReadingPlan,
     start_step: int,
-    instead: Mapping[str, seqio.Task],
 ) -> tf.data.Dataset:
     """This host's endless stream of `fitted` examples, from the batch of `start_step`.
 
-    A mixture's tasks are dealt out by their rates (`order.MixtureSchedule`); its
-    `sample_fn` is not used. A task whose name is in `instead` is read from that one.
+    Several tasks are dealt out by `plan.schedule`.
     """
-    tasks = list(seqio.get_subtasks(provider))
-    rates = [1.0]
-    if isinstance(provider, seqio.Mixture):
-        _check_same_features(provider)
-        rates = [provider.get_rate(task) for task in tasks]
-        if min(rates) < 0 or max(rates) == 0:
-            raise UserError(f"mixture {provider.name!r} has the rates {rates}.")
-        tasks = [task for task, rate in zip(tasks, rates, strict=True) if rate > 0]
-        rates = [rate for rate in rates if rate > 0]
-    tasks = [instead.get(task.name, task) for task in tasks]
-    plan = plan_for(MixtureSchedule(tuple(rates)))
     streams = []
     for member, task in enumerate(tasks):
-        if "targets" not in task.output_features:
-            raise UserError(f"task {task.name!r} has no targets to train on.")
+        for name in converter.TARGETS:
+            if name not in task.output_features:
+                raise UserError(f"task {task.name!r} has no {name} to train on.")
         examples = _endless(task, member, split, lengths, plan, start_step)
-        streams.append(fitted(examples, lengths, {}))
+        streams.append(fitted(examples, task.name, converter, lengths, {}))
     if len(streams) == 1:
         return streams[0]
-
-    def choices(step: int) -> np.ndarray:
-        return plan.members(step)[0]
-
-    choice = _computed(choices, start_step, _LAST_STEP, tf.data.INFINITE_CARDINALITY)
+    choice = _endless_numbers(lambda step: plan.members(step)[0], start_step)
     return tf.data.Dataset.choose_from_datasets(streams, choice)
-
-
-def _check_same_features(mixture: seqio.Mixture) -> None:
-    first, *others = mixture.tasks
-    for task in others:
-        for name, feature in first.output_features.items():
-            if task.output_features[name] != feature:
-                raise UserError(
-                    f"tasks {first.name!r} and {task.name!r} of mixture "
-                    f"{mixture.name!r} differ in feature {name!r} (vocabulary, EOS, "
-                    f"dtype or rank): {feature} and {task.output_features[name]}."
-                )
 
 
 def _endless(
@@ -244,16 +166,16 @@ def _endless(
     start_step: int,
 ) -> tf.data.Dataset:
     """The examples of `member` in this host's rows, reshuffled every epoch."""
-    source = _random_access(task)
-    size = source.num_records(split) if source else 0
+    source = random_access(task)
+    key = stream_key(plan.seed, task.name)
 
-    def order_from(step: int) -> tf.data.Dataset:
-        key = stream_key(plan.seed, task.name)
-
-        def records(step: int) -> np.ndarray:
-            return plan.records(step, member, size, key)
-
-        return _computed(records, step, _LAST_STEP, tf.data.INFINITE_CARDINALITY)
+    def ordered_from(step: int) -> tuple[tf.data.Dataset, bool]:
+        """The examples, and whether there is one for each record."""
+        assert source is not None
+        size = source.num_records(split)
+        order = _endless_numbers(lambda s: plan.records(s, member, size, key), step)
+        examples = task_examples(task, split, lengths, plan.seed, order)
+        return examples, bool(examples.cardinality() == order.cardinality())
 
     if source is None:
         shard = None
@@ -272,14 +194,13 @@ def _endless(
         )
     elif draws_random_numbers(task):
         reason = "its preprocessors draw random numbers in sequence"
-        examples = _ordered(task, split, lengths, order_from(0), plan.seed)
+        examples, _ = ordered_from(0)
     else:
-        order = order_from(start_step)
-        examples = _ordered(task, split, lengths, order, plan.seed)
-        if examples.cardinality() == order.cardinality():
+        examples, one_each = ordered_from(start_step)
+        if one_each:
             return examples
         reason = "its preprocessors do not give one example per record"
-        examples = _ordered(task, split, lengths, order_from(0), plan.seed)
+        examples, _ = ordered_from(0)
     skipped = plan.rows_before(start_step, member)
     logger.log(
         logging.WARNING if skipped else logging.INFO,
@@ -308,7 +229,7 @@ def eval_examples(
     all rows from `start_index` on, whatever the host.
     """
     seed = 0 if draws_random_numbers(task) else None
-    source = _random_access(task)
+    source = random_access(task)
     if source is not None and seed is None:
         size, rows = source.num_records(split), shard.rows(batch_size)
 
@@ -319,40 +240,53 @@ def eval_examples(
 
         whole, rest = divmod(max(0, size - start_index), batch_size)
         mine = whole * len(rows) + min(max(0, rest - rows.start), len(rows))
-        order = _computed(records, 0, whole + 1, mine)
-        examples = _ordered(task, split, lengths, order, seed)
+        order = computed(records, 0, whole + 1, mine)
+        examples = task_examples(task, split, lengths, seed, order)
         if examples.cardinality() == order.cardinality():
             return examples, size
-    return _in_order(task, split, lengths, seed).skip(start_index), None
+    return task_examples(task, split, lengths, seed).skip(start_index), None
 
 
 def fitted(
     examples: tf.data.Dataset,
+    task_name: str,
+    converter: ImageFeatureConverter,
     lengths: Lengths,
     metadata: Mapping[str, tf.TensorSpec],
 ) -> tf.data.Dataset:
-    """The features in `lengths`, texts trimmed to theirs, and what else batches need.
+    """The converter's task features, texts cut to their lengths, and what batches need.
 
     A text counts as truncated if it is here, or if the task says that it was
-    (`truncated_inputs`, `truncated_targets`).
+    (`truncated_<name>`). A vector that the task does not have becomes an empty one.
 
     Adds `image_id` (for error messages), `example_flags` (int32, one per name in
-    `FLAGS`) and `example_metadata` (one string per feature that `metadata` names).
-    A text feature that the task does not have becomes an empty text.
+    `converter.flags`) and `example_metadata` (one string per feature that `metadata`
+    names).
+
+    Raises:
+      UserError: if the task lacks a feature that is no vector, such as `images`.
     """
     specs = feature_specs(examples)
+    wanted = converter.TASK_FEATURES
+    for name, spec in wanted.items():
+        if name not in specs and spec.rank != 1:
+            raise UserError(
+                f"task {task_name!r} gives no {name}, which the model needs; it gives "
+                f"{', '.join(sorted(specs))}."
+            )
 
     def fit(example: Example) -> Example:
-        empty = tf.zeros([0], tf.int32)
-        result = {name: example[name] for name in lengths if name in specs}
-        truncated = []
-        for name in TEXT_FEATURES:
-            tokens = example.get(name, empty)
+        result, truncated = {}, []
+        for name, spec in wanted.items():
+            values = example.get(name)
+            result[name] = tf.zeros([0], spec.dtype) if values is None else values
+        for name in converter.TEXTS:
+            tokens = result[name]
             before = example.get(f"truncated_{name}", tf.constant(False))
             truncated.append(before | (tf.shape(tokens)[0] > lengths[name]))
             result[name] = tokens[: lengths[name]]
         error = example.get("image_error", tf.constant(""))
-        result["example_flags"] = tf.cast(tf.stack([*truncated, error != ""]), tf.int32)
+        result["example_flags"] = tf.cast(tf.stack([error != "", *truncated]), tf.int32)
         result["image_id"] = tf.as_string(example.get("image_id", tf.constant("")))
         result["example_metadata"] = example_metadata.packed(example, metadata)
         return result
@@ -370,14 +304,14 @@ def as_numpy(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
     try:
         yield from cast(Iterator[dict[str, np.ndarray]], dataset.as_numpy_iterator())
     except tf.errors.InvalidArgumentError as error:
-        message = _own_text(error.message)
+        message = _raised_text(error.message)
         if message is None:
             raise
         raise UserError(message) from error
 
 
-def _own_text(message: str) -> str | None:
-    """What our code said in the message of a TensorFlow error, None if nothing."""
+def _raised_text(message: str) -> str | None:
+    """What a preprocessor said in a TensorFlow error, None if it said nothing."""
     raised = re.search(
         r"(?:ValueError|UserError): (.*?)\nTraceback \(most recent call last\):",
         message,

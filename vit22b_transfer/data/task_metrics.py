@@ -23,21 +23,26 @@ class _Records(Protocol):
 def metrics(
     task_name: str,
     examples: Sequence[Mapping[str, Any]],
-    predictions: Sequence[str],
-    scores: Sequence[float],
+    predictions: Sequence[Any],
+    aux_values: Mapping[str, Sequence[Any]],
 ) -> dict[str, float | str]:
-    """The task's own metrics of decoded texts, as SeqIO's evaluator computes them.
+    """The task's own metrics of predictions, as SeqIO's evaluator computes them.
 
-    examples: the task's features beside tokens and pixels, as str, number or list. The
+    examples: the task's features beside those of the model, as str, number or list. The
       postprocessor gets them as SeqIO hands them out: bytes and numpy.
-    scores: handed to metric functions of `aux_values`.
+    predictions: decoded texts, or what else the model predicts: class ids, vectors.
+    aux_values: what the model says of each prediction, such as `scores`; for metric
+      functions that ask for it.
+
+    The postprocessor is called with `targets_pretokenized` as the target, and with None
+    for tasks without a feature `targets`: it finds what to score against in `example`.
 
     Raises:
       UserError: if the task has no metrics, or some that need more than this.
     """
     task = registered.task_named(task_name)
-    on_texts, with_scores = task.predict_metric_fns, task.predict_with_aux_metric_fns
-    others = len(task.metric_objs) - len(on_texts) - len(with_scores)
+    plain, with_aux = task.predict_metric_fns, task.predict_with_aux_metric_fns
+    others = len(task.metric_objs) - len(plain) - len(with_aux)
     if others or not task.metric_fns:
         raise UserError(
             f"task {task_name!r} has "
@@ -48,7 +53,7 @@ def metrics(
     targets, outputs = [], []
     for example, prediction in zip(examples, predictions, strict=True):
         target = example.get("targets_pretokenized")
-        if target is None:
+        if target is None and "targets" in task.output_features:
             raise UserError(
                 f"an example of task {task_name!r} has no targets_pretokenized, the "
                 "text to score against; add it in the task's preprocessors."
@@ -58,11 +63,9 @@ def metrics(
         outputs.append(
             task.postprocess_fn(prediction, example=example, is_target=False)
         )
-    results = [function(targets, outputs) for function in on_texts]
-    results += [
-        function(targets, outputs, {"scores": np.array(scores, np.float32)})
-        for function in with_scores
-    ]
+    aux = {name: _as_array(values) for name, values in aux_values.items()}
+    results = [function(targets, outputs) for function in plain]
+    results += [function(targets, outputs, aux) for function in with_aux]
     return _joined(task_name, results)
 
 
@@ -89,6 +92,12 @@ def most_frequent_target(
     if not counts:
         raise UserError(f"split {split!r} of task {task_name!r} has no targets.")
     return counts.most_common(1)[0][0]
+
+
+def _as_array(values: Sequence[Any]) -> np.ndarray:
+    """Numbers of predictions in the precision in which they were computed."""
+    array = np.asarray(values)
+    return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 def _as_numpy(value: Any) -> Any:

@@ -83,6 +83,32 @@ def find_provider(name: str, split: str) -> seqio.Task | seqio.Mixture:
     return provider
 
 
+def with_rates(
+    provider: seqio.Task | seqio.Mixture,
+) -> tuple[list[seqio.Task], tuple[float, ...]]:
+    """The tasks of a mixture that are read at all, and their rates; a task has 1.
+
+    Raises:
+      UserError: for rates that are no rates, or tasks whose features differ.
+    """
+    tasks = list(seqio.get_subtasks(provider))
+    if not isinstance(provider, seqio.Mixture):
+        return tasks, (1.0,)
+    for task in tasks[1:]:
+        for name, feature in tasks[0].output_features.items():
+            if task.output_features[name] != feature:
+                raise UserError(
+                    f"tasks {tasks[0].name!r} and {task.name!r} of mixture "
+                    f"{provider.name!r} differ in feature {name!r} (vocabulary, EOS, "
+                    f"dtype or rank): {feature} and {task.output_features[name]}."
+                )
+    rates = [provider.get_rate(task) for task in tasks]
+    if min(rates) < 0 or max(rates) == 0:
+        raise UserError(f"mixture {provider.name!r} has the rates {rates}.")
+    read = [(task, rate) for task, rate in zip(tasks, rates, strict=True) if rate > 0]
+    return [task for task, _ in read], tuple(rate for _, rate in read)
+
+
 def num_records(task: seqio.Task, split: str) -> int | None:
     """Number of records in the split, None if the source cannot tell."""
     if isinstance(task.source, RandomAccess):
@@ -140,12 +166,12 @@ def skipped_text(task_name: str, split: str) -> str:
 def check_vocabularies(task_name: str, model: Any) -> None:
     """Raises UserError unless the task's texts are in the model's vocabularies."""
     for feature, attribute in _TEXTS.items():
-        if feature not in task_named(task_name).output_features:
+        task_feature = task_named(task_name).output_features.get(feature)
+        vocabulary = getattr(model, attribute, None)
+        if task_feature is None or vocabulary is None:
             continue
-        theirs = vocabularies.fingerprint(
-            task_named(task_name).output_features[feature].vocabulary
-        )
-        ours = vocabularies.fingerprint(getattr(model, attribute))
+        theirs = vocabularies.fingerprint(task_feature.vocabulary)
+        ours = vocabularies.fingerprint(vocabulary)
         if theirs != ours:
             raise UserError(
                 f"task {task_name!r} has {feature} in the vocabulary {theirs}, but the "

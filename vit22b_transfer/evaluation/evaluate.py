@@ -167,7 +167,7 @@ def _scores(path, task_name, prediction):
     """Scores of a file's predictions, or of `prediction` in their place."""
     from vit22b_transfer.data import task_metrics
 
-    examples, texts, scores = [], [], []
+    examples, predictions, aux = [], [], []
     num_bad_images = num_empty = 0
     for line in read_lines(path):
         if "error" in line:
@@ -176,19 +176,20 @@ def _scores(path, task_name, prediction):
         if prediction is not None:
             line |= {"prediction": prediction, "score": 0.0}
         examples.append(infer.example_features(line))
-        texts.append(line["prediction"])
-        scores.append(line["score"])
+        predictions.append(line["prediction"])
+        aux.append(infer.example_aux(line))
         num_empty += is_empty(line)
     if not examples:
         raise UserError(
             f"{path} has nothing to score: {num_bad_images} images could not be read."
         )
-    if not any(_has_target(example) for example in examples):
+    if isinstance(predictions[0], str) and not any(map(_has_target, examples)):
         raise UserError(
             f"the examples in {path} have neither targets nor references, so nothing "
             f"to score against. Choose a split of {task_name!r} that has."
         )
-    metrics = task_metrics.metrics(task_name, examples, texts, scores)
+    columns = {name: [values[name] for values in aux] for name in aux[0]}
+    metrics = task_metrics.metrics(task_name, examples, predictions, columns)
     return Scores(metrics, len(examples), num_bad_images, num_empty)
 
 

@@ -1,15 +1,14 @@
 """Caption metrics without Java: BLEU-1..4, ROUGE-L, CIDEr and CIDEr-D as COCO has them.
 
-Metric functions have SeqIO's form `f(targets, predictions) -> {name: value}`, where
-`targets` holds a list of reference captions for each image. Captions go through
-`ptb_tokenizer.ptb_tokenize`; on its tokens all values equal those of `pycocoevalcap`,
-whose "CIDEr" is CIDEr-D and called `cider_d` here. BLEU and ROUGE-L are in [0, 1], both
-CIDErs in [0, 10]; papers print all of them times 100.
+`captioning` has SeqIO's form `f(targets, predictions) -> {name: value}`; `*_scores`
+score each image. `targets` holds a list of reference captions for each. Captions go
+through `ptb_tokenizer.ptb_tokenize`; on its tokens all values equal those of
+`pycocoevalcap`, whose "CIDEr" is CIDEr-D and called `cider_d` here. BLEU and ROUGE-L
+are in [0, 1], both CIDErs in [0, 10]; papers print all of them times 100.
 
 An empty prediction scores 0. What the functions raise is in `references.py`.
 """
 
-import dataclasses
 import math
 import warnings
 from collections import Counter
@@ -33,26 +32,23 @@ CIDER_D_SIGMA = 6.0
 _Ngram = tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class DocumentFrequency:
+class _DocumentFrequency(NamedTuple):
     """In how many images' references each n-gram occurs, of `num_images` images."""
 
     num_images: int
     counts: Mapping[_Ngram, int]
 
-    def __post_init__(self):
-        most = max(self.counts.values(), default=0)
-        if self.num_images < max(most, 1):
-            raise UserError(
-                f"an n-gram occurs in {most} images of {self.num_images}; num_images "
-                "must be the number of images that the counts are from, at least 1."
-            )
-
 
 def captioning(
     targets: Sequence[Iterable[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-    """BLEU-1..4, ROUGE-L, CIDEr and CIDEr-D; captions are tokenised once."""
+    """BLEU-1..4, ROUGE-L, CIDEr and CIDEr-D; captions are tokenised once.
+
+    BLEU is the corpus's (Papineni et al. 2002): for the brevity penalty, an image's
+    reference length is the closest one, the shorter of two. Zero matches count as
+    1e-15, as in pycocoevalcap, so that BLEU of a small corpus is tiny and not 0. The
+    others are the means of the functions below.
+    """
     captions = _tokenized(targets, predictions)
     frequency = _document_frequency([references for references, _ in captions])
     _warn_if_meaningless(frequency)
@@ -67,25 +63,6 @@ def captioning(
     }
 
 
-def bleu(
-    targets: Sequence[Iterable[str]], predictions: Sequence[str]
-) -> dict[str, float]:
-    """BLEU-1 to BLEU-4 of the corpus (Papineni et al. 2002), keys `bleu1` to `bleu4`.
-
-    For the brevity penalty, an image's reference length is the closest one, the shorter
-    of two. Zero matches count as 1e-15, as in pycocoevalcap, so that BLEU of a small
-    corpus is tiny and not 0.
-    """
-    return _bleu(_tokenized(targets, predictions))
-
-
-def rouge_l(
-    targets: Sequence[Iterable[str]], predictions: Sequence[str]
-) -> dict[str, float]:
-    """Mean ROUGE-L; see `rouge_l_scores`."""
-    return {"rouge_l": rouge_l_scores(targets, predictions).mean}
-
-
 def rouge_l_scores(
     targets: Sequence[Iterable[str]], predictions: Sequence[str]
 ) -> Scored:
@@ -97,58 +74,34 @@ def rouge_l_scores(
     return _rouge_l(_tokenized(targets, predictions))
 
 
-def cider(
-    targets: Sequence[Iterable[str]],
-    predictions: Sequence[str],
-    document_frequency: DocumentFrequency | None = None,
-) -> dict[str, float]:
-    """Mean CIDEr; see `cider_scores`."""
-    return {"cider": cider_scores(targets, predictions, document_frequency).mean}
-
-
 def cider_scores(
-    targets: Sequence[Iterable[str]],
-    predictions: Sequence[str],
-    document_frequency: DocumentFrequency | None = None,
+    targets: Sequence[Iterable[str]], predictions: Sequence[str]
 ) -> Scored:
     """CIDEr (Vedantam et al. 2015, eq. 2 and 3), times 10, without stemming.
 
     This is the plain cosine similarity of tf-idf vectors. It is not what COCO's scripts
-    print as "CIDEr": that is `cider_d`. No reference implementation is in common use.
+    print as "CIDEr": that is CIDEr-D. No reference implementation is in common use.
     """
-    captions = _with_frequency(targets, predictions, document_frequency)
-    return _score_all((_cosine_similarity,), *captions)[0]
-
-
-def cider_d(
-    targets: Sequence[Iterable[str]],
-    predictions: Sequence[str],
-    document_frequency: DocumentFrequency | None = None,
-) -> dict[str, float]:
-    """Mean CIDEr-D, which papers report as CIDEr; see `cider_d_scores`."""
-    return {"cider_d": cider_d_scores(targets, predictions, document_frequency).mean}
+    captions = _tokenized(targets, predictions)
+    frequency = _document_frequency([references for references, _ in captions])
+    _warn_if_meaningless(frequency)
+    return _score_all((_cosine_similarity,), captions, frequency)[0]
 
 
 def cider_d_scores(
-    targets: Sequence[Iterable[str]],
-    predictions: Sequence[str],
-    document_frequency: DocumentFrequency | None = None,
+    targets: Sequence[Iterable[str]], predictions: Sequence[str]
 ) -> Scored:
     """CIDEr-D (Vedantam et al. 2015, eq. 4; sigma 6), times 10, without stemming.
 
-    Equal to the class `Cider` of pycocoevalcap. Counts are clipped, and a difference in
-    length (in bigrams, as there) is punished.
-
-    document_frequency: from a larger corpus; by default that of `targets`. With one
-      image the default makes every score 0, and a warning says so.
+    Equal to the class `Cider` of pycocoevalcap; papers report its mean as CIDEr. Counts
+    are clipped, and a difference in length (in bigrams, as there) is punished. Document
+    frequencies are those of `targets`: with one image every score is 0, and a warning
+    says so.
     """
-    captions = _with_frequency(targets, predictions, document_frequency)
-    return _score_all((_clipped_similarity,), *captions)[0]
-
-
-def document_frequency(targets: Sequence[Iterable[str]]) -> DocumentFrequency:
-    """Document frequencies of the n-grams of the references of each image."""
-    return _document_frequency(_tokenized_references(targets))
+    captions = _tokenized(targets, predictions)
+    frequency = _document_frequency([references for references, _ in captions])
+    _warn_if_meaningless(frequency)
+    return _score_all((_clipped_similarity,), captions, frequency)[0]
 
 
 def reference_agreement(targets: Sequence[Iterable[str]]) -> float:
@@ -156,7 +109,7 @@ def reference_agreement(targets: Sequence[Iterable[str]]) -> float:
 
     Each reference of an image is scored once against the others of that image, and the
     scores are averaged per image, then over images. Document frequencies are those of
-    all references, so the value compares with `cider_d(targets, ...)`.
+    all references, so the value compares with `cider_d_scores(targets, ...)`.
 
     Raises:
       UserError: if an image has less than two references.
@@ -289,38 +242,25 @@ class _Vectors(NamedTuple):
     num_bigrams: int
 
 
-def _document_frequency(references: Iterable[list[_Caption]]) -> DocumentFrequency:
+def _document_frequency(references: Iterable[list[_Caption]]) -> _DocumentFrequency:
     counts: Counter[_Ngram] = Counter()
     num_images = 0
     for captions in references:
         num_images += 1
         counts.update({ngram for c in captions for ngram in _ngrams(c.words)})
-    return DocumentFrequency(num_images, counts)
+    return _DocumentFrequency(num_images, counts)
 
 
-def _with_frequency(
-    targets: Sequence[Iterable[str]],
-    predictions: Sequence[str],
-    frequency: DocumentFrequency | None,
-) -> tuple[list[_Example], DocumentFrequency]:
-    captions = _tokenized(targets, predictions)
-    if frequency is None:
-        frequency = _document_frequency([references for references, _ in captions])
-    _warn_if_meaningless(frequency)
-    return captions, frequency
-
-
-def _warn_if_meaningless(frequency: DocumentFrequency) -> None:
+def _warn_if_meaningless(frequency: _DocumentFrequency) -> None:
     if frequency.num_images == 1:
         warnings.warn(
             "CIDEr weighs n-grams by how few images they occur in, so with document "
-            "frequencies of one image it is always 0; score more images together, or "
-            "give the document frequencies of a larger corpus.",
+            "frequencies of one image it is always 0; score more images together.",
             stacklevel=3,
         )
 
 
-def _tf_idf(caption: _Caption, frequency: DocumentFrequency) -> _Vectors:
+def _tf_idf(caption: _Caption, frequency: _DocumentFrequency) -> _Vectors:
     weights: list[dict[_Ngram, float]] = [{} for _ in range(MAX_ORDER)]
     log_images = math.log(frequency.num_images)
     for ngram, count in _ngrams(caption.words).items():
@@ -372,7 +312,7 @@ def _mean_similarity(
 def _score_all(
     similarities: tuple[Callable[[_Vectors, _Vectors], float], ...],
     captions: list[_Example],
-    frequency: DocumentFrequency,
+    frequency: _DocumentFrequency,
 ) -> list[Scored]:
     """For each kind of similarity the scores of all images."""
     columns: list[list[float]] = [[] for _ in similarities]

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading, restoring
 from vit22b_transfer.host import progress
-from vit22b_transfer.models import int8, vit
+from vit22b_transfer.models import int8
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import inputs
@@ -87,9 +87,12 @@ def cache_features(
 
 @dataclasses.dataclass(frozen=True)
 class FrozenTower:
-    """The tower of a checkpoint on a mesh; encodes batches of `batch_size` images."""
+    """The tower of a checkpoint on a mesh; encodes batches of `batch_size` images.
 
-    config: vit.ViTConfig
+    config: a `towers.TowerConfig`.
+    """
+
+    config: Any
     partitioning: Partitioning
     params: Any
     image_shape: tuple[int, ...]
@@ -118,7 +121,7 @@ class FrozenTower:
         tower = {"encoder": {"tower": params["encoder"]["tower"]}}
         path = reading.resolve(cache.tower)
         read = restoring.restore_partial(path, tower, cast=True).params
-        config = dataclasses.replace(model.module.tower, pooling="none")
+        config = model.module.tower.without_pooling()
         return cls(
             config,
             partitioning,
@@ -130,7 +133,7 @@ class FrozenTower:
 
     @functools.cached_property
     def _compiled(self):
-        tower = vit.VisionTower(self.config)
+        tower = self.config.build()
 
         def encode(params, images):
             output: Any = tower.apply({"params": params}, images)

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import operator
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -65,12 +66,14 @@ class RestoredModel:
 
     @functools.cached_property
     def predict(self):
-        """The jitted (params, batch, seed, number of the batch) -> (tokens, scores)."""
+        """The jitted (params, batch, seed, number of the batch) -> (predictions, aux).
+
+        Both are trees of arrays with a row for each example.
+        """
 
         def predict(params, batch, seed, number):
             rng = jax.random.fold_in(jax.random.key(seed), number)
-            tokens, aux = self.model.predict_batch_with_aux(params, batch, rng=rng)
-            return tokens, aux["scores"]
+            return self.model.predict_batch_with_aux(params, batch, rng=rng)
 
         # Replicated: each host then finds its own rows without a mesh's geometry.
         return jax.jit(predict, out_shardings=self.partitioning.replicated)
@@ -85,8 +88,8 @@ class RestoredModel:
 class SplitToRead:
     """A split of a task and the shapes of its batches.
 
-    feature_lengths: of `images`, `inputs` and `targets`. Predictions are no longer than
-      `targets`, unless the model has its own `max_decode_length`.
+    feature_lengths: of what the model's converter reads. Decoded texts are no longer
+      than `targets`, unless the model has its own `max_decode_length`.
     """
 
     task: str
@@ -263,10 +266,10 @@ def _predict(
                 write()
         while in_flight:
             write()
-        if rows.counters.truncated_inputs:
+        if cut := rows.counters.lost.get("truncated_inputs"):
             console.print(
-                f"{rows.counters.truncated_inputs} prompts were longer than "
-                f"{data.feature_lengths['inputs']} tokens and were cut",
+                f"{cut} prompts were longer than {data.feature_lengths['inputs']} "
+                "tokens and were cut",
                 markup=False,
             )
 
@@ -275,28 +278,29 @@ def _lines(
     examples: list[dict[str, Any]],
     first_index: int,
     first_row: int,
-    outputs: tuple[np.ndarray, np.ndarray],
+    outputs: tuple[Any, Any],
     model: Any,
 ) -> Iterator[dict[str, Any]]:
     """The JSON objects of one host's examples in a batch."""
-    tokens, scores = outputs
     for index, row, example in zip(
         itertools.count(first_index), itertools.count(first_row), examples, strict=False
     ):
         line = {"index": index} | _renamed(example, _BEFORE)
+        predicted = model.prediction_record(
+            *jax.tree.map(operator.itemgetter(row), outputs)
+        )
         error = example.get(ERROR_FEATURE)
         if error:
-            line |= {"prediction": None, "score": None}
-        else:
-            if not np.isfinite(scores[row]):
-                raise NotFiniteError(
-                    f"example {index} (image {line.get('image_id')!r}) got the score "
-                    f"{scores[row]}: the model overflows, or its parameters are not "
-                    "finite."
-                )
-            line["prediction"] = model.output_vocabulary.decode(tokens[row].tolist())
-            # Digits enough for float32 and no more.
-            line["score"] = float(str(scores[row]))
+            predicted = dict.fromkeys(predicted)
+        elif not all(
+            np.isfinite(x).all() for x in jax.tree.leaves(_numbers(predicted))
+        ):
+            raise NotFiniteError(
+                f"example {index} (image {line.get('image_id')!r}) got the score "
+                f"{predicted['score']}: the model overflows, or its parameters are not "
+                "finite."
+            )
+        line |= {name: _as_json(value) for name, value in predicted.items()}
         line |= _renamed(example, _AFTER)
         named = {*_BEFORE, *_AFTER, ERROR_FEATURE}
         metadata = {name: example[name] for name in example if name not in named}
@@ -307,6 +311,23 @@ def _lines(
         )
 
 
+def _numbers(record):
+    return [value for value in record.values() if not isinstance(value, str)]
+
+
+def _as_json(value: Any) -> Any:
+    """Arrays as lists; digits enough for float32 and no more."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return [_as_json(item) for item in value]
+    if isinstance(value, np.integer | np.bool_):
+        return value.item()
+    if isinstance(value, np.floating | np.ndarray):
+        return float(str(value))
+    if isinstance(value, Mapping):
+        return {name: _as_json(item) for name, item in value.items()}
+    return value
+
+
 def example_features(line: Mapping[str, Any]) -> dict[str, Any]:
     """The task's features of the example that a line was written for."""
     example = dict(line.get("metadata", {}))
@@ -314,6 +335,14 @@ def example_features(line: Mapping[str, Any]) -> dict[str, Any]:
         if name in line:
             example[feature] = line[name]
     return example
+
+
+def example_aux(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model says of a prediction beside it: `scores` and its own fields."""
+    known = {"index", "prediction", "score", "metadata", "error"}
+    known |= {*_BEFORE.values(), *_AFTER.values()}
+    others = {name: value for name, value in line.items() if name not in known}
+    return {"scores": line["score"]} | others
 
 
 def _renamed(example, names):
@@ -327,20 +356,24 @@ def _fingerprint(restored, data, seed):
     from vit22b_transfer.data import vocabularies
 
     model = restored.model
-    return {
+    facts = {
         "task": data.task,
         "split": data.split,
         "num_examples": registered.num_examples(data.task, data.split),
         "checkpoint": os.path.basename(restored.checkpoint),
         "parameters": restored.params_digest,
         "model": fingerprints.text_digest(repr(model.module)),
-        "vocabulary": vocabularies.fingerprint(model.output_vocabulary),
         "feature_lengths": dict(data.feature_lengths),
         "batch_size": data.batch_size,
-        "decoding": decode_settings(model.decode_fn),
-        "max_decode_length": model.max_decode_length,
         "seed": seed,
     }
+    if getattr(model, "decode_fn", None) is not None:
+        facts |= {
+            "vocabulary": vocabularies.fingerprint(model.output_vocabulary),
+            "decoding": decode_settings(model.decode_fn),
+            "max_decode_length": model.max_decode_length,
+        }
+    return facts
 
 
 def _output_path(output, data, checkpoint):

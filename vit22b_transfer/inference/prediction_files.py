@@ -231,7 +231,8 @@ def read_lines(path: str) -> Iterator[dict[str, Any]]:
 
 def is_empty(line: Mapping[str, Any]) -> bool:
     """Whether a prediction was made and is blank."""
-    return line["prediction"] is not None and not line["prediction"].strip()
+    prediction = line["prediction"]
+    return isinstance(prediction, str) and not prediction.strip()
 
 
 def _encoded(line: Mapping[str, Any]) -> bytes:

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import flax
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -12,7 +11,7 @@ from vit22b_transfer.models import (
     layers,
     stacking,
     t5,
-    vit,
+    towers,
 )
 
 
@@ -25,32 +24,15 @@ class Encoded:
     mask: Any
 
 
-class ImageTextEncoder(nn.Module):
+class ImageTextEncoder(towers.ImageEncoder):
     """Tower, projection and text encoder under T5X's top scope `encoder`."""
 
-    tower_config: vit.ViTConfig | None
-    text_config: t5.T5Config
-
     def setup(self):
-        tower, text = self.tower_config, self.text_config
-        if tower is not None:
-            self.tower = vit.VisionTower(tower)
-            self.projection = layers.Dense(
-                tower.width,
-                text.width,
-                ("mlp", "embed"),
-                dtype=text.dtype,
-                param_dtype=text.param_dtype,
-                kernel_init=layers.fan_in_normal,
-            )
-        self.text = t5.TextEncoder(text)
+        super().setup()
+        self.text = t5.TextEncoder(self.text_config)
 
     def __call__(self, images, embedded_text, text_mask, *, train: bool) -> Encoded:
-        x, mask = embedded_text, text_mask
-        if self.tower_config is not None:
-            tokens = self.projection(vit.image_tokens(self.tower, images))
-            x = jnp.concatenate([tokens, x], axis=1)
-            mask = jnp.concatenate([jnp.ones(tokens.shape[:2], bool), mask], axis=1)
+        x, mask = self.with_image(images, embedded_text, text_mask)
         mask = mask[:, None, None]
         return Encoded(self.text(x, mask, train=train), mask)
 
@@ -58,7 +40,7 @@ class ImageTextEncoder(nn.Module):
 class ImageTextModule(nn.Module):
     """The network. `tower=None` leaves the text model alone (the blind baseline)."""
 
-    tower: vit.ViTConfig | None
+    tower: towers.TowerConfig | None
     text: t5.T5Config
 
     def setup(self):
@@ -66,13 +48,11 @@ class ImageTextModule(nn.Module):
         self.token_embedder = layers.Embedding(
             cfg.vocab_size, cfg.width, cfg.dtype, cfg.param_dtype
         )
-        # Pooling would create parameters that nothing trains.
-        tower = self.tower and dataclasses.replace(self.tower, pooling="none")
-        self.encoder = ImageTextEncoder(tower, cfg)
+        self.encoder = ImageTextEncoder(self.tower, cfg)
         self.decoder = t5.TextDecoder(cfg)
 
     def encode(self, images, tokens: Int[Array, "batch length"], *, train=False):
-        """Images, or their `vit.TowerOutput`, and prompt (0 = padding) to `Encoded`."""
+        """`Encoded` images (or their `towers.TowerOutput`) and prompt (0 = padding)."""
         return self.encoder(
             images, self.token_embedder(tokens), tokens > 0, train=train
         )

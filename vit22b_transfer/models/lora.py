@@ -19,24 +19,26 @@ from flax.traverse_util import flatten_dict
 
 from vit22b_transfer import UserError
 
-# The paths of the updates, and what is frozen by default: everything else.
+# The paths of the updates.
 UPDATES = r"(.*/)?lora_[ab]"
-ALL_BUT_LORA = (rf"(?!{UPDATES}$).*",)
 # The kernels that can have one.
 POSSIBLE = r"(.*/)?(\w*attention|mlp)/[^/]*/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which kernels get an update, and of which size.
+    """Which kernels get an update, of which size, and what else is trained.
 
     patterns: regular expressions over whole paths of kernels, as those of `frozen`;
       kernels of attention and MLPs can be chosen.
+    trained: patterns of parameters that are trained beside the updates, as PEFT's
+      `modules_to_save`; all others are frozen.
     """
 
     rank: int
     alpha: float
     patterns: tuple[str, ...]
+    trained: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.rank < 1:
@@ -49,20 +51,28 @@ class LoraConfig:
         """Factor of the updates."""
         return self.alpha / self.rank
 
+    @property
+    def frozen(self) -> str:
+        """The pattern of all parameters that are not trained."""
+        trained = "|".join(f"(?:{pattern})" for pattern in (UPDATES, *self.trained))
+        return rf"(?!(?:{trained})$).*"
+
     def chooses(self, path: str) -> bool:
         """Whether the kernel of that path gets an update."""
         return any(re.fullmatch(pattern, path) for pattern in self.patterns)
 
 
-def with_lora(module: Any, config: LoraConfig) -> Any:
-    """The same image-text module with updates in its tower and its text model.
+def with_lora(module: Any, config: LoraConfig, *, in_tower: bool = True) -> Any:
+    """The same image-text module with updates in its text model, and in its tower.
 
     Raises:
       UserError: if the tower or the text model has a LoRA of its own.
     """
-    parts = {"tower": module.tower, "text": module.text}
+    parts = {"text": module.text}
+    if in_tower and module.tower is not None:
+        parts["tower"] = module.tower
     for name, part in parts.items():
-        if part is not None and part.lora not in (None, config):
+        if getattr(part, "lora", None) not in (None, config):
             raise UserError(
                 f"the {name} has {part.lora}, the model {config}. Set one of the two."
             )
@@ -70,13 +80,16 @@ def with_lora(module: Any, config: LoraConfig) -> Any:
         **{
             name: dataclasses.replace(part, lora=config)
             for name, part in parts.items()
-            if part is not None
+            # A tower without such a field has no kernel that could be chosen:
+            # `check_patterns` tells.
+            if hasattr(part, "lora")
         }
     )
 
 
-def check_patterns(config: LoraConfig, params: dict) -> None:
+def check_patterns(config: LoraConfig, params: dict, *, in_tower: bool) -> None:
     """Raises UserError for a pattern that chose no kernel."""
+    hint = "" if in_tower else "The tower is frozen, so it gets no updates. "
     flat = flatten_dict(params, sep="/")
     chosen = [n[: -len("lora_a")] + "kernel" for n in flat if n.endswith("/lora_a")]
     possible = [name for name in flat if re.fullmatch(POSSIBLE, name)]
@@ -86,7 +99,7 @@ def check_patterns(config: LoraConfig, params: dict) -> None:
             raise UserError(
                 f"LoRA's pattern {pattern!r} chooses no kernel; patterns are regular "
                 "expressions over whole paths of the kernels of attention and MLPs. "
-                f"Nearest paths: {', '.join(near)}."
+                f"{hint}Nearest paths: {', '.join(near)}."
             )
 
 
@@ -102,8 +115,8 @@ def check_no_tower(config: LoraConfig, module: Any) -> None:
         raise UserError(
             f"LoRA's patterns {config.patterns} choose kernels of the tower (such as "
             f"encoder/tower/{chosen[0]}), but training from cached features does not "
-            "run it. Choose kernels of the text model alone: begin the patterns with "
-            "(?!encoder/tower/)."
+            "run it. Freeze the tower (models/frozen_tower.gin, in eval and infer as "
+            "well), and the text model alone gets updates."
         )
 
 

@@ -7,7 +7,6 @@ typing; the names of its methods and arguments are T5X's. The decoder-only count
 of the module here is `prefix_lm.PrefixLMModule`.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from vit22b_transfer.models import (
     freezing,
     losses,
     prefix_lm,
-    vit,
+    towers,
 )
 from vit22b_transfer.models import lora as low_rank
 
@@ -44,7 +43,7 @@ def _inputs(batch: Batch) -> tuple[Any, jax.Array]:
     """Images, or what the tower made of them, and prompt tokens of a batch."""
     tokens = jnp.asarray(batch["encoder_input_tokens"], jnp.int32)
     if FEATURES in batch:
-        return vit.TowerOutput(jnp.asarray(batch[FEATURES]), None, {}), tokens
+        return towers.TowerOutput(jnp.asarray(batch[FEATURES]), None, {}), tokens
     return jnp.asarray(batch["encoder_input_images"]), tokens
 
 
@@ -57,7 +56,7 @@ def _targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
 def _with_int8_tower(module):
     if module.tower is None:
         raise UserError("int8_tower is set, but the model has no tower.")
-    tower = dataclasses.replace(module.tower, int8_kernels=True)
+    tower = towers.changed(module.tower, "int8_tower", int8_kernels=True)
     return module.clone(tower=tower)
 
 
@@ -66,10 +65,13 @@ class ImageTextModel:
 
     optimizer_def: an optax transformation in our runtime, a T5X one under T5X.
     decode_fn: one of `inference.decoding`, its options bound.
-    lora: low-rank updates of kernels in the tower and in the text model.
-    int8_tower: the tower's kernels as int8 (`models.int8`); it has to be frozen.
-    frozen: patterns of parameters that get no gradients and no optimizer state; by
-      default none, or with `lora` all but its updates.
+    frozen: patterns of parameters that get no gradients and no optimizer state; what
+      the next three freeze comes to these.
+    frozen_tower: the tower stays as it is, and gets no low-rank updates.
+    lora: low-rank updates of kernels in the tower and in the text model; all else is
+      frozen, except for what its `trained` names.
+    int8_tower: the tower's kernels as int8 (`models.int8`); all of it but low-rank
+      updates is frozen.
     loss_fn returns the SUM of the token losses: gradients are divided by
     `metrics["loss"].count` once, after all microbatches.
     """
@@ -83,7 +85,8 @@ class ImageTextModel:
         decode_fn: Callable[..., Any] | None = None,
         feature_converter_cls: Callable[..., Any] | None = None,
         *,
-        frozen: Sequence[str] | None = None,
+        frozen: Sequence[str] = (),
+        frozen_tower: bool = False,
         lora: low_rank.LoraConfig | None = None,
         int8_tower: bool = False,
         label_smoothing: float = 0.0,
@@ -92,16 +95,19 @@ class ImageTextModel:
     ):
         if int8_tower:
             module = _with_int8_tower(module)
-        self.module = module if lora is None else low_rank.with_lora(module, lora)
+        if lora is not None:
+            module = low_rank.with_lora(module, lora, in_tower=not frozen_tower)
+        self.module = module
         self.lora = lora
+        self.frozen_tower = frozen_tower
+        self.frozen = freezing.frozen_patterns(
+            frozen, tower=frozen_tower, int8_tower=int8_tower, lora=lora
+        )
         self.input_vocabulary = input_vocabulary
         self.output_vocabulary = output_vocabulary
         self.optimizer_def = optimizer_def
         self.decode_fn = decode_fn
         self.FEATURE_CONVERTER_CLS = feature_converter_cls
-        if frozen is None:
-            frozen = () if lora is None else low_rank.ALL_BUT_LORA
-        self.frozen = tuple(frozen)
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
         self.max_decode_length = max_decode_length
@@ -127,6 +133,8 @@ class ImageTextModel:
         For inputs with `encoder_input_features` there are none of the tower.
         """
         del input_types
+        if FEATURES in input_shapes and self.module.tower is None:
+            raise UserError("training on cached features needs a model with a tower.")
         batch = {
             name: jnp.zeros(tuple(shape), _INPUT_TYPES[name])
             for name, shape in input_shapes.items()
@@ -136,8 +144,10 @@ class ImageTextModel:
         variables = self.module.init(rng, *_inputs(batch), targets)
         variables = flax.core.unfreeze(variables)
         if self.lora is not None:
-            low_rank.check_patterns(self.lora, variables["params"])
-            if FEATURES in input_shapes:
+            params, in_tower = variables["params"], not self.frozen_tower
+            low_rank.check_patterns(self.lora, params, in_tower=in_tower)
+            freezing.check_trained(self.lora, params, self.frozen)
+            if FEATURES in input_shapes and in_tower:
                 low_rank.check_no_tower(self.lora, self.module)
         return variables
 
@@ -221,3 +231,13 @@ class ImageTextModel:
             rng=rng,
         )
         return decoded.tokens, {"scores": decoded.scores}
+
+    def prediction_record(
+        self, tokens: np.ndarray, aux: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What is told of one example's prediction: its text and score.
+
+        tokens, aux: one row of what `predict_batch_with_aux` returns.
+        """
+        text = self.output_vocabulary.decode(tokens.tolist())
+        return {"prediction": text, "score": aux["scores"]}

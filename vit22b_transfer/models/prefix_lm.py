@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from vit22b_transfer.models import gemma, layers, stacking, vit
+from vit22b_transfer.models import gemma, layers, stacking, towers
 from vit22b_transfer.models.grouped_attention import KeyValues
 
 EOS_ID = 1
@@ -52,28 +52,6 @@ def frame_prompt(
     return tokens
 
 
-class ImageEncoder(nn.Module):
-    """Tower and projection under T5X's top scope `encoder`."""
-
-    tower_config: vit.ViTConfig
-    text_config: gemma.GemmaConfig
-
-    def setup(self):
-        tower, text = self.tower_config, self.text_config
-        self.tower = vit.VisionTower(tower)
-        self.projection = layers.Dense(
-            tower.width,
-            text.width,
-            ("mlp", "embed"),
-            dtype=text.dtype,
-            param_dtype=text.param_dtype,
-            kernel_init=layers.fan_in_normal,
-        )
-
-    def __call__(self, images) -> Float[Array, "batch length embed"]:
-        return self.projection(vit.image_tokens(self.tower, images))
-
-
 class PrefixLMModule(nn.Module):
     """The network. `tower=None` leaves the text model alone (the blind baseline).
 
@@ -86,7 +64,7 @@ class PrefixLMModule(nn.Module):
     are taken as the projection gives them: Gemma scales only embeddings of tokens.
     """
 
-    tower: vit.ViTConfig | None
+    tower: towers.TowerConfig | None
     text: gemma.GemmaConfig
     bos_id: int | None = None
     separator_id: int | None = None
@@ -97,9 +75,7 @@ class PrefixLMModule(nn.Module):
             cfg.vocab_size, cfg.width, cfg.dtype, cfg.param_dtype, scaled_inputs=True
         )
         if self.tower is not None:
-            # Pooling would create parameters that nothing trains.
-            tower = dataclasses.replace(self.tower, pooling="none")
-            self.encoder = ImageEncoder(tower, cfg)
+            self.encoder = towers.ImageEncoder(self.tower, cfg)
         self.decoder = gemma.TextDecoder(cfg)
 
     def embed_prefix(
@@ -108,11 +84,9 @@ class PrefixLMModule(nn.Module):
         """Image tokens and framed prompt (0 = padding), and which of them are real."""
         tokens = frame_prompt(tokens, self.bos_id, self.separator_id)
         x, valid = self.token_embedder(tokens), tokens > 0
-        if self.tower is not None:
-            image = self.encoder(images)
-            x = jnp.concatenate([image, x], axis=1)
-            valid = jnp.concatenate([jnp.ones(image.shape[:2], bool), valid], axis=1)
-        return x, valid
+        if self.tower is None:
+            return x, valid
+        return self.encoder.with_image(images, x, valid)
 
     def __call__(
         self,

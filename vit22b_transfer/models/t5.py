@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vit22b_transfer import UserError
 from vit22b_transfer.models import layers, multi_head_attention, stacking
 from vit22b_transfer.models.lora import LoraConfig
+from vit22b_transfer.models.t5_variants import sizes_of
 
 ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=True),
@@ -60,6 +61,11 @@ class T5Config:
                 f"activation is {self.activation!r}; "
                 f"valid are {', '.join(ACTIVATIONS)}."
             )
+
+
+def t5_config(variant: str, **overrides: Any) -> T5Config:
+    """A T5 v1.1, or PaLI-X's, of that size; overrides are T5Config fields."""
+    return T5Config(**(sizes_of(variant) | overrides))
 
 
 @flax.struct.dataclass

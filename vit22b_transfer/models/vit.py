@@ -8,9 +8,9 @@ towers do differently is a field each of `BlockConfig` and `ViTConfig`.
 
 import dataclasses
 import difflib
+import math
 from typing import Any, Literal, get_args
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, UInt8
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import layers, stacking, vit_blocks
+from vit22b_transfer.models import layers, stacking, towers, vit_blocks
 from vit22b_transfer.models.vit_blocks import MapPooling
 from vit22b_transfer.models.vit_positions import (
     RESAMPLINGS,
@@ -95,6 +95,31 @@ class ViTConfig(vit_blocks.BlockConfig):
         """Whether a class token stands before the patches."""
         return self.class_token or self.pooling == "cls"
 
+    def build(self) -> "VisionTower":
+        """The tower."""
+        return VisionTower(self)
+
+    def without_pooling(self) -> "ViTConfig":
+        """The same tower without a pooled vector."""
+        return dataclasses.replace(self, pooling="none")
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Number of patches of an image."""
+        return math.prod(self.grid_of(height, width))
+
+    def token_settings(self) -> dict[str, str]:
+        """What decides the tokens beside the weights: see `towers.TowerConfig`."""
+        plain = dict(pooling="none", lora=None, scan_layers=False, remat="none")
+        config = dataclasses.replace(self, **plain)
+        settings = {}
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.name.endswith("dtype"):  # by name, or as a class
+                settings[field.name] = np.dtype(value).name
+            elif value != field.default:
+                settings[field.name] = str(value)
+        return settings
+
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image; an uneven division is an error."""
         if height % self.patch_size or width % self.patch_size:
@@ -122,31 +147,6 @@ def classic_config(variant: str, **overrides: Any) -> ViTConfig:
     return ViTConfig(**(parse_variant(variant) | classic | overrides))
 
 
-@flax.struct.dataclass
-class TowerOutput:
-    """What a tower returns.
-
-    tokens: every patch token after the final norm, [B, n*k, E] for n images of k
-      patches; the class token and registers are not among them.
-    pooled: [B, E] for [B, H, W, 3] images, [B, n, E] for [B, n, H, W, 3]; None without
-      pooling.
-    intermediates: what was asked for by name, with the n images folded into the batch.
-    """
-
-    # Any: under jax.eval_shape and in tree operations the leaves are no arrays.
-    tokens: Any
-    pooled: Any
-    intermediates: dict[str, Any]
-
-
-def image_tokens(tower: nn.Module, images: Any) -> jax.Array:
-    """Tokens of the tower; `images` may be a `TowerOutput` already (a feature cache).
-
-    In that case the tower is not run and has no parameters.
-    """
-    return images.tokens if isinstance(images, TowerOutput) else tower(images).tokens
-
-
 class VisionTower(nn.Module):
     """Images to tokens. Pixels are uint8 and are normalised here, on the device."""
 
@@ -158,7 +158,7 @@ class VisionTower(nn.Module):
         images: UInt8[Array, "batch *images height width 3"],
         *,
         intermediates: tuple[str, ...] = (),
-    ) -> TowerOutput:
+    ) -> towers.TowerOutput:
         """Tokens, pooled vector and the named intermediates.
 
         Intermediates: `stem` (patches with positions) and `block_0` ... (the residual
@@ -196,7 +196,7 @@ class VisionTower(nn.Module):
             pooled = norm(pooled)
         if several and pooled is not None:
             pooled = pooled.reshape(batch, -1, cfg.width)
-        return TowerOutput(x.reshape(batch, -1, cfg.width), pooled, kept)
+        return towers.TowerOutput(x.reshape(batch, -1, cfg.width), pooled, kept)
 
     def _check(self, images, intermediates):
         if images.dtype != jnp.uint8:

@@ -2,15 +2,15 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vit22b_transfer import UserError
+from vit22b_transfer.models import freezing, gemma, t5_variants, vit_variants
 from vit22b_transfer.models import lora as low_rank
 from vit22b_transfer.planning import jobs, planner, report
 from vit22b_transfer.training import optimizers
 
-TOWER = "encoder/tower/.*"
 LORA = low_rank.LoraConfig(16, 32.0, (".*attention/(query|value)/kernel",))
 
 
@@ -80,26 +80,24 @@ def _job_knobs(job) -> Iterator[tuple[tuple[str, ...], jobs.Job]]:
             changed = _changed(model, module=module.clone(**{name: remat}))
             lines = (f"{_configurable(part)}.remat = 'block'",)
             yield lines, dataclasses.replace(job, model=changed)
-    if module.tower is not None and model.lora is None and TOWER not in model.frozen:
-        changed = _changed(model, frozen=(*model.frozen, TOWER))
-        lines = (f"multimodal.ImageTextModel.frozen = ({TOWER!r},)",)
+    trains_tower = module.tower is not None and freezing.TOWER not in model.frozen
+    if model.lora is None and trains_tower:
+        changed = _changed(model, frozen=(*model.frozen, freezing.TOWER))
+        lines = ("include 'gin_configs/models/frozen_tower.gin'",)
         yield lines, dataclasses.replace(job, model=changed)
     if model.lora is None:
         changed = _changed(
             model,
-            module=low_rank.with_lora(module, LORA),
+            module=low_rank.with_lora(module, LORA, in_tower=not model.frozen_tower),
             lora=LORA,
-            frozen=low_rank.ALL_BUT_LORA,
+            frozen=(LORA.frozen, *model.frozen),
         )
         lines = ("include 'gin_configs/models/lora.gin'",)
         yield lines, dataclasses.replace(job, model=changed)
     rate = getattr(model.optimizer_def, "learning_rate", None)
     if rate is not None:
         changed = _changed(model, optimizer_def=optimizers.adafactor(rate))
-        lines = (
-            "multimodal.ImageTextModel.optimizer_def = @optimizers.adafactor()",
-            "optimizers.adafactor.learning_rate = @optimizers.cosine()",
-        )
+        lines = ("include 'gin_configs/runs/optimizer_adafactor.gin'",)
         yield lines, dataclasses.replace(job, model=changed)
 
 
@@ -112,11 +110,25 @@ def _changed(model: Any, **values: Any) -> Any:
 
 
 def _configurable(part) -> str:
-    """What gin files call the function or class that makes such a config."""
-    kind = type(part).__name__
-    if kind == "ViTConfig":
-        return "vit.vit22b_config" if part.parallel else "vit.classic_config"
-    return {"T5Config": "t5.T5Config", "GemmaConfig": "gemma.gemma_config"}[kind]
+    """What the shipped gin files call what makes such a config: by its name, or not."""
+    module, by_name, table = {
+        "ViTConfig": ("vit", "vit22b_config", vit_variants.VARIANTS),
+        "T5Config": ("t5", "t5_config", t5_variants.VARIANTS),
+        "GemmaConfig": ("gemma", "gemma_config", gemma.VARIANTS),
+    }[type(part).__name__]
+    if module == "vit" and not part.parallel:
+        by_name = "classic_config"
+    published = any(
+        all(getattr(part, name) == size for name, size in _sizes(row).items())
+        for row in table.values()
+    )
+    return f"{module}.{by_name if published else type(part).__name__}"
+
+
+def _sizes(row: Any) -> dict[str, Any]:
+    sizes = dict(row) if isinstance(row, Mapping) else dataclasses.asdict(row)
+    sizes.pop("vocab_size", None)  # a recipe sets its own
+    return sizes
 
 
 def advice(job: jobs.Job, plan: planner.Plan) -> Iterator[str]:

@@ -22,7 +22,7 @@ import rich.table
 
 from vit22b_transfer import UserError
 from vit22b_transfer.inference import decoding
-from vit22b_transfer.models import multimodal, vit
+from vit22b_transfer.models import multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.planning import trace
 from vit22b_transfer.training import optimizers, steps
@@ -113,7 +113,7 @@ def _contenders(model, partitioning, batch, console):
     held = [fresh_state(params, optimizer, abstract)]
     del params
     # Without a pooling head, as in image-text models.
-    module = vit.VisionTower(dataclasses.replace(tower, pooling="none"))
+    module = tower.without_pooling().build()
 
     def forward(params, images):
         output: Any = module.apply({"params": params["encoder"]["tower"]}, images)

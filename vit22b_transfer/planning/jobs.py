@@ -1,13 +1,13 @@
 """The run of a recipe, as a plan needs it: devices need not be there."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from vit22b_transfer.models import multimodal, vit
+from vit22b_transfer import UserError
+from vit22b_transfer.models import multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.planning import planner
 from vit22b_transfer.planning.trace import Value
@@ -79,12 +79,14 @@ class Job:
 
 
 def with_features(
-    batch: Mapping[str, jax.ShapeDtypeStruct], tower: vit.ViTConfig
+    batch: Mapping[str, jax.ShapeDtypeStruct], tower: Any
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch with the tower's tokens, from a cache, in place of images."""
+    """The batch with the tokens of `tower` (a `TowerConfig`) in place of images."""
+    if tower is None:
+        raise UserError("training on cached features needs a model with a tower.")
     others = dict(batch)
     images = others.pop("encoder_input_images").shape
-    shape = (images[0], math.prod(tower.grid_of(*images[1:3])), tower.width)
+    shape = (images[0], tower.num_tokens(*images[1:3]), tower.width)
     return {multimodal.FEATURES: jax.ShapeDtypeStruct(shape, tower.dtype), **others}
 
 

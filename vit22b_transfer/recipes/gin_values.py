@@ -63,8 +63,9 @@ class Parameter:
         return self.default is inspect.Parameter.empty and not self.is_extra
 
 
+@functools.cache
 def parameters(target: Callable[..., Any]) -> dict[str, Parameter]:
-    """Parameters by name.
+    """Parameters by name, not to be changed.
 
     Where a function takes `**overrides` and returns a dataclass, the overrides are the
     fields of that dataclass.
@@ -124,8 +125,8 @@ def substitute(value: Any, macro_value: Callable[[str], Any]) -> Any:
     return _rebuild(value, leaf)
 
 
-def find(value: Any, kind: type) -> Iterator[Any]:
-    """All items of type `kind` anywhere in `value`."""
+def find(value: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
+    """All items of type `kind`, or of one of these, anywhere in `value`."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from find(key, kind)
@@ -220,6 +221,9 @@ def _reference_fits(value: Reference, annotation: Any) -> bool:
     if not isinstance(plain, type):
         return plain is not None
     if not value.evaluate:
+        # A class has the methods of a protocol, but it is not what it makes.
+        if inspect.isclass(value.target) and getattr(plain, "_is_protocol", False):
+            return False
         return plain is type or _is_instance(value.target, plain)
     is_class = inspect.isclass(value.target)
     made = value.target if is_class else _hints(value.target).get("return", Any)

@@ -6,8 +6,9 @@ name is resolved and every value checked; only then does gin read them.
 """
 
 import inspect
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -31,14 +32,24 @@ def read(
 ) -> Recipe:
     """The recipe that `files` and then `overrides` ("NAME=VALUE") say.
 
+    The files behind the first change it, in any order; overrides have the last word.
+
     Raises:
-      RecipeError: if a file is missing, a name unknown, or a value of the wrong type.
+      RecipeError: if a file is missing, a name unknown, a value of the wrong type, or
+        two files behind the first say different things.
     """
     recipe = Recipe(tuple(files), tuple(overrides))
+    said = []
     for file in files:
-        Reader(recipe, search_paths, ()).read(file, "named on the command line")
+        said.append(recipe.nothing_yet())
+        Reader(said[-1], search_paths, ()).read(file, "named on the command line")
+        recipe.take(said[-1])
+    last = recipe.nothing_yet()
     for override in overrides:
-        Reader(recipe, search_paths, ()).read_override(override)
+        Reader(last, search_paths, ()).read_override(override)
+    recipe.take(last)
+    for one, other in itertools.combinations(said[1:], 2):
+        _check_agreement(one, other, last)
     _check_macros(recipe)
     for binding in recipe.bindings.values():
         _check_type(recipe, binding)
@@ -98,6 +109,21 @@ def arguments(
     """What gin would call `root` with, built but not used."""
     install(recipe, root, search_paths)
     return gin.get_bindings(root)
+
+
+def _check_agreement(one: Recipe, other: Recipe, last: Recipe) -> None:
+    """Raises RecipeError if the order of two files would decide what is said."""
+    ours, others = one.statements(), other.statements()
+    for key in ours.keys() & others.keys() - last.statements().keys():
+        name, value, where = ours[key]
+        _, theirs, there = others[key]
+        if value == theirs:
+            continue
+        raise RecipeError(
+            f"{where} sets {name} = {gin_values.text(value)} and {there} sets it to "
+            f"{gin_values.text(theirs)}. Files behind the first are to go together in "
+            f"any order: name one of the two, or set it with --gin.{name}=VALUE."
+        )
 
 
 def _check_macros(recipe: Recipe) -> None:
@@ -171,13 +197,39 @@ def show(recipe: Recipe) -> Iterator[str]:
         yield ""
         yield f"# {scope + '/' if scope else ''}{name}"
         bound = recipe.bound_to(name, scope)
+        made = _made_by(recipe, target, bound)
         for parameter in gin_values.parameters(target).values():
             key = f"{scope + '/' if scope else ''}{short_name(name)}.{parameter.name}"
             if parameter.name in bound:
                 binding = bound[parameter.name]
                 value = gin_values.text(recipe.resolved(binding.value))
                 yield f"{key} = {value}  # {binding.where}"
+            elif parameter.is_extra and hasattr(made, parameter.name):
+                value = getattr(made, parameter.name)
+                by = f"by {target.__name__}"
+                by = "default" if value == parameter.default else by
+                yield f"{key} = {gin_values.text(value)}  # {by}"
             elif not parameter.needed and not parameter.is_extra:
                 default = gin_values.text(parameter.default)
                 if not default.startswith("<"):  # flax's own sentinels
                     yield f"{key} = {default}  # default"
+
+
+def _made_by(
+    recipe: Recipe, target: Callable[..., Any], bound: Mapping[str, Binding]
+) -> Any:
+    """The dataclass that a function of its name and overrides makes, such as a tower.
+
+    None for other functions, and where arguments are open or have to be made first.
+    """
+    if inspect.isclass(target):
+        return None
+    known = gin_values.parameters(target).values()
+    values = {name: recipe.resolved(binding.value) for name, binding in bound.items()}
+    is_open = bool(list(gin_values.find(values, (MacroUse, Reference))))
+    is_open |= any(
+        parameter.needed and parameter.name not in values for parameter in known
+    )
+    if is_open or not any(parameter.is_extra for parameter in known):
+        return None
+    return target(**values)

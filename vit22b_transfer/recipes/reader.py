@@ -70,6 +70,23 @@ class Recipe:
         default_factory=dict
     )
 
+    def nothing_yet(self) -> "Recipe":
+        """A recipe to read more into, which knows what the names of this one name."""
+        return dataclasses.replace(self, macros={}, bindings={})
+
+    def take(self, said: "Recipe") -> None:
+        """Adds what another says, in place of what this one says of the same names."""
+        self.macros |= said.macros
+        self.bindings |= said.bindings
+
+    def statements(self) -> dict[Any, tuple[str, Any, Where]]:
+        """Of each macro and parameter: how messages write it, its value, where."""
+        macros = {name: (name, *said) for name, said in self.macros.items()}
+        return macros | {
+            key: (binding.key, binding.value, binding.where)
+            for key, binding in self.bindings.items()
+        }
+
     def resolved(self, value: Any) -> Any:
         """`value` with every macro replaced by what it stands for."""
         return gin_values.substitute(value, lambda name: self.macros[name][0])

@@ -4,26 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.partitioning.rules import Partitioning
-
-
-def description(config: Any) -> dict[str, str]:
-    """What a tower's configuration sets of all that decides the tokens."""
-    plain = {"pooling": "none", "lora": None, "scan_layers": False, "remat": "none"}
-    config = dataclasses.replace(config, **plain)
-    fields = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name.endswith("dtype"):  # by name, or as a class
-            fields[field.name] = np.dtype(value).name
-        # A field that later versions add leaves older caches as good as they were.
-        elif value != field.default:
-            fields[field.name] = str(value)
-    return fields
 
 
 def cache_keys(
@@ -43,7 +26,7 @@ def cache_keys(
             feature_lengths=feature_lengths,
             converter_cls=model.FEATURE_CONVERTER_CLS,
             weights=reading.tower_digest(cache.tower),
-            tower=description(model.module.tower),
+            tower=model.module.tower.token_settings(),
         )
         for task in registered.tasks_of(name, split)
     ]
@@ -65,7 +48,7 @@ def batch_arguments(
     return {
         "feature_lengths": cached.lengths(feature_lengths),
         "converter_cls": cached.converter_cls,
-        "instead": cached.tasks,
+        "task_overrides": cached.tasks,
     }
 
 

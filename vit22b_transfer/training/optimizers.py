@@ -146,9 +146,7 @@ def adamw(
 def adafactor(
     learning_rate: Schedule | float,
     *,
-    decay_exponent: float = 0.8,
     beta2_cap: float = 0.999,
-    momentum: float = 0.9,
     weight_decay: float = 0.0,
     decay_patterns: Sequence[str] = KERNELS,
     clip_norm: float | None = 1.0,
@@ -156,7 +154,7 @@ def adafactor(
     """Adafactor as used for ViT-G (Zhai et al. 2021, section 3.4; big_vision).
 
     The second moment is factored where two dimensions are at least 32 long, and decays
-    by `min(beta2_cap, 1 - t ** -decay_exponent)`; the momentum is stored in bfloat16.
+    by `min(beta2_cap, 1 - t ** -0.8)`; the momentum, 0.9, is stored in bfloat16.
     No clipping of the update's RMS, no scaling by the parameter. big_vision's `wd` is
     `weight_decay * peak` here, because the schedule multiplies the decay.
     """
@@ -167,11 +165,11 @@ def adafactor(
 
     scale = optax.chain(
         optax.scale_by_factored_rms(
-            decay_rate=decay_exponent,
+            decay_rate=0.8,
             min_dim_size_to_factor=32,
             decay_rate_fn=second_moment_decay,
         ),
-        optax.ema(momentum, debias=False, accumulator_dtype=jnp.bfloat16),
+        optax.ema(0.9, debias=False, accumulator_dtype=jnp.bfloat16),
     )
     return _compose(scale, learning_rate, weight_decay, decay_patterns, clip_norm)
 

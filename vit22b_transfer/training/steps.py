@@ -14,6 +14,7 @@ import optax
 from clu import metrics as clu_metrics
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training.state import TrainState, shardings_of
@@ -36,7 +37,12 @@ def make_update(
     losses are sums: the gradients of all microbatches are added up in float32 and
     divided once, by the weight of the whole batch. Adds `grad_norm`, of the trained
     gradients before clipping, and the used `learning_rate` if the optimizer tells it.
+
+    Raises:
+      UserError: for microbatches of a model with `loss_spans_batch`: each example's
+        loss depends on the others of its batch, so parts of a batch have another loss.
     """
+    check_microbatches(model, num_microbatches)
 
     def update(state, batch, base_rng):
         trainable, frozen = freezing.split_frozen(state.params, model.frozen)
@@ -70,6 +76,17 @@ def make_update(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return update
+
+
+def check_microbatches(model: Any, num_microbatches: int) -> None:
+    """Raises UserError if the model's loss is not a sum over parts of a batch."""
+    if num_microbatches > 1 and getattr(model, "loss_spans_batch", False):
+        raise UserError(
+            f"num_microbatches={num_microbatches}, but the loss of "
+            f"{type(model).__name__} compares all examples of a batch, so that it is "
+            "another in parts of a batch. Set num_microbatches=1; a smaller batch, a "
+            "larger mesh or remat='block' save memory."
+        )
 
 
 def mean_gradients(grads: Any, metrics: Metrics) -> Any:

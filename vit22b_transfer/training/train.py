@@ -220,7 +220,7 @@ def fine_tune(
             save()
         writer.wait()
         path = reading.checkpoint_path(model_dir, step)
-        counters = dataclasses.asdict(batches.counters)
+        counters = batches.counters.counts()
         log.message(f"this session read {_counted(counters)}")
         log.message(f"{'stopped' if step < total_steps else 'done'}: {path}")
     return TrainResult(step, step < total_steps, path, metrics, counters)
@@ -289,7 +289,8 @@ def _initial_params(model, initial, rng, batch, abstract, partitioning, log):
         raise UserError(
             f"{stuck[0]} (one of {len(stuck)}) is neither loaded from the initial "
             f"checkpoint {initial.path} nor trained, so it would stay random. Choose "
-            "other rules of InitialCheckpoint or other `frozen` patterns of the model."
+            "other rules of InitialCheckpoint or other `frozen` patterns of the model; "
+            "with LoRA, LoraConfig.trained names what is trained beside its updates."
         )
     missing = traverse_util.unflatten_dict(
         {name: flat[name] for name in restored.kept}, sep="/"

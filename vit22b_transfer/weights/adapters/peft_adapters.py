@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import lora
 from vit22b_transfer.models.lora import LoraConfig
 from vit22b_transfer.weights import mapping
 from vit22b_transfer.weights.adapters import peft_modules
@@ -243,13 +242,12 @@ class Updates:
 
         fresh: pattern of what training does not load, and so has to train.
         """
-        fields = dataclasses.asdict(self.config)
-        trained = f"(?!(?:{fresh})$|{lora.UPDATES}$).*"
+        trained = (fresh,) if fresh else ()
+        fields = dataclasses.asdict(dataclasses.replace(self.config, trained=trained))
         return [
             "from vit22b_transfer.models import lora",
             "from vit22b_transfer.models import multimodal",
             "multimodal.ImageTextModel.lora = @lora.LoraConfig()",
-            f"multimodal.ImageTextModel.frozen = {repr((trained,)) if fresh else None}",
             *(f"lora.LoraConfig.{name} = {fields[name]!r}" for name in fields),
         ]
 

@@ -37,7 +37,7 @@ SEQUENTIAL: dict[str, Any] = dict(
 def tower_shapes(tower: vit.ViTConfig, text: Any = None) -> dict[str, Shape]:
     """Names and shapes of a tower's parameters, unrolled; nothing is allocated."""
     del text
-    module = vit.VisionTower(dataclasses.replace(tower, scan_layers=True))
+    module = dataclasses.replace(tower, scan_layers=True).build()
     images = jax.ShapeDtypeStruct((1, *tower.image_size, 3), jnp.uint8)
     params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
     shapes = unrolled_shapes(params)

@@ -1,0 +1,86 @@
+"""`vit22b init`: a project that runs as it is written, and never overwrites."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from shell_commands import (
+    no_tasks,
+    recorded_calls,
+    run_in_process,
+    use_one_device,
+)
+
+from vit22b_transfer import cli
+from vit22b_transfer.recipes import loading, shipped
+from vit22b_transfer.training import train
+
+
+def written(task, name, capsys):
+    """The command that is printed."""
+    assert cli.main(["init", name, f"--task={task}"]) == 0
+    *_, command = capsys.readouterr().out.splitlines()
+    return command
+
+
+@pytest.mark.parametrize("task", ["captions", "vqa"])
+def test_the_printed_command_has_a_complete_recipe(tmp_path, monkeypatch, capsys, task):
+    monkeypatch.chdir(tmp_path)
+    command = written(task, "my project", capsys)
+    assert command.startswith("cd 'my project' && vit22b train ")
+    ((directory, _, arguments),) = recorded_calls(command, tmp_path)
+    args, overrides = cli._parser().parse_known_args(arguments)
+    overrides = [override.removeprefix("--gin.") for override in overrides]
+    with no_tasks():
+        os.chdir(directory)
+        sys.path.insert(0, directory)
+        shipped.offer_tasks()
+        recipe = loading.read(args.gin_file, overrides, shipped.search_paths())
+        task = importlib.import_module(f"tasks.my_{task}")
+        assert Path(task.__file__).is_relative_to(tmp_path)
+    loading.check_complete(recipe, train.fine_tune)
+    there = [value for value in vars(task).values() if str(value).startswith("data/")]
+    assert len(there) >= 4
+    assert all((tmp_path / "my project" / path).exists() for path in there)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["captions", "vqa"])
+def test_the_printed_command_works(tmp_path, monkeypatch, capsys, task):
+    monkeypatch.chdir(tmp_path)
+    command = written(task, "my project", capsys)
+    use_one_device(tmp_path / "my project")
+    run_in_process(command, tmp_path)
+    assert (tmp_path / "my project" / "model" / "checkpoint_20").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["captions", "vqa"])
+def test_the_commands_of_its_readme_work(tmp_path, monkeypatch, task):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", ".", f"--task={task}"]) == 0
+    use_one_device(tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert len(readme.splitlines()) <= 16
+    run_in_process(readme.split("```")[1].removeprefix("bash\n"), tmp_path)
+    metrics = json.loads((tmp_path / "model" / "metrics.json").read_text())
+    assert metrics[f"my_{task}/validation"]["examples"]
+    (lines,) = (tmp_path / "model").glob("my_*-test-checkpoint_20.jsonl")
+    assert len(lines.read_text().splitlines()) >= 8
+
+
+def test_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "my_captions.py").write_text("mine")
+    (tmp_path / "README.md").write_text("mine")
+    assert cli.main(["init", "."]) == 1
+    error = capsys.readouterr().err
+    assert ". holds README.md, tasks/my_captions.py already" in error
+    assert "name another directory" in error
+    assert (tmp_path / "tasks" / "my_captions.py").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "tasks"]
+    assert error.count("\n") == 1

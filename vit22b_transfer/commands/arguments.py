@@ -1,0 +1,57 @@
+"""What several commands share: their arguments, and a quiet start of TensorFlow."""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+# Nothing heavy is imported here: `vit22b --help` must answer at once.
+
+# Of `add(name, run, text, epilog)`, which makes a command.
+Add = Callable[..., argparse.ArgumentParser]
+
+GIN_EPILOG = "--gin.NAME=VALUE sets a macro or a parameter; repeat it as needed."
+
+# The last is said on a machine without a GPU.
+_STARTUP_NOTE = re.compile(
+    r"WARNING: All log messages before absl|I0000 .*\.cc:\d+\]"
+    r"|E0000 .*failed call to cuInit"
+)
+
+
+def add_gin_file(command: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Adds --gin_file, and with it --gin.NAME=VALUE."""
+    command.add_argument(
+        "--gin_file",
+        action="append",
+        required=required,
+        default=[],
+        metavar="FILE",
+        help="gin file, for example gin_configs/recipes/NAME.gin, looked for in the "
+        "current directory, then among those of the package; may be repeated",
+    )
+
+
+@contextlib.contextmanager
+def without_startup_notes() -> Iterator[None]:
+    """Context that drops the notes TensorFlow prints when it is imported and starts.
+
+    They are written to the file descriptor before any log level takes effect.
+    """
+    with tempfile.TemporaryFile() as written:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            for line in written.read().decode(errors="replace").splitlines():
+                if not _STARTUP_NOTE.match(line):
+                    print(line, file=sys.stderr)

@@ -1,0 +1,159 @@
+"""`init` of the command: a project of the user's own, ready to edit."""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import shlex
+import shutil
+import tempfile
+from collections.abc import Mapping
+
+from vit22b_transfer import UserError
+from vit22b_transfer.commands.arguments import Add
+
+# Nothing heavy is imported here: `vit22b --help` must answer at once.
+
+_SIZES = {"train": 64, "validation": 16, "test": 8}
+
+_README = """# My project
+
+`gin_configs/recipes/{name}.gin` says what is trained, `tasks/{name}.py` on what. Edit
+both: `data/` is drawn, only to try the commands. What they include or import and is not
+here comes from the package, `vit22b config path` says where; a copy here comes first.
+
+```bash
+RECIPE="--gin_file=gin_configs/recipes/{name}.gin --gin.MODEL_DIR='$PWD/model'"
+TRY="--gin.TRAIN_STEPS=20 --gin.WARMUP_STEPS=5 --gin.BATCH_SIZE=8"   # then without
+vit22b train $RECIPE $TRY && vit22b eval $RECIPE $TRY && vit22b infer $RECIPE $TRY
+```
+
+Texts are bytes until `vit22b vocab` has made a vocabulary of yours, and
+`VIT22B_VOCABULARY` names it; then take another MODEL_DIR.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """What `data/` holds, and the paths of the shipped task that it takes the place of.
+
+    files: file of the drawn scenes -> its place in `data/`.
+    """
+
+    files: Mapping[str, str]
+    paths: Mapping[str, str]
+
+
+_SAMPLES = {
+    "captions": _Sample(
+        {
+            "annotations/captions_train.json": "captions.json",
+            "annotations/captions_validation.json": "validation.json",
+            "images/train": "images",
+            "images/validation": "images",
+            "images/test": "new_images",
+        },
+        {
+            "$MY_CAPTIONS_JSON": "data/captions.json",
+            "$MY_VALIDATION_JSON": "data/validation.json",
+            "$MY_IMAGES": "data/images",
+            "$MY_NEW_IMAGES": "data/new_images",
+        },
+    ),
+    "vqa": _Sample(
+        {
+            "annotations/questions_train.json": "questions.json",
+            "annotations/answers_train.json": "answers.json",
+            "annotations/questions_validation.json": "validation_questions.json",
+            "annotations/answers_validation.json": "validation_answers.json",
+            "annotations/questions_test.json": "new_questions.json",
+            "images/train": "images",
+            "images/validation": "images",
+            "images/test": "images",
+        },
+        {
+            "$MY_QUESTIONS_JSON": "data/questions.json",
+            "$MY_ANSWERS_JSON": "data/answers.json",
+            "$MY_VALIDATION_QUESTIONS_JSON": "data/validation_questions.json",
+            "$MY_VALIDATION_ANSWERS_JSON": "data/validation_answers.json",
+            "$MY_NEW_QUESTIONS_JSON": "data/new_questions.json",
+            "$MY_IMAGES": "data/images",
+        },
+    ),
+}
+
+
+def add_to(add: Add) -> None:
+    """Adds the command; `add(name, run, text, epilog)` makes it."""
+    command = add(
+        "init",
+        _init,
+        "Write a project of your own: a recipe and its task, ready to edit.",
+    )
+    command.add_argument("directory", metavar="DIR", help="where to write it")
+    command.add_argument(
+        "--task",
+        choices=sorted(_SAMPLES),
+        default="captions",
+        help="captions of images, or questions about them (default: captions)",
+    )
+
+
+def _init(args: argparse.Namespace) -> None:
+    from vit22b_transfer.recipes import shipped
+
+    sample = _SAMPLES[args.task]
+    name = f"my_{args.task}"
+    task = f"{shipped.TASKS}/{name}.py"
+    recipe = f"gin_configs/recipes/{name}.gin"
+    source = pathlib.Path(shipped.folder())
+    texts = {
+        "README.md": _README.format(name=name),
+        recipe: (source / recipe).read_text(encoding="utf-8"),
+        task: _filled((source / task).read_text(encoding="utf-8"), sample.paths),
+    }
+    project = pathlib.Path(args.directory)
+    there = [file for file in [*texts, "data"] if os.path.lexists(project / file)]
+    if there:
+        raise UserError(
+            f"{args.directory} holds {', '.join(there)} already, and nothing is "
+            "overwritten; name another directory."
+        )
+    for file, text in texts.items():
+        (project / file).parent.mkdir(parents=True, exist_ok=True)
+        (project / file).write_text(text, encoding="utf-8")
+        print(project / file)
+    _draw(project / "data", sample)
+    print(f"{project / 'data'}: drawn scenes, to be replaced by your data")
+    enter = (
+        ""
+        if project.resolve() == pathlib.Path.cwd()
+        else (f"cd {shlex.quote(args.directory)} && ")
+    )
+    print(
+        f"\nNext, a short try:\n\n{enter}vit22b train --gin_file={recipe} "
+        "--gin.MODEL_DIR=\"'$PWD/model'\" --gin.TRAIN_STEPS=20 --gin.WARMUP_STEPS=5 "
+        "--gin.BATCH_SIZE=8"
+    )
+
+
+def _filled(text: str, paths: Mapping[str, str]) -> str:
+    """The shipped task with other paths."""
+    for variable, path in paths.items():
+        assert text.count(f'"{variable}"') == 1, variable
+        text = text.replace(f'"{variable}"', f'"{path}"')
+    return text
+
+
+def _draw(target: pathlib.Path, sample: _Sample) -> None:
+    from vit22b_transfer.demo import scenes
+
+    with tempfile.TemporaryDirectory() as drawn:
+        scenes.write_scenes(drawn, sizes=_SIZES)
+        target.mkdir()
+        for file, place in sample.files.items():
+            origin = pathlib.Path(drawn, file)
+            if origin.is_dir():
+                shutil.copytree(origin, target / place, dirs_exist_ok=True)
+            else:
+                shutil.copy(origin, target / place)

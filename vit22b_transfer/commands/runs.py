@@ -1,0 +1,70 @@
+"""What a recipe is run for: `train`, `eval`, `infer`, `cache-features`, `bench`."""
+
+import argparse
+import importlib
+import sys
+
+from vit22b_transfer.commands.arguments import (
+    GIN_EPILOG,
+    Add,
+    add_gin_file,
+    without_startup_notes,
+)
+
+# Nothing heavy is imported here: `vit22b --help` must answer at once.
+
+# Command -> the function that a recipe configures for it.
+FUNCTIONS = {
+    "train": "vit22b_transfer.training.train.fine_tune",
+    "eval": "vit22b_transfer.evaluation.evaluate.evaluate_checkpoint",
+    "infer": "vit22b_transfer.inference.infer.infer_split",
+    "cache-features": "vit22b_transfer.inference.cache_features.cache_features",
+    "bench": "vit22b_transfer.planning.bench.measure",
+}
+
+
+def add_to(add: Add) -> None:
+    """Adds the commands; `add(name, run, text, epilog)` makes one."""
+    for name, text in (
+        ("train", "Fine-tune the model of a recipe."),
+        ("eval", "Score a checkpoint with the metrics of the recipe's task."),
+        ("infer", "Write predictions for a whole split as JSON lines."),
+        ("cache-features", "Run a frozen tower once, for training without it."),
+    ):
+        command = add(name, _run, text, GIN_EPILOG)
+        add_gin_file(command)
+        command.add_argument(
+            "--distributed",
+            action="store_true",
+            help="this is one of several processes that run this command together: "
+            "see gin_configs/launch",
+        )
+    command = add(
+        "bench", _run, "Measure this device, and a model's speed on it.", GIN_EPILOG
+    )
+    command.add_argument(
+        "--gin_file",
+        action="append",
+        default=["gin_configs/runs/bench.gin"],
+        metavar="FILE",
+        help="gin file of another tower, text model or mesh; may be repeated",
+    )
+
+
+def _run(args: argparse.Namespace) -> None:
+    from vit22b_transfer.recipes import loading, shipped
+
+    if args.distributed:
+        from vit22b_transfer.partitioning import processes
+
+        processes.join()  # before anything asks JAX for devices
+    paths = shipped.search_paths()
+    with without_startup_notes():
+        recipe = loading.read(args.gin_file, args.overrides, paths)
+        if "tensorflow" in sys.modules:
+            from vit22b_transfer.data import streams
+
+            streams.keep_tensorflow_off_accelerators()
+    module, _, function = FUNCTIONS[args.command].rpartition(".")
+    root = getattr(importlib.import_module(module), function)
+    loading.install(recipe, root, paths)()
