@@ -1,9 +1,9 @@
 """Your own captions: a COCO-format JSON file and a folder of images.
 
 `vit22b init DIR` writes a copy of this file for you to edit: write your paths below, or
-set the environment variables that stand there. Another kind of captions file needs
-another source, see `vit22b_transfer.data.sources`; another kind of target needs only
-another prompt.
+set the environment variables that stand there. Captions in a `.jsonl`, `.csv` or `.txt`
+file need the source `CaptionFileSource` of `vit22b_transfer.data.sources`; another kind
+of target needs only another prompt.
 """
 
 from tasks.captioning import register_captioning

@@ -1,6 +1,6 @@
 """Tasks on the drawn scenes in the directory $VIT22B_DATA_DIR.
 
-`vit22b demo` draws them; `vit22b_transfer.data.scenes.write_scenes` does it alone. The
+`vit22b demo` draws them; `vit22b_transfer.demo.scenes.write_scenes` does it alone. The
 `_compositional` tasks show color-shape pairs that the other splits never show.
 """
 

@@ -150,7 +150,7 @@ def parts_of(*names, recipe=RECIPE, small=SMALL):
     paths = [CONFIGS / f"{name}.gin" for name in names]
     read = read_recipe(recipe, *small, behind=paths)
     arguments = loading.arguments(read, train.fine_tune, [str(ROOT)])
-    job = jobs.Job.of_arguments(arguments)
+    job = jobs.Job.from_arguments(arguments)
     params = job.variables()["params"]
     optimizers.freeze(job.model.optimizer_def, params, job.model.frozen)
     trained, _ = freezing.split_frozen(params, job.model.frozen)

@@ -22,11 +22,11 @@ def parameters_digest(params: Any) -> str:
     The values enter by an integer checksum per array (integer sums do not depend on
     their order), computed where the arrays lie.
     """
-    return digest_of_rows(parameter_rows(params))
+    return rows_digest(parameter_rows(params))
 
 
-def digest_of_rows(rows: list[tuple[Any, ...]]) -> str:
-    """The hash of parameters that were looked at a part at a time, in their order."""
+def rows_digest(rows: list[tuple[Any, ...]]) -> str:
+    """The hash of `parameter_rows`, of one call or of several for parts in order."""
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 

@@ -10,12 +10,12 @@ from flax import traverse_util
 from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.models import int8
 
-# Kernels in floating point that are on the devices at a time; a larger one is alone.
+# Bytes of kernels in floating point on the devices at a time; a larger one is alone.
 _GROUP_BYTES = 1 << 30
 
 
 def as_saved(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """`wanted`, by name, without what is made here: kernels as `saved` has them."""
+    """What to read for `wanted`: kernels in the dtype of `saved`, no scales."""
     made = _made(wanted, saved)
     scales = {_scales_of(name) for name in made}
     return {
@@ -26,7 +26,7 @@ def as_saved(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
 
 
 def read_arrays(path: str, abstract: Any) -> Any:
-    """As `checkpoints.read_arrays`, for int8 kernels that may be saved as floats."""
+    """As `reading.read_arrays`, for int8 kernels that may be saved as floats."""
     wanted, saved = reading.flatten(abstract), reading.saved_arrays(path)
     made = _made(wanted, saved)
     if not made:

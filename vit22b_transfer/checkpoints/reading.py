@@ -99,7 +99,7 @@ def restore_tree(path: str, abstract: Tree) -> Tree:
     wanted, saved = flatten(abstract), saved_arrays(path)
     problems = [
         f"{name}: not in the model"
-        for name in _own_arrays(path)
+        for name in _arrays_in(path)
         if name.split("/")[0] in abstract and name not in wanted
     ]
     check_fit(path, {name: name for name in wanted}, wanted, saved, problems)
@@ -169,25 +169,25 @@ def read_arrays(path: str, abstract: Tree) -> Tree:
     flat = flatten(abstract)
     borrowed = {name for name in flat if name.startswith(_TOWER)}
     if borrowed and "tower" in read_record(path):
-        borrowed -= _own_arrays(path).keys()
+        borrowed -= _arrays_in(path).keys()
     else:
         borrowed = set()
     if borrowed:
         read = read_arrays(_origin_of_tower(path), _part(flat, borrowed))
         if own := flat.keys() - borrowed:
-            own = _read_own_arrays(path, _part(flat, own))
+            own = _read_from(path, _part(flat, own))
             read = traverse_util.unflatten_dict(
                 traverse_util.flatten_dict(read) | traverse_util.flatten_dict(own)
             )
         return read
-    return _read_own_arrays(path, abstract)
+    return _read_from(path, abstract)
 
 
 def _part(flat, names):
     return traverse_util.unflatten_dict({n: flat[n] for n in sorted(names)}, sep="/")
 
 
-def _read_own_arrays(path, abstract):
+def _read_from(path, abstract):
     if legacy.is_legacy(path):
         return legacy.read_arrays(path, abstract)
     arguments = jax.tree.map(
@@ -208,15 +208,15 @@ def _read_own_arrays(path, abstract):
 def saved_arrays(path: str) -> dict[str, Any]:
     """Shape and dtype of every array in a checkpoint, by '/'-joined name.
 
-    One that was trained on cached features counts the tower of the checkpoint that its
-    record names as its own.
+    After a training on cached features, with the tower of the checkpoint that its
+    record names.
     """
-    own = _own_arrays(path)
+    arrays = _arrays_in(path)
     if "tower" in read_record(path) and not any(
-        name.startswith(_TOWER) for name in own
+        name.startswith(_TOWER) for name in arrays
     ):
-        own |= tower_arrays(_origin_of_tower(path))
-    return own
+        arrays |= tower_arrays(_origin_of_tower(path))
+    return arrays
 
 
 def tower_arrays(path: str) -> dict[str, Any]:
@@ -242,7 +242,8 @@ def _origin_of_tower(path):
     return origin
 
 
-def _own_arrays(path):
+def _arrays_in(path):
+    """Shape and dtype of the arrays that lie in `path`, no tower from elsewhere."""
     if legacy.is_legacy(path):
         return legacy.saved_arrays(path)
     # Not a Checkpointer: it warns that `state` alone is not a whole checkpoint.
@@ -279,7 +280,7 @@ def record_file(path: str) -> str:
     return os.path.join(path, "run", "metadata")
 
 
-# Arrays that are on the devices at a time while a tower is looked at.
+# Bytes of arrays on the devices at a time while a tower is hashed.
 _GROUP_BYTES = 1 << 28
 
 
@@ -314,7 +315,7 @@ def _tower_digest(path: str, inode: int, time: int) -> str:
             arrays = read_arrays(path, tree)
             rows += fingerprints.parameter_rows(arrays)
             group, size = {}, 0
-    return fingerprints.digest_of_rows(rows)
+    return fingerprints.rows_digest(rows)
 
 
 def tower_record(cache: Any) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The arguments of each command; `cli.py` is the door."""
+"""The arguments of each command; `cli.py` is the entry point."""

@@ -39,7 +39,7 @@ def add_gin_file(command: argparse.ArgumentParser, *, required: bool = True) -> 
 def without_startup_notes() -> Iterator[None]:
     """Context that drops the notes TensorFlow prints when it is imported and starts.
 
-    They are written to the file descriptor before any log level is looked at.
+    They are written to the file descriptor before any log level takes effect.
     """
     with tempfile.TemporaryFile() as written:
         sys.stderr.flush()

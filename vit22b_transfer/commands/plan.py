@@ -80,6 +80,6 @@ def _planned(args: argparse.Namespace):
     unread = [f"{name}='(not read)'" for name in _UNREAD if name in unset.split()]
     recipe = loading.read(args.gin_file, [*args.overrides, *unread], paths)
     arguments = loading.arguments(recipe, train.fine_tune, paths)
-    job = jobs.Job.of_arguments(arguments)
+    job = jobs.Job.from_arguments(arguments)
     partitioning = planner.planned(job.partitioning, args.devices)
     return job, planner.Plan(job.run(), partitioning, device)

@@ -44,7 +44,7 @@ from vit22b_transfer.host import whole_files
 
 # Examples that are read twice, to see whether they are the same.
 _COMPARED = 16
-# Functions inside of functions that a fingerprint describes.
+# How many levels of functions within functions a fingerprint describes.
 _DEPTH = 4
 
 
@@ -65,8 +65,8 @@ class FeatureCache:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
-    """A split of one task and what its cached features have to be made with.
+class CacheKey:
+    """A split of one task, and all that decides its cached features.
 
     weights: a hash of those of the tower. tower: its configuration.
     """
@@ -182,11 +182,11 @@ class Layout:
             for number in range(count)
         ]
 
-    def write(self, wanted: Wanted) -> None:
+    def write(self, key: CacheKey) -> None:
         """Writes it, with the fingerprint, into the directory."""
-        os.makedirs(wanted.directory, exist_ok=True)
-        content = dataclasses.asdict(self) | {"fingerprint": wanted.fingerprint}
-        path = _layout_path(wanted.directory)
+        os.makedirs(key.directory, exist_ok=True)
+        content = dataclasses.asdict(self) | {"fingerprint": key.fingerprint}
+        path = _layout_path(key.directory)
         with whole_files.replacing(path) as file:
             json.dump(content, file, indent=1)
 
@@ -217,7 +217,7 @@ class CachedTasks:
 
 
 @functools.cache
-def _of_tokens(
+def _tokens_converter(
     kind: type[ImageFeatureConverter], dtype: str
 ) -> type[ImageFeatureConverter]:
     """The converter of tasks whose `images` are tokens [length, width] in `dtype`."""
@@ -239,38 +239,38 @@ def _of_tokens(
     return TokensConverter
 
 
-def open_tasks(wanted: Sequence[Wanted]) -> CachedTasks:
+def open_tasks(keys: Sequence[CacheKey]) -> CachedTasks:
     """The tasks, to be read from their caches.
 
     Raises:
       UserError: if a cache is missing, unfinished, cut off, or made with something
-        else than is wanted: it is said what.
+        else, and then with what.
     """
     layouts = []
     tasks = {}
-    for one in wanted:
-        one.check_repeatable(by_reading=False)
-        layout, source = _open(one)
+    for key in keys:
+        key.check_repeatable(by_reading=False)
+        layout, source = _open(key)
         images = seqio.ContinuousFeature(dtype=tf.as_dtype(layout.tokens.dtype), rank=2)
-        features = {**one.task.output_features, "images": images}
-        tasks[one.task.name] = one.task.replace(
+        features = {**key.task.output_features, "images": images}
+        tasks[key.task.name] = key.task.replace(
             source=source, preprocessors=[], output_features=features
         )
         layouts.append(layout)
-    kind = type(wanted[0].converter_cls(pack=False))
+    kind = type(keys[0].converter_cls(pack=False))
     tokens = layouts[0].tokens
-    return CachedTasks(tasks, tokens, _of_tokens(kind, tokens.dtype))
+    return CachedTasks(tasks, tokens, _tokens_converter(kind, tokens.dtype))
 
 
-def _open(wanted: Wanted) -> tuple[Layout, ShardsSource]:
-    layout = Layout.read(wanted.directory)
+def _open(key: CacheKey) -> tuple[Layout, ShardsSource]:
+    layout = Layout.read(key.directory)
     if layout is None:
-        raise UserError(_why_not(wanted))
-    paths = layout.paths(wanted.directory)
+        raise UserError(_why_not(key))
+    paths = layout.paths(key.directory)
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise UserError(
-            f"the cached features in {wanted.directory} lack {len(missing)} of "
+            f"the cached features in {key.directory} lack {len(missing)} of "
             f"{len(paths)} shards, such as {os.path.basename(missing[0])}. Run `vit22b "
             "cache-features` again: it goes on where it was."
         )
@@ -279,15 +279,15 @@ def _open(wanted: Wanted) -> tuple[Layout, ShardsSource]:
         for name, (dtype, shape) in layout.features.items()
     }
     shards = [Shard(path) for path in paths]
-    return layout, ShardsSource(wanted.split, shards, layout.tokens, specs)
+    return layout, ShardsSource(key.split, shards, layout.tokens, specs)
 
 
-def _why_not(wanted: Wanted) -> str:
-    """Why there is no cache of what is wanted: none at all, or a stale one."""
-    what = f"task {wanted.task.name!r}, split {wanted.split!r}"
-    root = os.path.dirname(wanted.directory)
+def _why_not(key: CacheKey) -> str:
+    """Why there is no cache for the key: none at all, or a stale one."""
+    what = f"task {key.task.name!r}, split {key.split!r}"
+    root = os.path.dirname(key.directory)
     names = os.listdir(root) if os.path.isdir(root) else []
-    stem = re.escape(_stem(wanted))
+    stem = re.escape(_stem(key))
     others = [
         os.path.join(root, name)
         for name in names
@@ -302,7 +302,7 @@ def _why_not(wanted: Wanted) -> str:
         )
     lines = []
     for path, theirs in sorted(stale.items()):
-        differing = _differences(theirs, wanted.fingerprint)
+        differing = _differences(theirs, key.fingerprint)
         lines.append(f"{os.path.basename(path)}: {'; '.join(differing)}")
     listed = "\n  ".join(lines)
     return (
@@ -323,8 +323,8 @@ def _differences(theirs, ours, outer=""):
     return differing
 
 
-def _stem(wanted):
-    parts = (wanted.task.name, wanted.split)
+def _stem(key):
+    parts = (key.task.name, key.split)
     return "-".join(re.sub(r"[^\w.+]+", "_", part) for part in parts)
 
 

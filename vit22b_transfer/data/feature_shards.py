@@ -14,7 +14,6 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-import seqio
 import tensorflow as tf
 from array_record.python.array_record_module import (
     ArrayRecordReader,
@@ -23,7 +22,7 @@ from array_record.python.array_record_module import (
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.converters import Example
-from vit22b_transfer.data.indexed_source import record_order
+from vit22b_transfer.data.indexed_source import RandomAccessSource
 from vit22b_transfer.host import whole_files
 
 STORAGES = ("exact", "int8")
@@ -151,7 +150,7 @@ def unpack(packed: tf.Tensor, specs: dict[str, tf.TensorSpec]) -> Example:
     return example
 
 
-class ShardsSource(seqio.DataSource):
+class ShardsSource(RandomAccessSource):
     """The examples of all shards as a SeqIO source with random access.
 
     Its examples have the tokens as their `images`, all else is as it was stored.
@@ -174,22 +173,9 @@ class ShardsSource(seqio.DataSource):
             for row, image in enumerate(shard.rows)
         }
 
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        """True: any subset of the examples can be read."""
-        return True
-
-    def list_shards(self, split: str) -> Sequence[str]:
-        """One name: sharding is by example, not by file."""
-        return [split]
-
     def num_records(self, split: str) -> int:
         """The number of examples."""
         return int(self._starts[-1])
-
-    def num_input_examples(self, split: str) -> int:
-        """The number of examples."""
-        return self.num_records(split)
 
     def records(self, split: str, order: tf.data.Dataset) -> tf.data.Dataset:
         """One example for each index (int64) in `order`, in that order."""
@@ -210,16 +196,3 @@ class ShardsSource(seqio.DataSource):
         shard, place = self._shards[number], int(index - self._starts[number])
         owner, row = self._places[shard.examples[place]]
         return shard.example(place), owner.row(row)
-
-    def get_dataset(
-        self,
-        split: str,
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        **unused,
-    ) -> tf.data.Dataset:
-        """All examples, or those of a shard of them; in order, or shuffled."""
-        del unused  # of no effect in any source of ours
-        size = self.num_records(split)
-        return self.records(split, record_order(size, shuffle, seed, shard_info))

@@ -28,18 +28,55 @@ _BAD_RECORD_POLICIES = ("error", "skip")
 _SCALARS = ("image_path", "image_id", "question_id", "question", "target")
 
 
-def record_order(
-    size: int, shuffle: bool, seed: int | None, shard_info: seqio.ShardInfo | None
-) -> tf.data.Dataset:
-    """Indices of `size` records, or of a shard of them; in order, or shuffled."""
-    order = tf.data.Dataset.range(size)
-    if shard_info is not None:
-        order = order.shard(shard_info.num_shards, shard_info.index)
-    return order.shuffle(size, seed=seed) if shuffle else order
+class RandomAccessSource(seqio.DataSource):
+    """A SeqIO source whose examples can be read in any order; a record is an example.
+
+    A shard or a shuffle is one of records, whatever files they lie in.
+    """
+
+    @abc.abstractmethod
+    def num_records(self, split: str) -> int:
+        """The number of records of a split."""
+
+    @abc.abstractmethod
+    def records(self, split: str, order: tf.data.Dataset) -> tf.data.Dataset:
+        """One example for each record index (int64) in `order`, in that order."""
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """True: any subset of the records can be read."""
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """One name: sharding is by record, not by file."""
+        return [split]
+
+    def num_input_examples(self, split: str) -> int:
+        """The number of records of a split."""
+        return self.num_records(split)
+
+    def get_dataset(
+        self,
+        split: str,
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused,
+    ) -> tf.data.Dataset:
+        """All examples of a split, or of a shard; a shuffle is over all of them."""
+        # sequence_length, use_cached, num_epochs: of no effect in any source.
+        del unused
+        size = self.num_records(split)
+        order = tf.data.Dataset.range(size)
+        if shard_info is not None:
+            order = order.shard(shard_info.num_shards, shard_info.index)
+        if shuffle:
+            order = order.shuffle(size, seed=seed)
+        return self.records(split, order)
 
 
-class IndexedSource(seqio.DataSource):
-    """A SeqIO source with random access over records.
+class IndexedSource(RandomAccessSource):
+    """A source of `Record`s, which are read when a split is first used.
 
     A bad record is an error that names it, or with `on_bad_record='skip'` is left out,
     counted in `report()` and logged.
@@ -59,15 +96,6 @@ class IndexedSource(seqio.DataSource):
             caching_permitted=False,
             performs_internal_shuffling=True,
         )
-
-    @property
-    def supports_arbitrary_sharding(self) -> bool:
-        """True: any subset of the records can be read."""
-        return True
-
-    def list_shards(self, split: str) -> Sequence[str]:
-        """One name: sharding is by record, not by file."""
-        return [split]
 
     def _resolved(self, files: Any) -> Any:
         """`files` with `~` and `$VARIABLES` replaced in its paths."""
@@ -106,10 +134,6 @@ class IndexedSource(seqio.DataSource):
         """The number of records of a split."""
         return len(self._load(split))
 
-    def num_input_examples(self, split: str) -> int:
-        """The number of records of a split; here one record is one example."""
-        return self.num_records(split)
-
     def report(self) -> dict[str, dict[str, int]]:
         """Skipped records: split -> reason -> count, of the splits read so far."""
         return {split: dict(loaded[2]) for split, loaded in self._loaded.items()}
@@ -128,20 +152,6 @@ class IndexedSource(seqio.DataSource):
         if split not in self._tables or self._tables[split][0] is not records:
             self._tables[split] = (records, _look_up(records))
         return self._tables[split][1]
-
-    def get_dataset(
-        self,
-        split: str,
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        **unused,
-    ) -> tf.data.Dataset:
-        """All examples of a split, or of a shard; a shuffle is over all of them."""
-        # sequence_length, use_cached, num_epochs: of no effect in any source.
-        del unused
-        size = self.num_records(split)
-        return self.records(split, record_order(size, shuffle, seed, shard_info))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._split_to_files})"

@@ -140,7 +140,7 @@ def _target_size(options, sequence_length) -> tuple[int, int]:
     return size
 
 
-class _SmallSets:
+class _DecodedImages:
     """Decoded images of the files that were read first, up to a number of bytes.
 
     A small set is then decoded once, not in every epoch, by every caption and by every
@@ -175,7 +175,7 @@ class _SmallSets:
         return pixels.copy()
 
 
-_SMALL_SETS = _SmallSets(max_bytes=256 * 2**20)
+_SMALL_SETS = _DecodedImages(max_bytes=256 * 2**20)
 
 
 def load_images(

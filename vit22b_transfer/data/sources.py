@@ -79,7 +79,7 @@ class _CaptionSource(IndexedSource):
     def _origin(self, files: CaptionFiles) -> str:
         return str(files.captions)
 
-    def _records_of(self, split, captions, bad):
+    def _grouped_records(self, split, captions, bad):
         """Records from (path, image_id, caption) in file order, whose image exists."""
         by_image = collections.defaultdict(list)
         for _, image_id, caption in captions:
@@ -139,7 +139,7 @@ class CocoCaptionsSource(_CaptionSource):
         for image_id in paths:
             if image_id not in described:
                 bad.add("image without captions", f"image {image_id}")
-        return self._records_of(split, captions, bad)
+        return self._grouped_records(split, captions, bad)
 
 
 class CaptionFileSource(_CaptionSource):
@@ -163,7 +163,7 @@ class CaptionFileSource(_CaptionSource):
                 bad.add("empty caption", f"{where}: {file_name}")
             else:
                 captions.append((path, file_name, caption.strip()))
-        return self._records_of(split, captions, bad)
+        return self._grouped_records(split, captions, bad)
 
 
 class VqaSource(IndexedSource):

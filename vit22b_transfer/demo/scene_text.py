@@ -120,7 +120,7 @@ def possible_answers(form: str, config: SceneConfig) -> tuple[str, ...]:
     return tuple(str(n) for n in range(least, config.max_objects + 1))
 
 
-def forms_of(kind: str) -> tuple[str, ...]:
+def question_forms(kind: str) -> tuple[str, ...]:
     """The sentence patterns of one of the QUESTION_TYPES."""
     if kind == "count":
         return ("count/all", "count/color", "count/shape")

@@ -99,7 +99,7 @@ def _sample_with_questions(rng, config, held_out):
     """
     while True:
         kind = config.question_types[rng.integers(len(config.question_types))]
-        forms = scene_text.forms_of(kind)
+        forms = scene_text.question_forms(kind)
         form = forms[rng.integers(len(forms))]
         answers = scene_text.possible_answers(form, config)
         answer = answers[rng.integers(len(answers))]

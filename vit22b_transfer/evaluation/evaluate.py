@@ -50,9 +50,9 @@ def evaluate_checkpoint(
     """The scores of a checkpoint by task; a mixture stands for its tasks.
 
     Predicts as `infer.infer_split` does, into `output_dir`, or takes the predictions
-    that are there. Beside the tasks' own metrics stand the loss and its like on the
-    targets, as `token/...`. Prints a table and enters the scores as `TASK/SPLIT` in
-    `output_dir/metrics.json`.
+    that are there. Beside the tasks' own metrics stand the token loss and accuracies
+    on the targets, as `token/...`. Prints a table and enters the scores as
+    `TASK/SPLIT` in `output_dir/metrics.json`.
 
     Raises:
       UserError: if something does not fit together, or a task has no metrics or no
@@ -175,9 +175,9 @@ def _scores(path, task_name, prediction):
             continue
         if prediction is not None:
             line |= {"prediction": prediction, "score": 0.0}
-        examples.append(infer.example_of(line))
+        examples.append(infer.example_features(line))
         predictions.append(line["prediction"])
-        aux.append(infer.aux_of(line))
+        aux.append(infer.example_aux(line))
         num_empty += is_empty(line)
     if not examples:
         raise UserError(

@@ -1,1 +1,1 @@
-"""What all rooms need of the machine: whole files, memory limits, progress."""
+"""What all packages need of the machine: whole files, memory limits, progress."""

@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, else a plain line now and then."""
+"""Progress of long work: a bar on a terminal, else a plain line now and then."""
 
 import datetime
 import threading
@@ -22,9 +22,9 @@ class Progress:
     """Shows what is done, how much of it a second and the time left; a context manager.
 
     total: None if not known in advance. done: what an earlier run had done. unit:
-      what is counted; "bytes" are shown as MB or GB. lines: whether there are lines
+      what is counted; "bytes" are shown as MB or GB. lines: whether lines are printed
       where there is no terminal.
-    The speed is that since the first call: compiling takes the time of many.
+    The speed counts from the first call on, which comes after compiling.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Progress:
 
     @property
     def is_bar(self) -> bool:
-        """Whether there is a bar, which lines printed on the console stand above."""
+        """Whether a bar is shown; lines printed on the console appear above it."""
         return self._bar is not None
 
     def __enter__(self) -> "Progress":
@@ -77,7 +77,7 @@ class Progress:
     def show(self, done: int, report: str | None = None) -> None:
         """Shows that `done` are done; a last batch may be beyond the total.
 
-        report: what stands behind the bar from now on, in place of `report()`.
+        report: the text behind the bar from now on, in place of `report()`.
         """
         self._done = done if self._total is None else min(done, self._total)
         if self._first is None:

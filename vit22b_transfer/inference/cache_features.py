@@ -24,7 +24,7 @@ from vit22b_transfer.training.state import abstract_variables
 
 @dataclasses.dataclass(frozen=True)
 class CachedSplit:
-    """What one task and split came to.
+    """What was done for one task and split.
 
     num_encoded: images that the tower was run on by this process, in this call.
     num_shards: all of them; num_kept: those that earlier calls had finished.
@@ -48,8 +48,8 @@ def cache_features(
     """Writes the features that training with this `data` and `eval_data` reads.
 
     data, eval_data: `inputs.TrainData` and `inputs.EvalData` with one and the same
-      `cache`. examples_per_shard: what a process that is killed may lose, and hosts
-      share out; of a split that was begun it stays as it was.
+      `cache`. examples_per_shard: hosts share out whole shards, and a killed process
+      loses one at most; a split that was begun keeps its size.
 
     Shards that are there already are kept, so that what was stopped goes on, on any
     number of hosts. Each distinct image is encoded and stored once by each host.
@@ -67,21 +67,21 @@ def cache_features(
             "data and eval_data must have the same cache to write features to; include "
             "gin_configs/runs/cached_features.gin."
         )
-    wanted = []
+    keys = []
     for part, name in splits:
-        found = inputs.wanted_features(
+        found = inputs.cache_keys(
             part.cache, model, name, part.split, part.feature_lengths
         )
-        wanted += [(one, part.batch_size) for one in found]
-    for one, _ in wanted:  # all of them, before hours of work on the first
-        one.check_repeatable(by_reading=True)
+        keys += [(key, part.batch_size) for key in found]
+    for key, _ in keys:  # all of them, before hours of work on the first
+        key.check_repeatable(by_reading=True)
     towers, results = {}, []
-    for one, batch_size in wanted:
-        images = tuple(one.fingerprint["feature_lengths"]["images"])
-        key = (images, batch_size)
-        if key not in towers:
-            towers[key] = FrozenTower.restore(model, partitioning, data.cache, *key)
-        results.append(_cache_split(one, towers[key], examples_per_shard))
+    for key, batch_size in keys:
+        image_shape = tuple(key.fingerprint["feature_lengths"]["images"])
+        batch = (image_shape, batch_size)
+        if batch not in towers:
+            towers[batch] = FrozenTower.restore(model, partitioning, data.cache, *batch)
+        results.append(_cache_split(key, towers[batch], examples_per_shard))
     return results
 
 
@@ -163,26 +163,24 @@ class FrozenTower:
         return self._compiled[0](self.params, images)
 
 
-def _cache_split(
-    wanted: Any, tower: FrozenTower, examples_per_shard: int
-) -> CachedSplit:
+def _cache_split(key: Any, tower: FrozenTower, examples_per_shard: int) -> CachedSplit:
     """Writes the shards that are missing."""
     from vit22b_transfer.data import feature_cache, placement
 
     place = placement.Placement.on(tower.partitioning, tower.batch_size)
-    layout = feature_cache.Layout.read(wanted.directory)
+    layout = feature_cache.Layout.read(key.directory)
     processes.wait_for_all("features looked")
     if layout is None:
         length, width = tower.token_shape
         tokens = feature_cache.TokenFormat(
-            length, width, jnp.dtype(tower.config.dtype).name, wanted.cache.storage
+            length, width, jnp.dtype(tower.config.dtype).name, key.cache.storage
         )
         layout = feature_cache.Layout(
-            wanted.num_examples(), examples_per_shard, tokens, wanted.stored_features()
+            key.num_examples(), examples_per_shard, tokens, key.stored_features()
         )
         if jax.process_index() == 0:
-            layout.write(wanted)
-    paths = layout.paths(wanted.directory)
+            layout.write(key)
+    paths = layout.paths(key.directory)
     if jax.process_index() == 0:
         _remove_damaged(paths)
     processes.wait_for_all("features began")
@@ -194,11 +192,11 @@ def _cache_split(
     num_kept = len(paths) - len(missing)
     if num_kept:
         console.print(
-            f"{wanted.directory}: {num_kept} of {len(paths)} shards are there",
+            f"{key.directory}: {num_kept} of {len(paths)} shards are there",
             markup=False,
         )
-    work = _Work(wanted, layout, paths, mine, known, place)
-    label = f"{wanted.task.name} {wanted.split}"
+    work = _Work(key, layout, paths, mine, known, place)
+    label = f"{key.task.name} {key.split}"
     total = sum(len(layout.ranges[number]) for number in mine)
     if missing:
         with progress.Progress(console, label, total=total) as bar:
@@ -208,12 +206,12 @@ def _cache_split(
                 bar.show(work.num_done)
     processes.wait_for_all("features written")
     console.print(
-        f"{layout.num_examples} examples in {wanted.directory}, {len(paths)} shards; "
+        f"{layout.num_examples} examples in {key.directory}, {len(paths)} shards; "
         f"the tower was run on {work.num_encoded} images",
         markup=False,
     )
     return CachedSplit(
-        wanted.directory, layout.num_examples, work.num_encoded, len(paths), num_kept
+        key.directory, layout.num_examples, work.num_encoded, len(paths), num_kept
     )
 
 
@@ -243,8 +241,8 @@ class _Work:
     Images that some whole shard has, or an earlier one of this call, are not encoded.
     """
 
-    def __init__(self, wanted, layout, paths, mine, known, place):
-        self._wanted, self._layout, self._paths = wanted, layout, paths
+    def __init__(self, key, layout, paths, mine, known, place):
+        self._key, self._layout, self._paths = key, layout, paths
         self._mine, self._known, self._writes = mine, known, place.reports
         self.num_rows = len(place.shard.rows(place.batch_size))
         self._writer = None
@@ -256,7 +254,7 @@ class _Work:
         from vit22b_transfer.data.feature_shards import ShardWriter
 
         ranges = [self._layout.ranges[number] for number in self._mine]
-        examples = self._wanted.examples(ranges) if ranges else iter(())
+        examples = self._key.examples(ranges) if ranges else iter(())
         for number, part in zip(self._mine, ranges, strict=True):
             self._writer = ShardWriter(self._paths[number]) if self._writes else None
             shown, waiting = [], {}

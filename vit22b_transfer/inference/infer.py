@@ -328,7 +328,7 @@ def _as_json(value: Any) -> Any:
     return value
 
 
-def example_of(line: Mapping[str, Any]) -> dict[str, Any]:
+def example_features(line: Mapping[str, Any]) -> dict[str, Any]:
     """The task's features of the example that a line was written for."""
     example = dict(line.get("metadata", {}))
     for feature, name in (_BEFORE | _AFTER).items():
@@ -337,7 +337,7 @@ def example_of(line: Mapping[str, Any]) -> dict[str, Any]:
     return example
 
 
-def aux_of(line: Mapping[str, Any]) -> dict[str, Any]:
+def example_aux(line: Mapping[str, Any]) -> dict[str, Any]:
     """What the model says of a prediction beside it: `scores` and its own fields."""
     known = {"index", "prediction", "score", "metadata", "error"}
     known |= {*_BEFORE.values(), *_AFTER.values()}

@@ -7,8 +7,8 @@ PATH appears when it is complete. Until then files beside it hold what there is:
     PATH.host-00000-of-00002  lines of this run, written by one of its hosts
 
 The parts are merged by index, so a stopped run may be continued on another number of
-hosts. Each line is a JSON object with an `index`; a line is only ever believed with its
-end of line.
+hosts. Each line is a JSON object with an `index`; a line counts only with its end of
+line.
 """
 
 import contextlib
@@ -262,7 +262,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _has_rest(path: str) -> bool:
-    """Whether something that is no line stands after the lines."""
+    """Whether a cut or unreadable line follows the good ones."""
     return sum(len(line) for _, line in _lines(path)) != os.path.getsize(path)
 
 

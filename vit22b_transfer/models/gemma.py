@@ -36,8 +36,8 @@ class GemmaConfig:
     attention_softcap, logit_softcap: bounds of the logits of attention and of tokens.
     post_norms: each branch is also normalised before it is added.
     sliding_window: a local layer sees that many positions, its own included.
-    global_period: of so many layers the last is global, the others are local; 1: all
-      layers are global.
+    global_period: every n-th layer is global, the others are local; 1: all layers
+      are global.
     rope_base, rope_stretch: of the global layers; `local_rope_base` of the local ones,
       the same as `rope_base` by default.
     """

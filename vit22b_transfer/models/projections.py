@@ -1,4 +1,4 @@
-"""The seam at which a partitioning takes over the tower's fused projections."""
+"""The tower's fused projections, which a partitioning may compute in its own way."""
 
 import contextlib
 import contextvars
@@ -13,7 +13,7 @@ from vit22b_transfer.models import layers
 
 Projecting = Callable[[jax.Array, jax.Array], jax.Array]
 
-# What rematerialisation that keeps matmul results must keep as well.
+# Name of the results, for rematerialisation that keeps those of matmuls.
 NAME = "projection"
 
 _projecting = contextvars.ContextVar[Projecting | None]("projecting", default=None)
@@ -43,7 +43,7 @@ def projection(
 
 
 def refuse_separate() -> None:
-    """Raises UserError where `projection` is taken over; for who does not call it."""
+    """Raises UserError under `projecting_with`; for towers that use no `projection`."""
     if _projecting.get() is not None:
         raise UserError(
             "the mesh computes fused projections as rings (ring_projections), but this "

@@ -127,7 +127,7 @@ class ImageEncoder(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Image tokens before the text, and which positions are real (bool).
 
-        Without a tower the text alone, and `images` are not looked at.
+        Without a tower the text alone; `images` are ignored.
         """
         if self.tower_config is None:
             return embedded_text, text_mask

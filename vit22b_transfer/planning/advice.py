@@ -16,14 +16,14 @@ LORA = low_rank.LoraConfig(16, 32.0, (".*attention/(query|value)/kernel",))
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """One change to a run: the lines that make it, and the plan with it."""
+    """One change to a run: the gin lines that make it, and the plan with it."""
 
     lines: tuple[str, ...]
     plan: planner.Plan
 
 
 def knobs(job: jobs.Job, plan: planner.Plan) -> list[Knob]:
-    """All changes that take memory away, the largest effect first."""
+    """All changes that lower memory, the largest effect first."""
     found = [*_mesh_knobs(plan)]
     for lines, changed in _job_knobs(job):
         found += _knob(lines, lambda c=changed: _planned(c, plan))
@@ -36,7 +36,7 @@ def _planned(job, plan):
 
 
 def _knob(lines, make) -> list[Knob]:
-    """The change, if the mesh takes it."""
+    """The change alone, or nothing if the mesh does not divide it."""
     try:
         return [Knob(lines, make())]
     except ValueError:

@@ -43,13 +43,13 @@ class Transfer:
 
     @property
     def total(self) -> int:
-        """Of all times."""
+        """Bytes of all `times`."""
         return self.bytes * self.times
 
 
 @dataclasses.dataclass(eq=False)
 class _Partial:
-    """Devices of these mesh axes hold addends of a value that nobody has added yet."""
+    """A sum over these mesh axes that is still to be taken: devices hold addends."""
 
     axes: set[str]
     settled: bool = False
@@ -142,7 +142,7 @@ class _Collectives:
             self._record("all-gather", axis, size, step)
 
     def _settle(self, value: Value, target: Value, step: Step) -> None:
-        """Counts the sum of what devices hold of `value`, laid out as `target`."""
+        """Counts the sum over devices that `value` waits for, laid out as `target`."""
         waiting = self._partial.pop(value, None)
         if waiting is None or waiting.settled:
             return

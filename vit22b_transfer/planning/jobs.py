@@ -26,7 +26,7 @@ class Job:
     num_microbatches: int = 1
 
     @classmethod
-    def of_arguments(cls, arguments: Mapping[str, Any]) -> "Job":
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> "Job":
         """The job of `train.fine_tune` called with these arguments; reads no data."""
         from vit22b_transfer.data import batches
 
@@ -134,10 +134,10 @@ def _optimizer_values(model, variables) -> tuple[Value, ...]:
     optimizer = optimizers.freeze(model.optimizer_def, params, model.frozen)
     opt_state = jax.eval_shape(optimizer.init, params)
     by_path = planner.parameter_values(variables)
-    own = jax.tree_util.tree_map_with_path(
+    values = jax.tree_util.tree_map_with_path(
         lambda path, _: by_path["/".join(entry.key for entry in path)], params
     )
-    owners = state.like_parameters(opt_state, params, own, Value((), 0, ()))
+    owners = state.like_parameters(opt_state, params, values, Value((), 0, ()))
     return tuple(
         Value(
             tuple(leaf.shape),

@@ -177,7 +177,7 @@ class Lifetimes:
         self._stored.update(step.writes)
 
     def _store(self, value, phase):
-        """Gives a value that was to be computed on the fly a buffer."""
+        """Allocates a value that was taken to be fused into its use."""
         value = self._base(value)
         if value in self._stored or not value.shape:
             return
@@ -204,7 +204,7 @@ class Lifetimes:
         return value
 
     def _roots(self, value) -> set[Value]:
-        """The buffers that have to be there to know the value."""
+        """The buffers that the value can be computed from."""
         value = self._base(value)
         if value in self._stored or value not in self._sources:
             return {value}
@@ -226,7 +226,7 @@ class Lifetimes:
         worst: tuple[dict[Value, int], int] = ({}, 0)
         first = self.program.num_constants
         carried = self.program.inputs[first : first + self.program.num_carried]
-        # What a run of a loop hands to the next is copied.
+        # What one iteration of a loop hands to the next is copied.
         copied = sum(
             layout.bytes(dataclasses.replace(v, is_input=False)) for v in carried
         )

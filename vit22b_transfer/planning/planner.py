@@ -28,7 +28,7 @@ from vit22b_transfer.planning.trace import Value
 
 @dataclasses.dataclass(frozen=True)
 class Planned(rules.Partitioning):
-    """A partitioning of so many devices, which need not be there."""
+    """A partitioning on `devices` devices, which need not be there."""
 
     devices: int = 1
 
@@ -40,7 +40,7 @@ class Planned(rules.Partitioning):
 
 
 def planned(partitioning: rules.Partitioning, devices: int, **changes) -> Planned:
-    """The same partitioning for so many devices; changes are its fields."""
+    """`partitioning` on `devices` devices, with some fields replaced."""
     fields = dataclasses.fields(rules.Partitioning)
     values = {field.name: getattr(partitioning, field.name) for field in fields}
     return Planned(**(values | changes), devices=devices)

@@ -84,9 +84,9 @@ def report(plan: planner.Plan) -> Iterator[str]:
         f"(compute {time.compute * 1e3:.3g} ms, transfers {time.transfers * 1e3:.3g} "
         f"ms, update {time.update * 1e3:.3g} ms)"
     )
-    room = plan.device.memory / jobs.GIB
+    available = plan.device.memory / jobs.GIB
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    yield f"{verdict}: {plan.total / jobs.GIB:.2f} of {room:.1f} GiB per device"
+    yield f"{verdict}: {plan.total / jobs.GIB:.2f} of {available:.1f} GiB per device"
 
 
 _PHASES = ("forward", "recomputed", "backward")

@@ -25,7 +25,7 @@ from vit22b_transfer.partitioning import rules
 
 Axes = tuple[str | None, ...]
 
-# The same array under another shape, or none.
+# Operations that give their operand back, perhaps in another shape.
 VIEWS = {
     "copy",
     "expand_dims",
@@ -35,22 +35,20 @@ VIEWS = {
     "stop_gradient",
     "transpose",
 }
-# Computed where it is used, except where a use needs it in memory.
-CHEAP = {
+# Operations that are done anew at each use, unless a use needs the result in memory.
+CHEAP = set(
     "abs add add_any and broadcast_in_dim ceil clamp concatenate convert_element_type "
     "eq floor ge gt integer_pow iota is_finite le lt max min mul ne neg not or pad rev "
     "select_n shift_left shift_right_logical sign slice square sub xor div "
-    "one_minus_square random_wrap random_unwrap bitcast_convert_type"
-}
-CHEAP = set(" ".join(CHEAP).split())
-# Not computed twice.
-COSTLY = {"cos", "erf", "exp", "exp2", "log", "log1p", "logistic", "pow", "rsqrt"}
-COSTLY |= {"sin", "sqrt", "tanh"}
+    "one_minus_square random_wrap random_unwrap bitcast_convert_type".split()
+)
+# The same if the result is used once: these are not done twice.
+COSTLY = set("cos erf exp exp2 log log1p logistic pow rsqrt sin sqrt tanh".split())
 
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """One array; `is_input`: of the program or loop body that it belongs to."""
+    """One array; `is_input`: whether its program, or loop body, is given it."""
 
     shape: tuple[int, ...]
     itemsize: int
@@ -64,7 +62,7 @@ class Value:
 
 @dataclasses.dataclass
 class Step:
-    """One operation, or a loop of `repeats` runs of `body`.
+    """One operation, or a loop of `repeats` iterations of `body`.
 
     part, phase: of the model, and "forward", "recomputed" or "backward".
     """
@@ -80,7 +78,7 @@ class Step:
 
     @property
     def flops(self) -> int:
-        """Operations of one run of a matrix product; 0 of anything else."""
+        """Operations of a matrix product done once; 0 of anything else."""
         if self.dot is None:
             return 0
         (contracted, _), _ = self.dot
@@ -277,15 +275,15 @@ def _loop(step, eqn, path, phase):
         for r in reads[len(reads) - scanned :]
     ]
     loop = dict(num_constants=constants, num_carried=carried)
-    run = functools.partial(
+    trace_body = functools.partial(
         _program, body.jaxpr, [_value(c) for c in body.consts], inputs, path, phase
     )
-    step.body = run(**loop)
-    # What a run leaves names what the next one starts from.
+    step.body = trace_body(**loop)
+    # What one iteration hands to the next has the axes that it was given with.
     for before, after in zip(inputs[constants:], step.body.outputs, strict=False):
         if before.shape == after.shape:
             before.learn(after.axes)
-    step.body = run(**loop)
+    step.body = trace_body(**loop)
     for i, (outer, inner) in enumerate(
         zip(step.writes, step.body.outputs, strict=True)
     ):
@@ -320,7 +318,7 @@ def _name_axes(step, eqn):
         out.axes = _reshaped(reads[0], out.shape)
     elif name == "sharding_constraint":
         spec: list[str | None] = [
-            _own_name(entry) for entry in parameters["sharding"].spec
+            _logical_name(entry) for entry in parameters["sharding"].spec
         ]
         out.axes = _merged((*spec, *[None] * len(out.axes))[: len(out.axes)], ())
         for read in reads:
@@ -358,8 +356,8 @@ def _name_axes(step, eqn):
                         out.learn(one)
 
 
-def _own_name(entry: Any) -> str | None:
-    """A constraint on `data` is one on the batch."""
+def _logical_name(entry: Any) -> str | None:
+    """The logical axis that a constraint names; the mesh axis `data` is the batch."""
     entry = entry[0] if isinstance(entry, tuple) and entry else entry
     return "batch" if entry == "data" else entry or None
 

@@ -1,4 +1,4 @@
-"""The loss and its like on evaluation tasks, while training."""
+"""Token loss and accuracies on evaluation tasks, while training."""
 
 import collections
 import contextlib

@@ -9,17 +9,17 @@ from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.partitioning.rules import Partitioning
 
 
-def wanted_features(
+def cache_keys(
     cache: Any, model: Any, name: str, split: str, feature_lengths: Mapping[str, Any]
 ) -> list[Any]:
-    """`feature_cache.Wanted` of each task of a mixture, or of the task itself."""
+    """`feature_cache.CacheKey` of each task of a mixture, or of the task itself."""
     from vit22b_transfer.data import feature_cache
     from vit22b_transfer.data import tasks as registered
 
     if model.module.tower is None:
         raise UserError("the model has no tower, so there are no features to cache.")
     return [
-        feature_cache.Wanted(
+        feature_cache.CacheKey(
             cache=cache,
             task=task,
             split=split,
@@ -43,8 +43,8 @@ def batch_arguments(
         }
     from vit22b_transfer.data import feature_cache
 
-    wanted = wanted_features(cache, model, name, split, feature_lengths)
-    cached = feature_cache.open_tasks(wanted)
+    keys = cache_keys(cache, model, name, split, feature_lengths)
+    cached = feature_cache.open_tasks(keys)
     return {
         "feature_lengths": cached.lengths(feature_lengths),
         "converter_cls": cached.converter_cls,

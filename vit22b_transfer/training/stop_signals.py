@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop, not as a blow."""
+"""SIGTERM and SIGINT end the loop after the current step."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGINT are only noted; a second one acts.
+    """While entered, SIGTERM and SIGINT only set a flag; a second one acts as ever.
 
     With several processes JAX notes SIGTERM (one is enough) and they agree on a step.
     """

@@ -37,7 +37,7 @@ _STEPS_AHEAD = 2
 
 @dataclasses.dataclass(frozen=True)
 class InitialCheckpoint:
-    """Parameters to start from: see `partial_restore.restore_partial`."""
+    """Parameters to start from: see `restoring.restore_partial`."""
 
     path: str
     rules: Sequence[tuple[str, str | None]] = ()

@@ -30,7 +30,7 @@ from vit22b_transfer.weights.import_plan import (
 )
 from vit22b_transfer.weights.mapping import Family, Slot, Step
 
-# Tensors of so many bytes in all are converted beside each other; a larger one alone.
+# Bytes of tensors that are converted at a time; a larger tensor is alone.
 _BYTES_AT_A_TIME = 256 * 2**20
 _THREADS = 3
 

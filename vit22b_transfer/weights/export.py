@@ -63,7 +63,7 @@ def export_weights(
     updated = merging.updated_kernels(params)
     if not updated and (adapter or alpha is not None):
         raise UserError(f"{checkpoint} has no low-rank updates.")
-    alpha = merging.alpha_of(checkpoint, alpha) if updated else None
+    alpha = merging.lora_alpha(checkpoint, alpha) if updated else None
     folder = _config_folder(checkpoint, config_folder, family)
     config = sources.read_config(folder)
     theirs = _recorded(folder, family)

@@ -115,7 +115,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One family of public weights; `families.FAMILIES` lists them all.
+    """One family of public weights; `families.table.FAMILIES` lists them all.
 
     name: of `--family`, and of `--format` at export: `hf-...`, `big_vision-...`, `t5x`.
     recognises: (config.json as a dict, empty if there is none; their name -> tensor

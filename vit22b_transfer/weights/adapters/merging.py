@@ -31,7 +31,7 @@ def matrices(kernel: str) -> tuple[str, str]:
     return f"{scope}lora_a", f"{scope}lora_b"
 
 
-def alpha_of(checkpoint: str, given: float | None) -> float:
+def lora_alpha(checkpoint: str, given: float | None) -> float:
     """The `alpha` of a checkpoint's updates, which its arrays do not tell.
 
     Raises:

@@ -79,7 +79,7 @@ _ROPE_BASES = {
     "gemma2": _ROPE_BASE,
     "gemma3_text": _ROPE_BASE | {"full_attention": 1e6},
 }
-# Of every so many layers the last is global.
+# Every n-th layer is global.
 _PERIODS = {"gemma2": 2, "gemma3_text": 6}
 # Gemma 1's first files say "gelu" and mean the approximation.
 _ACTIVATIONS = {name: "gelu" for name in ("gelu_pytorch_tanh", "gelu")}
@@ -274,7 +274,7 @@ def _read(config: Config, tensors: Config) -> Model:
         )
     text = text_config(said)
     prefixes = ("language_model.model.", "model.language_model.")
-    prefix = tr.prefix_of(
+    prefix = tr.find_prefix(
         tensors, "embed_tokens.weight", prefixes if whole else ("model.", "")
     )
     others = r"(model\.)?(vision_tower|multi_modal_projector)\..*"

@@ -51,12 +51,12 @@ def _read(config: Config, tensors: Config) -> Model:
             raise UserError(f"config.json lacks {part}; fetch it again.")
     text = gemma.text_config(config["text_config"])
     tower = dataclasses.replace(hf.siglip_tower(config), pooling="none")
-    prefix = tr.prefix_of(
+    prefix = tr.find_prefix(
         tensors,
         "embed_tokens.weight",
         ("language_model.model.", "model.language_model."),
     )
-    tower_prefix = tr.prefix_of(
+    tower_prefix = tr.find_prefix(
         tensors,
         "embeddings.patch_embedding.weight",
         (
@@ -67,7 +67,7 @@ def _read(config: Config, tensors: Config) -> Model:
         ),
     )
     projector = "multi_modal_projector.linear"
-    projection = tr.prefix_of(tensors, f"{projector}.weight", ("", "model."))
+    projection = tr.find_prefix(tensors, f"{projector}.weight", ("", "model."))
     head = r"(model\.)?vision_tower\.(vision_model\.)?head\..*"
     return Model(
         (
@@ -121,7 +121,7 @@ def _heads_first(num_heads: int) -> Transform:
 def _read_npz(config: Config, tensors: Config) -> Model:
     del config
     tr.need_tensors(tensors, "big_vision's PaliGemma")
-    root = tr.prefix_of(tensors, _ANCHOR, _ROOTS)
+    root = tr.find_prefix(tensors, _ANCHOR, _ROOTS)
     image = towers_big_vision.FAMILIES[0].read({}, tensors)
     tower = dataclasses.replace(image.tower, pooling="none")
     text = _npz_text(tensors, f"{root}llm")
@@ -226,7 +226,7 @@ def _npz_rows(text: models.GemmaConfig, llm: str) -> list[Row]:
 FAMILIES = (
     Family(
         "hf-paligemma",
-        hf.of_type("paligemma"),
+        hf.has_model_type("paligemma"),
         _read,
         gemma.shapes,
         gemma.TEXT_BINDING,

@@ -122,7 +122,7 @@ def resizing(config: Mapping[str, Any], usual: str, tower: vit.ViTConfig) -> tup
 
 
 def square(positions: int, source: str) -> int:
-    """Side of a square grid with so many positions."""
+    """Side of a square grid of that many positions."""
     side = math.isqrt(positions)
     if side * side != positions:
         raise UserError(
@@ -179,7 +179,7 @@ def choose(config: Mapping[str, Any], name: str, values: Mapping[Any, Any]) -> A
     return values[got]
 
 
-def prefix_of(names: Mapping[str, Any], anchor: str, prefixes: Sequence[str]) -> str:
+def find_prefix(names: Mapping[str, Any], anchor: str, prefixes: Sequence[str]) -> str:
     """Which of the prefixes the tower's names have; `anchor` is one of these names.
 
     Without any names (an export by a config alone) it is the first prefix.

@@ -82,7 +82,7 @@ def sine_positions(width: int, grid: tuple[int, int]) -> np.ndarray:
 def _read(config: Mapping[str, Any], tensors: Tensors) -> Model:
     del config
     tr.need_tensors(tensors, "big_vision's towers")
-    prefix = tr.prefix_of(tensors, _ANCHOR, _PREFIXES)
+    prefix = tr.find_prefix(tensors, _ANCHOR, _PREFIXES)
     block, depth, stacked = _blocks(tensors, prefix)
     attention = _part(
         tensors,

@@ -91,7 +91,7 @@ def _read_dinov2(config: Config, tensors: Config) -> Model:
     )
     anchor = "embeddings.patch_embeddings.projection.weight"
     prefixes = ("", "dinov2_with_registers." if registers else "dinov2.")
-    prefix = tr.prefix_of(tensors, anchor, prefixes)
+    prefix = tr.find_prefix(tensors, anchor, prefixes)
     layer = f"{prefix}encoder.layer.{{i}}"
     attention = [f"{layer}.attention.attention.{x}" for x in ("query", "key", "value")]
     rows = [
@@ -170,7 +170,7 @@ def _read_dinov3(config: Config, tensors: Config) -> Model:
         **tr.pixels(config, tr.IMAGENET),
     )
     anchor = "embeddings.patch_embeddings.weight"
-    prefix = tr.prefix_of(tensors, anchor, ("", "model."))
+    prefix = tr.find_prefix(tensors, anchor, ("", "model."))
     # Where newer releases of the library keep the blocks when they write no old names.
     inner = (
         f"{prefix}model."
@@ -215,9 +215,9 @@ def _read_dinov3(config: Config, tensors: Config) -> Model:
 FAMILIES = (
     Family(
         "hf-dinov2",
-        hf.of_type("dinov2", "dinov2_with_registers"),
+        hf.has_model_type("dinov2", "dinov2_with_registers"),
         _read_dinov2,
         tr.tower_shapes,
     ),
-    Family("hf-dinov3", hf.of_type("dinov3_vit"), _read_dinov3, tr.tower_shapes),
+    Family("hf-dinov3", hf.has_model_type("dinov3_vit"), _read_dinov3, tr.tower_shapes),
 )

@@ -113,7 +113,7 @@ def mlp_rows(block: str, first: str, second: str) -> list[Row]:
     return tr.linear(f"{block}/mlp/wi", first) + tr.linear(f"{block}/mlp/wo", second)
 
 
-def of_type(*model_types: str):
+def has_model_type(*model_types: str):
     """`Family.recognises` by the config's `model_type`."""
     return lambda config, tensors: config.get("model_type") in model_types
 
@@ -124,7 +124,7 @@ def of_type(*model_types: str):
 def _read_vit(config: Config, tensors: Config) -> Model:
     config = completed(config, VIT_DEFAULTS)
     anchor = "embeddings.patch_embeddings.projection.weight"
-    prefix = tr.prefix_of(tensors, anchor, ("", "vit."))
+    prefix = tr.find_prefix(tensors, anchor, ("", "vit."))
     tower = tower_config(
         config,
         qkv_bias=config["qkv_bias"],
@@ -235,7 +235,7 @@ def siglip_tower(config: Config) -> vit.ViTConfig:
 def _read_siglip(config: Config, tensors: Config) -> Model:
     tower = siglip_tower(config)
     anchor = "embeddings.patch_embedding.weight"
-    prefix = tr.prefix_of(tensors, anchor, ("", "vision_model."))
+    prefix = tr.find_prefix(tensors, anchor, ("", "vision_model."))
     config = completed(config, SIGLIP_DEFAULTS)
     return Model(
         tuple(siglip_rows(tower, prefix)),
@@ -260,7 +260,7 @@ def _read_naflex(config: Config, tensors: Config) -> Model:
         **tr.pixels(config, tr.HALF),
     )
     anchor = "embeddings.patch_embedding.weight"
-    prefix = tr.prefix_of(tensors, anchor, ("", "vision_model."))
+    prefix = tr.find_prefix(tensors, anchor, ("", "vision_model."))
     patches = f"{tr.TOWER}/patch_embedding"
     rows = [
         Row(tr.POSITIONS, f"{prefix}embeddings.position_embedding.weight"),
@@ -287,7 +287,7 @@ def _read_naflex(config: Config, tensors: Config) -> Model:
 def _read_clip(config: Config, tensors: Config) -> Model:
     config = completed(config, CLIP_DEFAULTS)
     anchor = "embeddings.patch_embedding.weight"
-    prefix = tr.prefix_of(tensors, anchor, ("", "vision_model."))
+    prefix = tr.find_prefix(tensors, anchor, ("", "vision_model."))
     tower = tower_config(
         config,
         patch_bias=False,
@@ -327,20 +327,23 @@ def _read_clip(config: Config, tensors: Config) -> Model:
 
 
 FAMILIES = (
-    Family("hf-vit", of_type("vit"), _read_vit, tr.tower_shapes),
+    Family("hf-vit", has_model_type("vit"), _read_vit, tr.tower_shapes),
     Family(
         "hf-siglip",
-        of_type("siglip", "siglip_vision_model"),
+        has_model_type("siglip", "siglip_vision_model"),
         _read_siglip,
         tr.tower_shapes,
     ),
     Family(
         "hf-siglip2-naflex",
-        of_type("siglip2", "siglip2_vision_model"),
+        has_model_type("siglip2", "siglip2_vision_model"),
         _read_naflex,
         tr.tower_shapes,
     ),
     Family(
-        "hf-clip", of_type("clip", "clip_vision_model"), _read_clip, tr.tower_shapes
+        "hf-clip",
+        has_model_type("clip", "clip_vision_model"),
+        _read_clip,
+        tr.tower_shapes,
     ),
 )

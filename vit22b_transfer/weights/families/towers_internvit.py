@@ -118,7 +118,9 @@ def _read_hugging_face(config: Config, tensors: Config) -> Model:
         final_norm="none" if config["use_mean_pooling"] else "all",
     )
     anchor = "embeddings.patch_embeddings.projection.weight"
-    prefix = tr.prefix_of(tensors, anchor, ("", "vision_tower.", "model.vision_tower."))
+    prefix = tr.find_prefix(
+        tensors, anchor, ("", "vision_tower.", "model.vision_tower.")
+    )
     layer, bias = f"{prefix}encoder.layer.{{i}}", tower.norm_bias
     names = [f"{layer}.attention.{x}_proj" for x in ("q", "k", "v")]
     rows = [
@@ -153,7 +155,7 @@ def _read_published(config: Config, tensors: Config) -> Model:
         final_norm="none",
     )
     anchor = "embeddings.patch_embedding.weight"
-    prefix = tr.prefix_of(tensors, anchor, ("", "vision_model."))
+    prefix = tr.find_prefix(tensors, anchor, ("", "vision_model."))
     layer, bias = f"{prefix}encoder.layers.{{i}}", tower.norm_bias
     fused = [f"{tr.BLOCK}/attention/{x}" for x in ("query", "key", "value")]
     qkv, cut = f"{layer}.attn.qkv", split(3, axis=0)
@@ -186,13 +188,13 @@ def _read_published(config: Config, tensors: Config) -> Model:
 FAMILIES = (
     Family(
         "hf-internvl-vision",
-        hf.of_type("internvl", "internvl_vision"),
+        hf.has_model_type("internvl", "internvl_vision"),
         _read_hugging_face,
         tr.tower_shapes,
     ),
     Family(
         "hf-internvit",
-        hf.of_type("intern_vit_6b", "internvl_chat"),
+        hf.has_model_type("intern_vit_6b", "internvl_chat"),
         _read_published,
         tr.tower_shapes,
     ),
