@@ -12,10 +12,11 @@ from PIL import Image
 
 import tasks.coco
 import tasks.my_captions
+import tasks.my_questions
 import tasks.scenes  # noqa: F401
 from tasks.captioning import register_captioning
 from tasks.vqa import register_vqa
-from vit22b_transfer.data import preprocessors, vocabularies
+from vit22b_transfer.data import images, preprocessors, task_metrics, vocabularies
 from vit22b_transfer.data.preprocessors import ReadingOptions
 from vit22b_transfer.data.sources import (
     CaptionFiles,
@@ -455,6 +456,43 @@ def test_a_text_that_just_fits_is_whole(scenes_here):
     ):
         np.testing.assert_array_equal(fitted["inputs"], free["inputs"])
         np.testing.assert_array_equal(fitted["targets"], free["targets"])
+
+
+# Your own questions
+
+
+def test_own_questions_are_scored_with_one_answer_each(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "7.jpg")
+    question = {"image_id": 7, "question": "what is it", "question_id": 1}
+    answer = {"image_id": 7, "question_id": 1, "answers": [{"answer": "a red dog"}]}
+    for name, content in (
+        ("QUESTIONS", {"questions": [question]}),
+        ("ANSWERS", {"annotations": [answer]}),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+        monkeypatch.setenv(f"MY_VALIDATION_{name}", str(tmp_path / name))
+    monkeypatch.setenv("MY_QUESTION_IMAGES", str(tmp_path))
+    task = seqio.TaskRegistry.get("my_questions")
+    [example] = examples(task, "validation", LENGTHS | {"images": 16})
+    image = images.decode((tmp_path / "7.jpg").read_bytes())
+    np.testing.assert_array_equal(
+        example["images"], images.resize(image, (16, 16), method="bicubic")
+    )
+    scores = task_metrics.metrics(
+        "my_questions", [_texts(example)], ["a bed dog"], [0.0]
+    )
+    assert scores == {"exact_match": 0.0, "anls": pytest.approx(8 / 9)}
+    with pytest.raises(tf.errors.OpError, match="inputs of image '7' have"):
+        examples(task, "validation", LENGTHS | {"inputs": 12})
+
+
+def _texts(example):
+    """What a prediction file keeps of an example."""
+    return {
+        "targets_pretokenized": example["targets_pretokenized"].decode(),
+        "references": [reference.decode() for reference in example["references"]],
+    }
 
 
 # Options
