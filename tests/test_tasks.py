@@ -2,6 +2,7 @@ import functools
 import importlib
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -385,11 +386,11 @@ def test_the_report_of_a_mixture_sums_its_tasks(pictures, tmp_path, register):
 
 
 def test_too_many_pixels_are_refused(tmp_path, register):
-    Image.new("RGB", (50, 40)).save(tmp_path / "big.png")
+    side = math.isqrt(images.MAX_PIXELS) + 1
+    Image.new("1", (side, side)).save(tmp_path / "big.png")
     source = ImageFolderSource({"test": tmp_path})
-    options = ReadingOptions(max_pixels=1999)
-    task = register(register_captioning, "pixels", source, options=options)
-    with pytest.raises(tf.errors.OpError, match=r"'big\.png'.*limit of 1,999"):
+    task = register(register_captioning, "pixels", source)
+    with pytest.raises(tf.errors.OpError, match=r"'big\.png'.*limit of 89,478,485"):
         examples(task, "test")
 
 

@@ -28,7 +28,7 @@ from seqio.utils import Feature
 from seqio.vocabularies import Vocabulary
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data.images import MAX_PIXELS, RESIZE_METHODS, read_image, resize
+from vit22b_transfer.data.images import RESIZE_METHODS, read_image, resize
 from vit22b_transfer.data.records import Tally, check_choice
 from vit22b_transfer.data.sources import IndexedSource
 
@@ -50,14 +50,12 @@ class ReadingOptions:
         counts it, and says so in `bad_example_report`.
       on_long_text: 'error' stops; 'truncate' cuts to the run's feature length (EOS is
         kept), warns at the first one, and counts.
-      max_pixels: larger images are refused before they are decoded.
     """
 
     image_size: int | tuple[int, int] | None = None
     resize_method: str = "bilinear"
     on_bad_image: str = "error"
     on_long_text: str = "truncate"
-    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self):
         check_choice("resize_method", self.resize_method, list(RESIZE_METHODS))
@@ -157,13 +155,12 @@ class _SmallSets:
         source: bytes | str,
         size: tuple[int, int],
         method: str,
-        max_pixels: int,
     ) -> np.ndarray:
         """`read_image` of encoded bytes, or of the file at a path."""
-        key = (source, size, method, max_pixels)
+        key = (source, size, method)
         pixels = self._images.get(key) if isinstance(source, str) else None
         if pixels is None:
-            pixels = read_image(source, size, method=method, max_pixels=max_pixels)
+            pixels = read_image(source, size, method=method)
             with self._lock:
                 fits = self._bytes + pixels.nbytes <= self._max_bytes
                 if isinstance(source, str) and fits and key not in self._images:
@@ -196,9 +193,7 @@ def load_images(
             if isinstance(image, np.ndarray):
                 pixels = resize(image, (height, width), method=method)
             else:
-                pixels = _SMALL_SETS.read(
-                    image, (height, width), method, options.max_pixels
-                )
+                pixels = _SMALL_SETS.read(image, (height, width), method)
             return pixels, b""
         except ValueError as e:
             if options.on_bad_image == "error":
