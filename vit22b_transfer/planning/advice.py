@@ -126,7 +126,7 @@ def _configurable(part) -> str:
 
 
 def _sizes(row: Any) -> dict[str, Any]:
-    sizes = dataclasses.asdict(row) if dataclasses.is_dataclass(row) else dict(row)
+    sizes = dict(row) if isinstance(row, dict) else dataclasses.asdict(row)
     sizes.pop("vocab_size", None)  # a recipe sets its own
     return sizes
 
