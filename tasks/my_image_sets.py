@@ -9,18 +9,17 @@ with the same number of file names in each, which the recipe names too: its feat
 length of `images` is (number, height, width).
 """
 
-from tasks.vqa import register_vqa
+from tasks.vqa import register_short_answers
 from vit22b_transfer.data.image_sets import ImageSetSource
 from vit22b_transfer.data.preprocessors import ReadingOptions
 from vit22b_transfer.data.sources import CaptionFiles
-from vit22b_transfer.evaluation import vqa_metrics
 
 IMAGES = "$MY_IMAGES"
 TRAIN = "$MY_TRAIN_JSONL"
 VALIDATION = "$MY_VALIDATION_JSONL"
 IMAGES_PER_EXAMPLE = 2
 
-register_vqa(
+register_short_answers(
     "my_image_sets",
     ImageSetSource(
         {
@@ -30,8 +29,6 @@ register_vqa(
         images_per_example=IMAGES_PER_EXAMPLE,
     ),
     several_images=True,
-    # Answers by one person each: right or wrong.
-    metric_fns=(vqa_metrics.exact_match,),
     # An example with an unreadable image is left out, counted, and reported at the end.
     options=ReadingOptions(on_bad_image="skip"),
 )

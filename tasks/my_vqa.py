@@ -4,7 +4,7 @@
 paths below, or set the environment variables that stand there.
 """
 
-from tasks.vqa import register_vqa
+from tasks.vqa import register_short_answers
 from vit22b_transfer.data.preprocessors import ReadingOptions
 from vit22b_transfer.data.sources import VqaFiles, VqaSource
 
@@ -16,7 +16,7 @@ NEW_QUESTIONS = "$MY_NEW_QUESTIONS_JSON"  # to answer
 IMAGES = "$MY_IMAGES"  # the images of all
 IMAGE_FILE = "{image_id:012d}.jpg"  # of an image's id, its file
 
-register_vqa(
+register_short_answers(
     "my_vqa",
     VqaSource(
         {
@@ -27,6 +27,13 @@ register_vqa(
             "test": VqaFiles(NEW_QUESTIONS, IMAGES, None, IMAGE_FILE),
         }
     ),
-    # An unreadable image is left out, counted, and reported at the end.
-    options=ReadingOptions(on_bad_image="skip"),
+    # `register_vqa` has VQAv2's metric, which needs several answers to each question.
+    options=ReadingOptions(
+        # An unreadable image is left out, counted, and reported at the end.
+        on_bad_image="skip",
+        # As CLIP, SigLIP and PaliGemma were shown their images.
+        resize_method="bicubic",
+        # A question without its end is another one: raise the feature length.
+        on_long_text="error",
+    ),
 )

@@ -14,3 +14,9 @@ from vit22b_transfer.evaluation import vqa_metrics
 register_vqa = functools.partial(
     register, prompt="answer en {question}", metric_fns=(vqa_metrics.vqa,)
 )
+# VQA accuracy needs several answers to a question; these do with one.
+register_short_answers = functools.partial(
+    register,
+    prompt="answer en {question}",
+    metric_fns=(vqa_metrics.exact_match, vqa_metrics.anls),
+)

@@ -2,6 +2,7 @@ import functools
 import importlib
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from PIL import Image
 
 import tasks.coco
 import tasks.my_captions
+import tasks.my_vqa
 import tasks.scenes  # noqa: F401
 from tasks.captioning import register_captioning
 from tasks.vqa import register_vqa
+from vit22b_transfer.data import images, task_metrics, vocabularies
 from vit22b_transfer.data import tasks as registered
-from vit22b_transfer.data import vocabularies
 from vit22b_transfer.data.preprocessors import ReadingOptions
 from vit22b_transfer.data.sources import (
     CaptionFiles,
@@ -385,11 +387,11 @@ def test_records_that_the_sources_of_a_mixture_left_out_are_added_up(
 
 
 def test_too_many_pixels_are_refused(tmp_path, register):
-    Image.new("RGB", (50, 40)).save(tmp_path / "big.png")
+    side = math.isqrt(images.MAX_PIXELS) + 1
+    Image.new("1", (side, side)).save(tmp_path / "big.png")
     source = ImageFolderSource({"test": tmp_path})
-    options = ReadingOptions(max_pixels=1999)
-    task = register(register_captioning, "pixels", source, options=options)
-    with pytest.raises(tf.errors.OpError, match=r"'big\.png'.*limit of 1,999"):
+    task = register(register_captioning, "pixels", source)
+    with pytest.raises(tf.errors.OpError, match=r"'big\.png'.*limit of 89,478,485"):
         examples(task, "test")
 
 
@@ -456,6 +458,43 @@ def test_a_text_that_just_fits_is_whole(scenes_here):
     ):
         np.testing.assert_array_equal(fitted["inputs"], free["inputs"])
         np.testing.assert_array_equal(fitted["targets"], free["targets"])
+
+
+# Your own questions
+
+
+def test_own_questions_are_scored_with_one_answer_each(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "000000000007.jpg")
+    question = {"image_id": 7, "question": "what is it", "question_id": 1}
+    answer = {"image_id": 7, "question_id": 1, "answers": [{"answer": "a red dog"}]}
+    for name, content in (
+        ("QUESTIONS", {"questions": [question]}),
+        ("ANSWERS", {"annotations": [answer]}),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+        monkeypatch.setenv(f"MY_VALIDATION_{name}_JSON", str(tmp_path / name))
+    monkeypatch.setenv("MY_IMAGES", str(tmp_path))
+    task = seqio.TaskRegistry.get("my_vqa")
+    [example] = examples(task, "validation", LENGTHS | {"images": 16})
+    image = images.decode((tmp_path / "000000000007.jpg").read_bytes())
+    np.testing.assert_array_equal(
+        example["images"], images.resize(image, (16, 16), method="bicubic")
+    )
+    scores = task_metrics.metrics(
+        "my_vqa", [_texts(example)], ["a bed dog"], {"scores": [0.0]}
+    )
+    assert scores == {"exact_match": 0.0, "anls": pytest.approx(8 / 9)}
+    with pytest.raises(tf.errors.OpError, match="inputs of image '7' have"):
+        examples(task, "validation", LENGTHS | {"inputs": 12})
+
+
+def _texts(example):
+    """What a prediction file keeps of an example."""
+    return {
+        "targets_pretokenized": example["targets_pretokenized"].decode(),
+        "references": [reference.decode() for reference in example["references"]],
+    }
 
 
 # Options

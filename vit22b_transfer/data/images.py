@@ -29,23 +29,22 @@ def read_image(
     size: tuple[int, int],
     *,
     method: str = "bilinear",
-    max_pixels: int = MAX_PIXELS,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The image in a file or in encoded bytes, resized to `size` = (height, width).
 
     Raises:
-      UserError: it cannot be read or has more than `max_pixels` pixels; the message
+      UserError: it cannot be read or has more than `MAX_PIXELS` pixels; the message
         says why but not which image it is, unless a path was given.
     """
     if isinstance(source, bytes):
-        return resize(decode(source, max_pixels=max_pixels), size, method=method)
+        return resize(decode(source), size, method=method)
     try:
         with open(source, "rb") as file:
             data = file.read()
     except OSError as e:
         raise UserError(f"{os.fspath(source)}: {e.strerror or e}") from e
     try:
-        return resize(decode(data, max_pixels=max_pixels), size, method=method)
+        return resize(decode(data), size, method=method)
     except ValueError as e:
         raise UserError(f"{os.fspath(source)}: {e}") from e
 

@@ -27,7 +27,7 @@ from seqio.vocabularies import Vocabulary
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.converters import feature_specs, map_examples
-from vit22b_transfer.data.images import MAX_PIXELS, RESIZE_METHODS, read_image, resize
+from vit22b_transfer.data.images import RESIZE_METHODS, read_image, resize
 from vit22b_transfer.data.records import Tally, check_choice
 
 BAD_IMAGE_POLICIES = ("error", "skip")
@@ -48,14 +48,12 @@ class ReadingOptions:
         and counts it (`batches.BatchCounters`).
       on_long_text: 'error' stops; 'truncate' cuts to the run's feature length (EOS is
         kept), warns at the first one, and counts.
-      max_pixels: larger images are refused before they are decoded.
     """
 
     image_size: int | tuple[int, int] | None = None
     resize_method: str = "bilinear"
     on_bad_image: str = "error"
     on_long_text: str = "truncate"
-    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self):
         check_choice("resize_method", self.resize_method, list(RESIZE_METHODS))
@@ -159,13 +157,12 @@ class _DecodedImages:
         source: bytes | str,
         size: tuple[int, int],
         method: str,
-        max_pixels: int,
     ) -> np.ndarray:
         """`read_image` of encoded bytes, or of the file at a path."""
-        key = (source, size, method, max_pixels)
+        key = (source, size, method)
         pixels = self._images.get(key) if isinstance(source, str) else None
         if pixels is None:
-            pixels = read_image(source, size, method=method, max_pixels=max_pixels)
+            pixels = read_image(source, size, method=method)
             with self._lock:
                 fits = self._bytes + pixels.nbytes <= self._max_bytes
                 if isinstance(source, str) and fits and key not in self._images:
@@ -200,7 +197,7 @@ def load_images(
     def pixels_of(image):
         if isinstance(image, np.ndarray):
             return resize(image, (height, width), method=method)
-        return _SMALL_SETS.read(image, (height, width), method, options.max_pixels)
+        return _SMALL_SETS.read(image, (height, width), method)
 
     def read(images, image_id):
         name = image_id.decode()
