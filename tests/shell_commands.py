@@ -9,18 +9,22 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import seqio
 
 from vit22b_transfer import cli
-from vit22b_transfer.recipes import shipped
 
-# A call is a folder: its arguments, its environment, its directory. `config path` is
-# answered at once, for a command that is given its output.
+ROOT = str(Path(__file__).parent.parent)
+
+# A call is a folder: its arguments, its environment, its directory. What the lines that
+# follow need is done at once: a folder to go to, a path to put in a variable.
 _RECORDER = """#!/bin/sh
-if [ "$1 $2" = "config path" ]; then echo "$SHIPPED"; exit; fi
+if [ "$1" = init ] || [ "$1 $2" = "config path" ]; then
+  PYTHONPATH="$ROOT" exec "$PYTHON" -m vit22b_transfer.cli "$@"
+fi
 call="$CALLS/$(ls "$CALLS" | wc -l)"
 mkdir "$call"
 printf '%s\\0' "$@" > "$call/arguments"
@@ -30,25 +34,22 @@ pwd > "$call/directory"
 
 
 def recorded_calls(commands: str, folder: Path, **variables: str) -> list:
-    """Directory, environment and arguments of each `vit22b` of the lines."""
-    binaries, calls = folder / ".bin", folder / ".calls"
-    binaries.mkdir()
-    calls.mkdir()
-    command = binaries / "vit22b"
-    command.write_text(_RECORDER)
-    command.chmod(0o755)
-    environment = os.environ | variables
-    environment |= {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    environment |= {"CALLS": str(calls), "SHIPPED": shipped.folder()}
-    bash = ["bash", "-euo", "pipefail", "-c", commands]
-    subprocess.run(bash, cwd=folder, env=environment, check=True)
+    """Directory, environment, arguments of each `vit22b` that is not done at once."""
     recorded = []
-    for call in sorted(calls.iterdir(), key=lambda call: int(call.name)):
-        directory = (call / "directory").read_text().removesuffix("\n")
-        entries = (call / "environment").read_text().split("\0")[:-1]
-        arguments = (call / "arguments").read_text().split("\0")[:-1]
-        variables = dict(entry.split("=", 1) for entry in entries)
-        recorded.append((directory, variables, arguments))
+    with tempfile.TemporaryDirectory() as binaries, tempfile.TemporaryDirectory() as at:
+        command = Path(binaries, "vit22b")
+        command.write_text(_RECORDER)
+        command.chmod(0o755)
+        path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
+        own = {"PATH": path, "CALLS": at, "ROOT": ROOT, "PYTHON": sys.executable}
+        bash = ["bash", "-euo", "pipefail", "-c", commands]
+        subprocess.run(bash, cwd=folder, env=os.environ | variables | own, check=True)
+        for call in sorted(Path(at).iterdir(), key=lambda call: int(call.name)):
+            directory = (call / "directory").read_text().removesuffix("\n")
+            entries = (call / "environment").read_text().split("\0")[:-1]
+            arguments = (call / "arguments").read_text().split("\0")[:-1]
+            environment = dict(entry.split("=", 1) for entry in entries)
+            recorded.append((directory, environment, arguments))
     assert recorded, f"no vit22b in: {commands}"
     return recorded
 

@@ -49,26 +49,21 @@ def test_the_printed_command_has_a_complete_recipe(tmp_path, monkeypatch, capsys
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["captions", "vqa"])
-def test_the_printed_command_works(tmp_path, monkeypatch, capsys, task):
+def test_the_printed_command_works_and_the_readmes_go_on(
+    tmp_path, monkeypatch, capsys, task
+):
     monkeypatch.chdir(tmp_path)
     command = written(task, "my project", capsys)
-    use_one_device(tmp_path / "my project")
+    project = tmp_path / "my project"
+    use_one_device(project)
     run_in_process(command, tmp_path)
-    assert (tmp_path / "my project" / "model" / "checkpoint_20").is_dir()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["captions", "vqa"])
-def test_the_commands_of_its_readme_work(tmp_path, monkeypatch, task):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["init", ".", f"--task={task}"]) == 0
-    use_one_device(tmp_path)
-    readme = (tmp_path / "README.md").read_text()
+    assert (project / "model" / "checkpoint_20").is_dir()
+    readme = (project / "README.md").read_text()
     assert len(readme.splitlines()) <= 16
-    run_in_process(readme.split("```")[1].removeprefix("bash\n"), tmp_path)
-    metrics = json.loads((tmp_path / "model" / "metrics.json").read_text())
-    assert metrics[f"my_{task}/validation"]["examples"]
-    (lines,) = (tmp_path / "model").glob("my_*-test-checkpoint_20.jsonl")
+    run_in_process(readme.split("```")[1].removeprefix("bash\n"), project)
+    metrics = json.loads((project / "model" / "metrics.json").read_text())
+    assert metrics[f"my_{task}/validation"]["metrics"]
+    (lines,) = (project / "model").glob("my_*-test-checkpoint_20.jsonl")
     assert len(lines.read_text().splitlines()) >= 8
 
 
