@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vit22b_transfer.data.order import (
@@ -14,7 +14,6 @@ from vit22b_transfer.data.order import (
 )
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 3000), st.integers(0, 5), st.integers(0, 2**40))
 def test_every_epoch_holds_every_record_once(size, epoch, seed):
     positions = np.arange(epoch * size, (epoch + 1) * size)
@@ -67,7 +66,6 @@ def test_ten_million_records_cost_no_more_than_their_positions():
 RATES = st.lists(st.floats(0.01, 100), min_size=1, max_size=8).map(tuple)
 
 
-@settings(deadline=None, max_examples=60)
 @given(RATES, st.integers(0, 10**9))
 def test_members_count_through_their_own_streams(rates, start):
     schedule = MixtureSchedule(rates)
@@ -83,7 +81,6 @@ def test_members_count_through_their_own_streams(rates, start):
     )
 
 
-@settings(deadline=None, max_examples=40)
 @given(RATES)
 def test_members_are_never_far_from_their_share(rates):
     lengths = np.arange(3000)

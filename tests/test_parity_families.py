@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from flax.traverse_util import unflatten_dict
 from tiny_models import assert_within, images, jit
-from torch_peers import import_peer
+from torch_peers import import_peer, torch, without_gradients
 
 from vit22b_transfer.models import vit
 from vit22b_transfer.recipes import loading
@@ -26,7 +25,7 @@ from vit22b_transfer.weights.files import tensor_files
 
 transformers = import_peer("transformers")
 timm = import_peer("timm")
-saved_names = import_peer("transformers.core_model_loading").revert_weight_conversion
+core_model_loading = import_peer("transformers.core_model_loading")
 
 MODEL = 1e-4
 OWN, OTHER = (24, 24), (16, 40)
@@ -247,7 +246,7 @@ def test_the_published_layout_of_intern_vit_gives_the_same_outputs_and_bytes(tmp
     }
 
 
-@torch.no_grad()
+@without_gradients
 def test_timms_parallel_blocks_give_the_same_outputs_and_bytes(tmp_path):
     """The one tower of these that has ViT-22B's block, with its stem norm and class."""
     model = timm.create_model(
@@ -365,7 +364,7 @@ def normalised(tower, size):
     return torch.tensor((pixels - mean) / deviation).permute(0, 3, 1, 2)
 
 
-@torch.no_grad()
+@without_gradients
 def reference(model, tower, size):
     """(patch tokens, pooled) of a Hugging Face tower."""
     x, name = normalised(tower, size), type(model).__name__

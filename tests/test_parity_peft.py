@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from flax.traverse_util import unflatten_dict
 from tiny_models import Vocabulary, assert_within, image_text_model, images, jit
-from torch_peers import import_peer
+from torch_peers import import_peer, torch
 
 from vit22b_transfer import cli
 from vit22b_transfer.models import encoder_decoder, lora, multimodal, prefix_lm, vit

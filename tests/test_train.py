@@ -25,22 +25,6 @@ from vit22b_transfer.training.train import InitialCheckpoint, Periods
 EIGHT_DEVICES = Partitioning(data=4, model=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs of one model compile once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield settings["jax_compilation_cache_dir"]
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """The directory of a run that nothing happened to."""
@@ -106,13 +90,9 @@ tiny_runs.run(sys.argv[1], data=tiny_runs.Data(events={8: kill}))
 """
 
 
-def test_a_process_killed_outright_can_be_started_again(
-    tmp_path, uninterrupted, compile_once
-):
+def test_a_process_killed_outright_can_be_started_again(tmp_path, uninterrupted):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
-        "JAX_COMPILATION_CACHE_DIR": compile_once,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
     }
