@@ -82,11 +82,13 @@ FETCH = "Fetch the files again, all of one model, or name another --family."
 REFUSED = {
     "missing": (
         lambda arrays: arrays.pop(NAME),
-        f"{NAME}: missing, expected shape (12, 8); nothing is called similarly\n{FETCH}",
+        f"{NAME}: missing, expected shape (12, 8); nothing is called similarly\n"
+        + FETCH,
     ),
     "extra": (
         lambda arrays: arrays.update({"adapter.weight": np.zeros((2, 3), "f4")}),
-        f"adapter.weight: not expected, shape (2, 3); nothing is called similarly\n{FETCH}",
+        "adapter.weight: not expected, shape (2, 3); nothing is called similarly\n"
+        + FETCH,
     ),
     "renamed": (
         lambda arrays: arrays.update({"shared.weights": arrays.pop("shared.weight")}),
@@ -119,8 +121,8 @@ REFUSED = {
     ),
     "NaN": (
         lambda arrays: arrays.update({NAME: with_nan(arrays[NAME])}),
-        f"{NAME} holds NaN or infinite values; expected are finite weights. The file is "
-        "damaged or its training diverged: fetch it again, or take another checkpoint.",
+        f"{NAME} holds NaN or infinite values; expected are finite weights. The file "
+        "is damaged or its training diverged: fetch it again, or take another checkpoint.",
     ),
     "a copy that is none": (
         lambda arrays: arrays.update(
