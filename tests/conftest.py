@@ -3,17 +3,61 @@
 - Eight simulated CPU devices, so that every shipped mesh can be built.
 - No implicit dtype or rank promotion.
 - Annotations of the whole package, shapes included, are checked at run time.
+- Programs are compiled to plain code, which is quick, and each but once a session.
+- Random tests draw the same cases in every run. A wider search draws others, and ten
+  times as many: `pytest -n 2 -m "slow or not slow" --hypothesis-profile=search`
+- T5X is imported from the folders that the environment variable T5X_SRC names: those
+  of t5x, airio and jestimator, joined as in PATH. It may be installed instead.
 """
 
+import atexit
 import functools
+import mmap
 import os
+import shutil
+import sys
+import tempfile
 import types
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import hypothesis
+import jaxlib
+
+
+def _known_to_xla(flag):
+    """Whether the installed XLA has the flag: of one that it lacks it dies."""
+    for library in Path(jaxlib.__file__).parent.rglob("*.so"):
+        with (
+            open(library, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            if content.find(flag.encode()) >= 0:
+                return True
+    return False
+
+
+# Workers and other child processes inherit what the first process sets.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _flags = {
+        "xla_force_host_platform_device_count": "8",
+        # Most of the time of tests is compilation; so it takes a third.
+        "xla_backend_optimization_level": "0",
+        "xla_cpu_use_fusion_emitters": "false",
+    }
+    os.environ["XLA_FLAGS"] = " ".join(
+        [os.environ.get("XLA_FLAGS", "")]
+        + [f"--{name}={value}" for name, value in _flags.items() if _known_to_xla(name)]
+    )
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    _compiled = tempfile.mkdtemp(prefix="vit22b_compiled_")
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+_T5X = [path for path in os.environ.get("T5X_SRC", "").split(os.pathsep) if path]
+sys.path.extend(path for path in _T5X if path not in sys.path)
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
@@ -22,6 +66,12 @@ import optax  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("vit22b_transfer", "beartype.beartype")
+
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, database=None, deadline=None
+)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):

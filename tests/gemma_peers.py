@@ -9,8 +9,7 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-from torch_peers import import_peer
+from torch_peers import import_peer, torch
 
 from vit22b_transfer import cli
 from vit22b_transfer.checkpoints import restoring
@@ -83,7 +82,7 @@ def tokens_of(*shape, seed=0):
 class Imported:
     """Their model, its files, the directory of the import, and what was exported."""
 
-    theirs: torch.nn.Module
+    theirs: "torch.nn.Module"
     source: str
     out: str
     exported: str

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -166,8 +167,7 @@ def test_bad_data_is_told_in_one_line_that_names_it(
 
 
 def assert_matches(text, pattern):
-    with pytest.raises(ValueError, match=pattern):
-        raise ValueError(text)
+    assert re.search(pattern, text), text
 
 
 def test_a_directory_of_data_that_is_not_set_names_the_variable(

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from tiny_gemma import (
     FAMILIES,
     gemma_config,
@@ -18,7 +17,7 @@ from tiny_gemma import (
     prefix_lm_params,
 )
 from tiny_models import VOCAB_SIZE, assert_within, classic_tower_config, images, jit
-from torch_peers import import_peer
+from torch_peers import import_peer, torch
 
 from vit22b_transfer.inference import decoding
 from vit22b_transfer.models import gemma, multimodal, prefix_lm
@@ -150,11 +149,10 @@ def hugging_face_config(config, family):
     return transformers.Gemma3TextConfig(**sizes, **local, rope_parameters=rope)
 
 
-CAUSAL = {
-    "gemma": transformers.GemmaForCausalLM,
-    "gemma2": transformers.Gemma2ForCausalLM,
-    "gemma3": transformers.Gemma3ForCausalLM,
-}
+def causal_peer(config, family):
+    """Their class of the family, with random parameters."""
+    kind = getattr(transformers, f"{family.capitalize()}ForCausalLM")
+    return kind(hugging_face_config(config, family))
 
 
 def load(model, state):
@@ -177,7 +175,7 @@ def test_one_block_equals_hugging_faces(family):
         decoder = gemma.TextDecoder(config)
         return decoder.apply({"params": params["decoder"]}, x, views)
 
-    peer = CAUSAL[family](hugging_face_config(config, family))
+    peer = causal_peer(config, family)
     peer = load(peer, gemma_state(params, config))
     with torch.no_grad():
         expected = peer.model(torch.tensor(tokens).long()).last_hidden_state
@@ -193,7 +191,7 @@ def test_logits_of_a_text_equal_hugging_faces(family):
     tokens = drawn_tokens(BATCH, LENGTH)
     shifted = np.concatenate([np.zeros((BATCH, 1), np.int32), tokens[:, 1:]], axis=1)
     logits = jit(lambda p, x, y: module.apply({"params": p}, None, x, y))
-    peer = CAUSAL[family](hugging_face_config(config, family))
+    peer = causal_peer(config, family)
     peer = load(peer, gemma_state(params, config))
     with torch.no_grad():
         expected = peer(torch.tensor(tokens).long()).logits
@@ -324,7 +322,7 @@ def test_published_variants_have_as_many_parameters_as_hugging_faces():
         family = name.split("-")[0]
         config = gemma.gemma_config(name, scan_layers=True)
         with torch.device("meta"):
-            peer = CAUSAL[family](hugging_face_config(config, family))
+            peer = causal_peer(config, family)
         tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
         module = prefix_lm.PrefixLMModule(None, config)
         shapes = jax.eval_shape(module.init, jax.random.key(0), None, tokens, tokens)

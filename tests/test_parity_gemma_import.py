@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from tiny_models import assert_within, jit, tower_config
+from torch_peers import torch
 
 from vit22b_transfer import cli
 from vit22b_transfer.checkpoints import restoring

@@ -12,8 +12,8 @@ import gemma_peers as peers
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from tiny_models import Vocabulary, assert_within, images, jit
+from torch_peers import torch
 
 from vit22b_transfer import cli
 from vit22b_transfer.inference import decoding

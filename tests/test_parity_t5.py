@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from tiny_models import VOCAB_SIZE, assert_within, jit, random_params, text_config
-from torch_peers import import_peer
+from torch_peers import import_peer, torch
 
 from vit22b_transfer.models import encoder_decoder, layers
 

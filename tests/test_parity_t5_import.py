@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from published_layouts import check_layout
 from tiny_models import Vocabulary, assert_within, jit, tower_config
-from torch_peers import import_peer
+from torch_peers import import_peer, torch
 
 from vit22b_transfer import cli
 from vit22b_transfer.checkpoints import restoring, writing
@@ -81,7 +80,7 @@ def tokens():
 class Imported:
     """Their model, the files it was saved to, and the directory of the import."""
 
-    theirs: torch.nn.Module
+    theirs: "torch.nn.Module"
     source: str
     out: str
     exported: str

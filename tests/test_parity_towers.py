@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
-import torch
 from flax import linen as nn
 from tiny_models import (
     assert_within,
@@ -21,12 +20,12 @@ from tiny_models import (
     random_params,
     tower_config,
 )
-from torch_peers import import_peer
+from torch_peers import import_peer, torch, without_gradients
 
 from vit22b_transfer.models import multi_head_attention, vit, vit_blocks, vit_positions
 
 timm_vit = import_peer("timm.models.vision_transformer")
-RmsNorm = import_peer("timm.layers").RmsNorm
+timm_layers = import_peer("timm.layers")
 transformers = import_peer("transformers")
 modeling_siglip = import_peer("transformers.models.siglip.modeling_siglip")
 
@@ -168,7 +167,7 @@ def siglip(classic):
     return model
 
 
-@torch.no_grad()
+@without_gradients
 def test_classic_blocks_equal_those_of_hugging_face_siglip(classic, siglip):
     kept = classic[1].intermediates
     stem = siglip.embeddings(torch_pixels())
@@ -178,14 +177,14 @@ def test_classic_blocks_equal_those_of_hugging_face_siglip(classic, siglip):
         assert_within(BLOCK, kept[f"block_{i}"], expected, f"block {i} vs SigLIP")
 
 
-@torch.no_grad()
+@without_gradients
 def test_classic_tower_equals_hugging_face_siglip(classic, siglip):
     expected = siglip(torch_pixels())
     assert_within(MODEL, classic[1].tokens, expected.last_hidden_state, "SigLIP tokens")
     assert_within(MODEL, classic[1].pooled, expected.pooler_output, "SigLIP pooled")
 
 
-@torch.no_grad()
+@without_gradients
 def test_map_pooling_equals_hugging_face_siglips_head(classic):
     config = transformers.SiglipVisionConfig(hidden_act="gelu_pytorch_tanh", **SIZES)
     head = modeling_siglip.SiglipMultiheadAttentionPoolingHead(config).eval()
@@ -197,7 +196,7 @@ def test_map_pooling_equals_hugging_face_siglips_head(classic):
     assert_within(BLOCK, pooled, head(tensor(tokens)), "MAP vs SigLIP")
 
 
-@torch.no_grad()
+@without_gradients
 def test_class_token_tower_with_exact_gelu_equals_hugging_face_vit():
     params, output = run_tower(
         classic_tower_config(pooling="cls", activation="gelu_erf")
@@ -232,7 +231,7 @@ def test_class_token_tower_with_exact_gelu_equals_hugging_face_vit():
 
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
-@torch.no_grad()
+@without_gradients
 def test_parallel_blocks_equal_timms_fused_and_unfused(qkv_bias):
     config = tower_config(qkv_bias=qkv_bias, pooling="none")
     params, output = run_tower(config)
@@ -246,7 +245,7 @@ def test_parallel_blocks_equal_timms_fused_and_unfused(qkv_bias):
             mlp_ratio=2.0,
             qkv_bias=qkv_bias,
             qk_norm=True,
-            norm_layer=RmsNorm,
+            norm_layer=timm_layers.RmsNorm,
             act_layer=functools.partial(torch.nn.GELU, approximate="tanh"),
             fuse_out_proj=fuse_out_proj,
         ).eval()
@@ -260,7 +259,7 @@ def test_parallel_blocks_equal_timms_fused_and_unfused(qkv_bias):
         assert_within(BLOCK, fused_kept["block_0"], expected, f"fused block {label}")
 
 
-@torch.no_grad()
+@without_gradients
 def test_vit22b_tower_equals_timms_parallel_tower():
     params, output = run_tower(tower_config(pooling="gap", activation="gelu_erf"))
     model = timm_vit.VisionTransformer(
@@ -276,7 +275,7 @@ def test_vit22b_tower_equals_timms_parallel_tower():
         global_pool="avg",
         fc_norm=False,
         num_classes=0,
-        norm_layer=RmsNorm,
+        norm_layer=timm_layers.RmsNorm,
         block_fn=timm_vit.ParallelScalingBlock,
     ).eval()
     state = {"pos_embed": tensor(params["position_embedding"]["embedding"])[None]}

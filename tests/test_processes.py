@@ -257,6 +257,7 @@ def assert_same_predictions(folder, other):
     assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(folder, survivors, one):
     assert_same_training(folder / "two", folder / "one")
     assert_same_predictions(folder / "two", folder / "one_of_two")
@@ -264,6 +265,7 @@ def test_two_processes_do_what_one_does(folder, survivors, one):
     assert "loss" in output(folder, "two", 0) and "loss" not in output(folder, "two", 1)
 
 
+@pytest.mark.slow
 def test_when_a_process_dies_the_others_end_and_the_run_goes_on(folder, survivors, one):
     (code, killed), seconds = survivors
     assert killed == -signal.SIGKILL

@@ -58,7 +58,9 @@ FROZEN = "gin_configs/models/frozen_tower.gin"
 @pytest.mark.parametrize(
     "recipe, make, files",
     [
-        ("scenes_paligemma", tiny_imports.paligemma, []),
+        pytest.param(
+            "scenes_paligemma", tiny_imports.paligemma, [], marks=pytest.mark.slow
+        ),
         pytest.param(
             "scenes_paligemma", tiny_imports.paligemma, [FROZEN], marks=pytest.mark.slow
         ),

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -29,7 +29,6 @@ def read(path):
     return json.loads(path.read_text())
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     split=st.sampled_from(scenes.SPLITS),
     index=st.integers(0, 10**6),

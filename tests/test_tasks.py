@@ -131,7 +131,7 @@ def test_the_mixture_draws_three_questions_to_a_caption(scenes_here):
     )
     prompts = [BYTES.decode(e["inputs"]) for e in dataset.take(60).as_numpy_iterator()]
     questions = sum(prompt.startswith("answer en ") for prompt in prompts)
-    assert 30 < questions < 58  # three to one
+    assert questions == 46  # three to one, as this seed draws
     assert prompts.count("caption en") == 60 - questions
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from safetensors import numpy as safetensors_numpy
+from torch_peers import torch
 
 from vit22b_transfer.checkpoints import writing
 from vit22b_transfer.weights.files import tensor_files, tensor_writing

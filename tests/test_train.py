@@ -14,6 +14,7 @@ import optax
 import pytest
 import tiny_models
 import tiny_runs
+from clu import metrics as clu_metrics
 from tiny_runs import ONE_DEVICE, Data, EvalData, LinearModel, logged, run, saved_params
 
 from vit22b_transfer.checkpoints import reading
@@ -23,22 +24,6 @@ from vit22b_transfer.training import optimizers, state, steps
 from vit22b_transfer.training.train import InitialCheckpoint, Periods
 
 EIGHT_DEVICES = Partitioning(data=4, model=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs of one model compile once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield settings["jax_compilation_cache_dir"]
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +91,9 @@ tiny_runs.run(sys.argv[1], data=tiny_runs.Data(events={8: kill}))
 """
 
 
-def test_a_process_killed_outright_can_be_started_again(
-    tmp_path, uninterrupted, compile_once
-):
+def test_a_process_killed_outright_can_be_started_again(tmp_path, uninterrupted):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
-        "JAX_COMPILATION_CACHE_DIR": compile_once,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
     }
@@ -148,7 +129,7 @@ def test_another_seed_gives_another_run(tmp_path, uninterrupted):
 # --- The step ---
 
 
-def one_update(model, batch, partitioning=ONE_DEVICE, **options):
+def one_update(model, batch, partitioning=ONE_DEVICE, *, step=0, **options):
     """(how far one update moved the parameters, its metrics); all start alike."""
     batch = tiny_runs.on_device(batch, partitioning)
     abstract = state.abstract_variables(model, partitioning, batch)
@@ -160,7 +141,7 @@ def one_update(model, batch, partitioning=ONE_DEVICE, **options):
         abstract,
     )
     optimizer = optimizers.freeze(model.optimizer_def, abstract, model.frozen)
-    before = state.TrainState(jnp.int32(0), params, optimizer.init(params))
+    before = state.TrainState(jnp.int32(step), params, optimizer.init(params))
     update = steps.make_update(model, optimizer, partitioning, **options)
     with partitioning.activate():
         after, metrics = jax.jit(update)(before, batch, jax.random.key(0))
@@ -209,6 +190,34 @@ def test_gradients_are_divided_by_the_weight_of_the_batch_once():
     assert_close(grads, same)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
     np.testing.assert_allclose(heavy_metrics["loss"], metrics["loss"], rtol=1e-6)
+
+
+class NotedNoise(LinearModel):
+    """Notes a number that its key decides, and the square of the number."""
+
+    def loss_fn(self, params, batch, dropout_rng):
+        loss, metrics = super().loss_fn(params, batch, dropout_rng)
+        noise = tiny_runs.quick_noise(dropout_rng, ())
+        one = jnp.ones(())
+        noted = {"noise": noise, "squared": noise * noise}
+        return loss, metrics | {
+            name: clu_metrics.Average(total=value, count=one)
+            for name, value in noted.items()
+        }
+
+
+def test_each_step_draws_other_dropout():
+    batch, model = tiny_models.batch(16), NotedNoise()
+    noise = [one_update(model, batch, step=step)[1]["noise"] for step in (0, 1, 2, 1)]
+    assert len(set(noise[:3])) == 3
+    assert noise[3] == noise[1]
+
+
+def test_each_microbatch_draws_other_dropout():
+    batch = tiny_models.batch(16)
+    _, metrics = one_update(NotedNoise(), batch, num_microbatches=4)
+    # The variance among the four: rounding leaves about 1e-7 of equal numbers.
+    assert metrics["squared"] - metrics["noise"] ** 2 > 1e-3
 
 
 def test_a_batch_without_any_weight_moves_nothing():

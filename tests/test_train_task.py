@@ -84,22 +84,12 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train_task")
     tiny_captions.write_folder(folder)
     tiny_captions.register(TASK, folder)
-    compiled = {
-        "jax_compilation_cache_dir": str(folder / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in compiled}
-    for name, value in compiled.items():
-        jax.config.update(name, value)
     result = run(folder / "straight")
     with pytest.raises(tiny_runs.Killed):
         run(folder / "killed", ShortData, lasts=3)
     assert reading.latest_step(str(folder / "killed")) == 2
     run(folder / "killed")
-    yield folder / "straight", folder / "killed", result
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    return folder / "straight", folder / "killed", result
 
 
 def saved(path):

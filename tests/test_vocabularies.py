@@ -60,11 +60,7 @@ def test_whole_words_become_pieces(trained):
     assert len(trained.encode("caption en")) == 2
 
 
-@settings(
-    max_examples=100,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"])))
 def test_no_text_is_unknown(trained, text):
     ids = trained.encode(text)

@@ -77,48 +77,59 @@ def with_nan(array):
     return array
 
 
+FETCH = "Fetch the files again, all of one model, or name another --family."
+# case -> (what is done to the arrays, the end of the message)
 REFUSED = {
     "missing": (
         lambda arrays: arrays.pop(NAME),
-        f"{NAME}: missing, expected shape (12, 8)",
+        f"{NAME}: missing, expected shape (12, 8); nothing is called similarly\n"
+        + FETCH,
     ),
     "extra": (
         lambda arrays: arrays.update({"adapter.weight": np.zeros((2, 3), "f4")}),
-        "adapter.weight: not expected, shape (2, 3)",
+        "adapter.weight: not expected, shape (2, 3); nothing is called similarly\n"
+        + FETCH,
     ),
     "renamed": (
         lambda arrays: arrays.update({"shared.weights": arrays.pop("shared.weight")}),
-        "shared.weight: missing, expected shape (16, 8); nearest: shared.weights",
+        "shared.weight: missing, expected shape (16, 8); nearest: shared.weights\n"
+        "  shared.weights: not expected, shape (16, 8); nearest: shared.weight\n"
+        + FETCH,
     ),
     "transposed": (
         lambda arrays: arrays.update({NAME: arrays[NAME].T.copy()}),
-        f"{NAME}: shape (8, 12), expected (12, 8) (it is transposed)",
+        f"{NAME}: shape (8, 12), expected (12, 8) (it is transposed)\n{FETCH}",
     ),
     "wrong shape": (
         lambda arrays: arrays.update({NAME: arrays[NAME][:5]}),
-        f"{NAME}: shape (5, 8), expected (12, 8)",
+        f"{NAME}: shape (5, 8), expected (12, 8)\n{FETCH}",
     ),
     "quantised": (
         lambda arrays: arrays.update({NAME: arrays[NAME].astype(np.int8)}),
-        f"{NAME}: dtype int8, expected one of float16, bfloat16, float32",
+        f"{NAME}: dtype int8, expected one of float16, bfloat16, float32; quantised "
+        f"weights are not supported, take the original ones\n{FETCH}",
     ),
     "double": (
         lambda arrays: arrays.update({NAME: arrays[NAME].astype(np.float64)}),
-        f"{NAME}: dtype float64, expected one of float16, bfloat16, float32; convert",
+        f"{NAME}: dtype float64, expected one of float16, bfloat16, float32; convert "
+        f"it with --dtype float32\n{FETCH}",
     ),
     "another dtype": (
         lambda arrays: arrays.update({NAME: arrays[NAME].astype(np.float16)}),
-        f"{NAME}: dtype float16, but most tensors are float32; convert all with",
+        f"{NAME}: dtype float16, but most tensors are float32; convert all with "
+        f"--dtype\n{FETCH}",
     ),
     "NaN": (
         lambda arrays: arrays.update({NAME: with_nan(arrays[NAME])}),
-        f"{NAME} holds NaN or infinite values; expected are finite weights",
+        f"{NAME} holds NaN or infinite values; expected are finite weights. The file "
+        "is damaged or its training diverged: fetch it again, or take another checkpoint.",
     ),
     "a copy that is none": (
         lambda arrays: arrays.update(
             {"encoder.embed_tokens.weight": arrays["shared.weight"] + 1}
         ),
-        "encoder.embed_tokens.weight differs from shared.weight, which it must repeat",
+        "encoder.embed_tokens.weight differs from shared.weight, which it must repeat "
+        "in a hf-t5 with this config. Fetch the files again, all of one model.",
     ),
 }
 
@@ -130,8 +141,7 @@ def test_a_damaged_source_is_refused_and_leaves_nothing(case, tmp_path, capsys):
     change(arrays)
     write(tmp_path / "source", arrays)
     said = refusal(tmp_path, capsys)
-    assert message in said
-    assert any(word in said for word in ("etch", "--dtype", "take"))  # the remedy
+    assert said.endswith(f"{message} (--traceback shows where)\n"), said
 
 
 def test_a_truncated_file_a_pickle_and_a_partial_download_leave_nothing(

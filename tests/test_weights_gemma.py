@@ -4,9 +4,8 @@ import json
 import math
 
 import pytest
-import torch
 from published_layouts import check_layout
-from torch_peers import import_peer
+from torch_peers import import_peer, torch
 
 from vit22b_transfer.models import gemma as models
 from vit22b_transfer.weights import sources, transforms
@@ -14,7 +13,7 @@ from vit22b_transfer.weights.families import gemma
 from vit22b_transfer.weights.families.table import FAMILIES
 
 transformers = import_peer("transformers")
-saved_names = import_peer("transformers.core_model_loading").revert_weight_conversion
+core_model_loading = import_peer("transformers.core_model_loading")
 
 # What the published config.json files say of the sizes.
 GEMMA_1_2B = dict(
@@ -120,7 +119,7 @@ def published_shapes(kind, said):
     config = model_class.config_class(**json.loads(json.dumps(said)))
     with torch.device("meta"):
         model = model_class(config)
-    names = saved_names(model, model.state_dict())
+    names = core_model_loading.revert_weight_conversion(model, model.state_dict())
     return {name: tuple(tensor.shape) for name, tensor in names.items()}
 
 

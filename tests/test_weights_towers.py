@@ -5,10 +5,9 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from published_layouts import check_layout
 from tiny_models import assert_within
-from torch_peers import import_peer
+from torch_peers import import_peer, torch
 
 from vit22b_transfer.models import vit_positions
 from vit22b_transfer.weights import mapping, sources
@@ -22,7 +21,7 @@ from vit22b_transfer.weights.families import (
 from vit22b_transfer.weights.families.table import FAMILIES
 
 transformers = import_peer("transformers")
-saved_names = import_peer("transformers.core_model_loading").revert_weight_conversion
+core_model_loading = import_peer("transformers.core_model_loading")
 
 # What the published config.json files say of the sizes.
 PUBLISHED = {
@@ -108,7 +107,9 @@ def test_every_tensor_of_a_published_size_maps_and_none_is_left(name):
         model = getattr(transformers, f"{kind}Model")(config)
     shapes = {
         name: tuple(tensor.shape)
-        for name, tensor in saved_names(model, model.state_dict()).items()
+        for name, tensor in core_model_loading.revert_weight_conversion(
+            model, model.state_dict()
+        ).items()
     }
     said = sizes | {"model_type": config.model_type}
     family = sources.choose(FAMILIES, said, shapes, None, name)

@@ -1,7 +1,7 @@
 """Tiny random public models, imported as `vit22b import` does, for runs from them."""
 
 import gemma_peers
-import torch
+from torch_peers import torch
 
 from vit22b_transfer import cli
 

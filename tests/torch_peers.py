@@ -1,22 +1,52 @@
-"""Imports timm and transformers, whichever torchvision was installed beside torch.
+"""torch, timm, transformers and peft, each imported when a test first uses it.
 
-Both import torchvision, which no test uses. A torchvision built for CUDA cannot load
-its operators beside a torch built for CPUs, and then fails to import for the lack of
-two of them; declaring these is enough.
+timm and transformers import torchvision, which no test uses. A torchvision built for
+CUDA cannot load its operators beside a torch built for CPUs, and then fails to import
+for the lack of two of them; declaring these is enough.
 """
 
+import functools
 import importlib
 
-import torch
 
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:
-    _declared = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        _declared.define(f"{_name}(Tensor dets, Tensor scores, float t) -> Tensor")
+class _Peer:
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        # Pytest asks every name of a test file for attributes of its own.
+        if attribute.startswith("__") or attribute == "pytestmark":
+            raise AttributeError(attribute)
+        if self._name.partition(".")[0] != "torch":
+            _without_torchvisions_operators()
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 def import_peer(name):
-    """The module called `name`."""
-    return importlib.import_module(name)
+    """The module called `name`, imported when an attribute is first asked for."""
+    return _Peer(name)
+
+
+torch = import_peer("torch")
+
+
+@functools.cache
+def _without_torchvisions_operators():
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        declared = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            declared.define(f"{name}(Tensor dets, Tensor scores, float t) -> Tensor")
+        return declared  # kept by the cache: with the object its operators go
+
+
+def without_gradients(test):
+    """The test under `torch.no_grad()`."""
+
+    @functools.wraps(test)
+    def wrapped(*arguments, **options):
+        with torch.no_grad():
+            return test(*arguments, **options)
+
+    return wrapped

@@ -85,11 +85,20 @@ def _mask(bits: int) -> np.uint64:
 class MixtureSchedule:
     """Which member of a mixture gives the example at each position of its stream.
 
-    Members are dealt out evenly rather than drawn: of the first t positions a member of
-    share p gets p * t, rounded, give or take about one. Member 0 takes the positions
-    where floor(p * t + 1/2) rises; what it leaves over is itself a stream, from which
-    member 1 takes its share of the rest, and so on. So a member's own position is a
-    count in closed form. Shares are exact to 2^-33.
+    Members are dealt out evenly rather than drawn. Member 0, of share p_0, takes the
+    positions where floor(p_0 * t + 1/2) rises; what it leaves over is itself a stream,
+    from which member 1 takes its share of the rest, and so on. So a member's own
+    position is a count in closed form. Shares are exact to 2^-33.
+
+    Of the first t positions member k of n gets p_k * t, give or take at most
+
+        (1 + p_k / R_1 + ... + p_k / R_k) / 2,    R_j = p_j + ... + p_(n-1),
+
+    without the 1 for the last; never more than (n - 1) / 2. For if the rest that is
+    left for member j is R_j * t + d_j, member j takes p_j / R_j of it plus a rounding
+    e_j of at most 1/2, and leaves d_(j+1) = d_j * R_(j+1) / R_j - e_j. So
+    d_k = -R_k * (e_0 / R_1 + ... + e_(k-1) / R_k), of which member k takes p_k / R_k,
+    plus e_k; the last takes all of its rest, e_(n-1) = 0.
     """
 
     rates: tuple[float, ...]
