@@ -31,6 +31,8 @@ MAY_IMPORT = {
     for room in rooms
 } | {"recipes": {"host", "recipes"}}
 MAY_IMPORT["commands"] |= {"recipes"}
+# The gin file of an import is checked as a recipe would be.
+MAY_IMPORT["weights"] |= {"recipes"}
 # The only modules at the package's top; they may import every room.
 DOORS = {"__init__", "cli", "t5x_adapter"}
 

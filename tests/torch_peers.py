@@ -7,6 +7,7 @@ for the lack of two of them; declaring these is enough.
 
 import functools
 import importlib
+import sys
 
 
 class _Peer:
@@ -39,6 +40,11 @@ def _without_torchvisions_operators():
         for name in ("nms", "qnms"):
             declared.define(f"{name}(Tensor dets, Tensor scores, float t) -> Tensor")
         return declared  # kept by the cache: with the object its operators go
+
+
+# A script that imports this file for its effect gets it at once; tests wait.
+if "pytest" not in sys.modules:
+    _without_torchvisions_operators()
 
 
 def without_gradients(test):

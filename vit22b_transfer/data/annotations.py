@@ -161,12 +161,10 @@ def coco_image_paths(
         if image_id in paths:
             bad.add("duplicate image id", f"image {image_id} ({entry['file_name']})")
             continue
-        paths[image_id] = folder.path(entry["file_name"])
-        if paths[image_id] is None:
-            bad.add(
-                "missing image file",
-                f"image {image_id}: {entry['file_name']} is not in {folder.root}",
-            )
+        paths[image_id], problem = folder.find(entry["file_name"])
+        if problem:
+            detail = f"image {image_id}: {entry['file_name']} is not in {folder.root}"
+            bad.add(problem, detail)
     return paths
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from vit22b_transfer import UserError
 from vit22b_transfer.data.annotations import jsonl_entries, missing_field
 from vit22b_transfer.data.indexed_source import IndexedSource
-from vit22b_transfer.data.records import ImageFolder, Record, resolve_path
+from vit22b_transfer.data.records import Record, resolve_path
 from vit22b_transfer.data.sources import CaptionFiles
 
 
@@ -25,13 +25,16 @@ class ImageSetSource(IndexedSource):
         *,
         images_per_example: int,
         on_bad_record: str = "error",
+        paths_outside: bool = False,
     ):
         if images_per_example < 1:
             raise UserError(
                 f"images_per_example is {images_per_example}; it must be at least 1."
             )
         self._count = images_per_example
-        super().__init__(split_to_files, on_bad_record=on_bad_record)
+        super().__init__(
+            split_to_files, on_bad_record=on_bad_record, paths_outside=paths_outside
+        )
 
     def _resolved(self, files: CaptionFiles) -> CaptionFiles:
         return CaptionFiles(resolve_path(files.captions), resolve_path(files.images))
@@ -40,21 +43,23 @@ class ImageSetSource(IndexedSource):
         return str(files.captions)
 
     def _read(self, split, files, bad):
-        folder, records = ImageFolder(files.images), []
+        folder, records = self._folder(files.images), []
         for where, entry in jsonl_entries(files.captions):
             problem = missing_field(entry, file_names=list) or self._problem(entry)
             if problem:
                 bad.add("malformed entry", f"{where}: {problem}")
                 continue
             names = entry["file_names"]
-            found = {name: folder.path(name) for name in names}
-            if missing := [name for name, path in found.items() if path is None]:
-                bad.add(
-                    "missing image file",
-                    f"{where}: {missing[0]!r} is not in {folder.root}",
+            found = [folder.find(name) for name in names]
+            paths = [path for path, _ in found if path is not None]
+            if len(paths) < len(names):
+                name, problem = next(
+                    (name, problem)
+                    for name, (path, problem) in zip(names, found, strict=True)
+                    if path is None
                 )
+                bad.add(problem, f"{where}: {name!r} is not in {folder.root}")
                 continue
-            paths = [path for name in names if (path := found[name])]
             target = entry.get("target", "").strip()
             references = entry.get("references") or ([target] if target else [])
             name = str(entry.get("id", " ".join(names)))

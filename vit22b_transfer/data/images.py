@@ -13,9 +13,28 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.records import check_choice
+from vit22b_transfer.host import memory_limit
 
 # 256 MiB of RGB pixels, and what Pillow itself begins to warn about.
 MAX_PIXELS = 2**28 // 3
+# Suffix -> Pillow's name. No other format is opened, whatever a file is called: some
+# plugins of Pillow start other programs (EPS: Ghostscript).
+IMAGE_FORMATS = {
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".jpeg": "JPEG",
+    ".jpg": "JPEG",
+    ".png": "PNG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+}
+_FORMATS = sorted(set(IMAGE_FORMATS.values()))
+# A pixel is held several times while its image is decoded, turned and flattened: in up
+# to four channels each.
+_BYTES_PER_PIXEL = 12
+# Of all images that are decoded at a time; a larger one is decoded alone.
+_DECODING = memory_limit.MemoryLimit(2**30)
 RESIZE_METHODS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -60,16 +79,18 @@ def decode(
     if not data:
         raise UserError("the file is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise _TooLarge(width, height, max_pixels)
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            with _DECODING.holding(_BYTES_PER_PIXEL * width * height):
+                return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
     except _TooLarge:
         raise
     except UnidentifiedImageError as e:
         raise UserError(
-            "not an image in a known format, or its header is corrupt"
+            f"not an image in a known format ({', '.join(_FORMATS)}), or its header is "
+            "corrupt"
         ) from e
     except Image.DecompressionBombError as e:
         raise UserError(f"the image is too large to decode: {e}") from e

@@ -8,6 +8,7 @@ Every source yields examples with the same string features: `image_path`, `image
 """
 
 import abc
+import pathlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ import tensorflow as tf
 from vit22b_transfer import UserError
 from vit22b_transfer.data.records import (
     BadRecords,
+    ImageFolder,
     Record,
     check_choice,
     resolve_path,
@@ -79,15 +81,21 @@ class IndexedSource(RandomAccessSource):
     """A source of `Record`s, which are read when a split is first used.
 
     A bad record is an error that names it, or with `on_bad_record='skip'` is left out,
-    counted in `report()` and logged.
+    counted in `report()` and logged. A file name that leads out of its image folder is
+    bad, unless `paths_outside` says that the files of this source may.
     """
 
     def __init__(
-        self, split_to_files: Mapping[str, Any], *, on_bad_record: str = "error"
+        self,
+        split_to_files: Mapping[str, Any],
+        *,
+        on_bad_record: str = "error",
+        paths_outside: bool = False,
     ):
         check_choice("on_bad_record", on_bad_record, _BAD_RECORD_POLICIES)
         self._split_to_files = dict(split_to_files)
         self._on_bad_record = on_bad_record
+        self._paths_outside = paths_outside
         self._loaded: dict[str, tuple[Any, list[Record], dict[str, int]]] = {}
         self._tables: dict[str, tuple[list[Record], Any]] = {}
         self._lock = threading.Lock()
@@ -96,6 +104,9 @@ class IndexedSource(RandomAccessSource):
             caching_permitted=False,
             performs_internal_shuffling=True,
         )
+
+    def _folder(self, root: pathlib.Path) -> ImageFolder:
+        return ImageFolder(root, paths_outside=self._paths_outside)
 
     def _resolved(self, files: Any) -> Any:
         """`files` with `~` and `$VARIABLES` replaced in its paths."""

@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vit22b_transfer import UserError
 
@@ -113,22 +113,44 @@ def resolve_path(path: PathLike) -> pathlib.Path:
 
 
 class ImageFolder:
-    """The files of a directory tree, listed once per directory."""
+    """The files of a directory tree, listed once per directory.
 
-    def __init__(self, root: pathlib.Path):
+    paths_outside: whether file names may lead out of it, by `..` or from the root.
+    """
+
+    def __init__(self, root: pathlib.Path, *, paths_outside: bool = False):
         if not root.is_dir():
             raise UserError(f"{root} is not a directory; an image folder is expected.")
         self.root = root
+        self._paths_outside = paths_outside
         self._names: dict[str, set[str]] = {}
 
-    def path(self, file_name: str) -> str | None:
-        """The path of a file given relative to the root; None if it is not there."""
-        directory, name = os.path.split(os.path.join(self.root, file_name))
+    def find(self, file_name: str) -> tuple[str | None, str]:
+        """(path, "") of a file given relative to the root, or (None, the problem)."""
+        if "\0" in file_name:
+            return None, "file name with a NUL character"
+        inside = os.path.normpath(file_name)
+        leaves = os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir
+        if leaves and not self._paths_outside:
+            return None, "file name that leaves the image folder (see paths_outside)"
+        directory, name = os.path.split(os.path.join(self.root, inside))
         if directory not in self._names:
             try:
                 self._names[directory] = set(os.listdir(directory))
             except OSError:
                 self._names[directory] = set()
-        if name in self._names[directory]:
-            return os.path.join(directory, name)
-        return None
+        if file_name.strip() and name in self._names[directory]:
+            return os.path.join(directory, name), ""
+        return None, "missing image file"
+
+    def walk(self) -> Iterator[tuple[str, list[str]]]:
+        """(directory, its files) of the tree; links are followed, each folder once."""
+        seen = set()
+        for directory, folders, names in os.walk(self.root, followlinks=True):
+            status = os.stat(directory)
+            identity = status.st_dev, status.st_ino
+            if identity in seen:
+                folders.clear()
+                continue
+            seen.add(identity)
+            yield directory, names

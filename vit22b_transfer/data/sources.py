@@ -18,9 +18,9 @@ from vit22b_transfer.data.annotations import (
     read_json,
     vqa_answers,
 )
+from vit22b_transfer.data.images import IMAGE_FORMATS
 from vit22b_transfer.data.indexed_source import IndexedSource
 from vit22b_transfer.data.records import (
-    ImageFolder,
     PathLike,
     Record,
     resolve_path,
@@ -28,16 +28,7 @@ from vit22b_transfer.data.records import (
 
 # The split in which an image stands once for each of its captions.
 PER_CAPTION_SPLIT = "train"
-IMAGE_SUFFIXES = (
-    ".bmp",
-    ".gif",
-    ".jpeg",
-    ".jpg",
-    ".png",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
+IMAGE_SUFFIXES = tuple(IMAGE_FORMATS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +55,6 @@ class VqaFiles:
 
 class _CaptionSource(IndexedSource):
     """Captions grouped by image: what both caption formats have in common."""
-
-    def __init__(
-        self,
-        split_to_files: Mapping[str, CaptionFiles],
-        *,
-        on_bad_record: str = "error",
-    ):
-        super().__init__(split_to_files, on_bad_record=on_bad_record)
 
     def _resolved(self, files: CaptionFiles) -> CaptionFiles:
         return CaptionFiles(resolve_path(files.captions), resolve_path(files.images))
@@ -109,7 +92,7 @@ class CocoCaptionsSource(_CaptionSource):
         kind = "COCO captions"
         images = json_list(content, "images", files.captions, kind)
         annotations = json_list(content, "annotations", files.captions, kind)
-        paths = coco_image_paths(images, ImageFolder(files.images), bad)
+        paths = coco_image_paths(images, self._folder(files.images), bad)
         captions, seen, described = [], set(), set()
         for entry in annotations:
             problem = missing_field(
@@ -150,15 +133,12 @@ class CaptionFileSource(_CaptionSource):
     """
 
     def _read(self, split, files, bad):
-        folder = ImageFolder(files.images)
+        folder = self._folder(files.images)
         captions = []
         for where, file_name, caption in read_caption_lines(files.captions, bad):
-            path = folder.path(file_name) if file_name.strip() else None
+            path, problem = folder.find(file_name)
             if path is None:
-                bad.add(
-                    "missing image file",
-                    f"{where}: {file_name!r} is not in {folder.root}",
-                )
+                bad.add(problem, f"{where}: {file_name!r} is not in {folder.root}")
             elif not caption.strip():
                 bad.add("empty caption", f"{where}: {file_name}")
             else:
@@ -172,11 +152,6 @@ class VqaSource(IndexedSource):
     Every question is a record. `references` are the answers of all annotators, `target`
     is the most frequent one; both are empty where no annotations are given.
     """
-
-    def __init__(
-        self, split_to_files: Mapping[str, VqaFiles], *, on_bad_record: str = "error"
-    ):
-        super().__init__(split_to_files, on_bad_record=on_bad_record)
 
     def _resolved(self, files: VqaFiles) -> VqaFiles:
         annotations = files.annotations
@@ -196,7 +171,7 @@ class VqaSource(IndexedSource):
         answers = None
         if files.annotations is not None:
             answers = vqa_answers(files.annotations, bad)
-        folder = ImageFolder(files.images)
+        folder = self._folder(files.images)
         records, seen = [], set()
         for entry in entries:
             try:
@@ -235,10 +210,9 @@ def _vqa_record(entry, files, folder, answers):
     if not question:
         raise _BadEntry("empty question", name)
     file_name = _image_file(files.image_file, entry["image_id"])
-    path = folder.path(file_name)
+    path, problem = folder.find(file_name)
     if path is None:
-        detail = f"{name}: {file_name} is not in {folder.root}"
-        raise _BadEntry("missing image file", detail)
+        raise _BadEntry(problem, f"{name}: {file_name} is not in {folder.root}")
     if answers is None:
         return Record(path, image_id, question_id, question)
     if question_id not in answers:
@@ -273,9 +247,9 @@ class ImageFolderSource(IndexedSource):
         return str(files)
 
     def _read(self, split, files, bad):
-        folder = ImageFolder(files)
+        folder = self._folder(files)
         records, others = [], 0
-        for directory, _, names in os.walk(folder.root, followlinks=True):
+        for directory, names in folder.walk():
             for name in names:
                 path = os.path.join(directory, name)
                 if name.lower().endswith(IMAGE_SUFFIXES):

@@ -225,7 +225,7 @@ def _draw_predictions(paths: DemoPaths) -> None:
         x = number % columns * (side + text_width)
         y = number // columns * (side + 8)
         file = folder / scenes.IMAGE_FILE.format(image_id=int(image_id))
-        with Image.open(file) as image:
+        with Image.open(file, formats=["JPEG"]) as image:
             sheet.paste(image.resize((side, side)), (x, y))
         pen.multiline_text((x + side + 8, y + 8), "\n".join(texts), fill="black")
     sheet.save(paths.root / "predictions.png")

@@ -2,9 +2,13 @@
 
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.host import whole_files
 from vit22b_transfer.weights import gin_files, mapping, sources
 from vit22b_transfer.weights.files import tensor_writing
 from vit22b_transfer.weights.files.tensor_writing import LazyTensor
@@ -16,29 +20,41 @@ RECORD = "import.json"
 CARRIED = "carried"
 
 
-def write_companions(parts: Sequence[Part], out: str) -> None:
-    """Writes `OUT/model.gin` and, for each source, `OUT/FAMILY`."""
+def model_gin(parts: Sequence[Part], out: str, updates: Mapping[str, Any]) -> str:
+    """The text of `OUT/model.gin`; to be made before hours of work.
+
+    updates: fields of the `LoraConfig` of an adapter, empty without one.
+
+    Raises:
+      UserError: if a source says something that must not get into a gin file.
+    """
     comments = []
+    for part in parts:
+        if tokenizer := part.source.tokenizer():
+            path = os.path.join(out, part.source.family.name, tokenizer)
+            quoted = shlex.quote(path)
+            comments.append(f"Vocabulary: export VIT22B_VOCABULARY={quoted}")
+    fresh = fresh_parameters(parts)
+    return gin_files.gin_text(
+        [(part.source.family, part.resized) for part in parts],
+        [os.path.basename(os.path.normpath(part.source.name)) for part in parts],
+        comments,
+        reading.checkpoint_path(out, 0),
+        ((fresh, None),) if fresh else (),
+        updates,
+    )
+
+
+def write_companions(parts: Sequence[Part], out: str, gin: str) -> None:
+    """Writes for each source `OUT/FAMILY`, then `gin` as `OUT/model.gin`."""
     for part in parts:
         folder = os.path.join(out, part.source.family.name)
         shutil.rmtree(folder, ignore_errors=True)
         part.source.copy_companions(folder)
         _record_sizes(part, folder)
         _carry(part, os.path.join(folder, CARRIED))
-        if tokenizer := part.source.tokenizer():
-            path = os.path.join(folder, tokenizer)
-            comments.append(f"Vocabulary: export VIT22B_VOCABULARY={path}")
-    models = [(part.source.family, part.resized) for part in parts]
-    origins = [os.path.basename(os.path.normpath(part.source.name)) for part in parts]
-    text = gin_files.gin_text(
-        models,
-        origins,
-        comments,
-        os.path.join(out, "checkpoint_0"),
-        f"(({fresh!r}, None),)" if (fresh := fresh_parameters(parts)) else "()",
-    )
-    with open(os.path.join(out, "model.gin"), "w", encoding="utf-8") as file:
-        file.write(text)
+    with whole_files.replacing(os.path.join(out, "model.gin")) as file:
+        file.write(gin)
 
 
 def fresh_parameters(parts: Sequence[Part]) -> str | None:

@@ -17,7 +17,11 @@ from vit22b_transfer.host import memory_limit
 from vit22b_transfer.host.progress import Progress, console
 from vit22b_transfer.weights import sources
 from vit22b_transfer.weights.adapters import peft_adapters
-from vit22b_transfer.weights.companions import fresh_parameters, write_companions
+from vit22b_transfer.weights.companions import (
+    fresh_parameters,
+    model_gin,
+    write_companions,
+)
 from vit22b_transfer.weights.files import tensor_files
 from vit22b_transfer.weights.files.checkpoint_output import CheckpointOutput
 from vit22b_transfer.weights.files.stored_tensors import StoredTensor
@@ -88,6 +92,8 @@ def import_weights(
         plans = [(p.source.family.name, p.plan, p.shapes) for p in parts]
         updates = peft_adapters.plan_updates(adapter, plans)
         arrays |= updates.arrays
+    fields = updates.gin_fields(fresh_parameters(parts)) if updates else {}
+    gin = model_gin(parts, out, fields)
     output = CheckpointOutput(out, arrays, origin(parts, options, adapter))
     try:
         with Progress(
@@ -100,16 +106,13 @@ def import_weights(
                 _write(part, output, progress)
             if updates is not None:
                 updates.write(output)
+        write_companions(parts, out, gin)
     except ValueError:
         output.discard()
         raise
-    write_companions(parts, out)
+    # The checkpoint gets its name last: where it is, all beside it is whole.
     lines = _report(parts, out, output.finish())
-    if updates is not None:
-        with open(os.path.join(out, "model.gin"), "a", encoding="utf-8") as file:
-            file.write("\n".join(updates.gin_lines(fresh_parameters(parts))) + "\n")
-        lines += updates.lines()
-    return lines
+    return lines if updates is None else [*lines, *updates.lines()]
 
 
 def _write(part: Part, output: CheckpointOutput, progress: Progress) -> None:

@@ -1,11 +1,15 @@
 """The gin model file that an import writes: sizes, normalisation, preprocessing."""
 
 import dataclasses
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from vit22b_transfer import UserError
+from vit22b_transfer.models.lora import LoraConfig
+from vit22b_transfer.recipes import gin_values
 from vit22b_transfer.weights.mapping import Family, Model
 
 # What the weights do not decide: written only where the import chose it.
@@ -25,23 +29,30 @@ def gin_text(
     origins: Sequence[str],
     comments: Sequence[str],
     checkpoint: str,
-    rules: str,
+    rules: Sequence[tuple[str, None]],
+    updates: Mapping[str, Any],
 ) -> str:
     """The gin file that, behind any recipe, makes it a run from the imported model.
 
     rules: of the training's `InitialCheckpoint`, which starts from `checkpoint`.
+    updates: fields of the `LoraConfig` of an imported adapter; empty without one.
+
+    What comes from a source is written as a literal of its field's type, or into a
+    comment of one line.
+
+    Raises:
+      UserError: for a value of another type, or text with control characters.
     """
-    lines = [f"# Model: imported from {', '.join(origins)}."]
+    lines = [_comment(f"Model: imported from {', '.join(origins)}.")]
     if any(model.tower is not None for _, model in parts):
         lines.append("# IMAGE_SIZE belongs to the weights: vit22b import --image_size")
         lines.append("# resamples them to another.")
     lines.append("# Name it behind a recipe: training then starts from the weights.")
-    lines += [f"# {line}" for line in comments]
+    lines += [_comment(line) for line in comments]
     lines.append("from __gin__ import dynamic_registration")
-    modules, body = set(), []
+    modules, body = {"vit22b_transfer.training.train"}, []
     for family, model in parts:
-        for line in model.facts:
-            body.append(f"# {family.name}: {line}")
+        body += [_comment(f"{family.name}: {line}") for line in model.facts]
         if model.tower is not None:
             binding = "TOWER = @{}()"
             body += _bindings(binding, model.tower, "image_size", "IMAGE_SIZE")
@@ -52,16 +63,23 @@ def gin_text(
             modules.add(type(model.text).__module__)
             owner = family.text_binding.partition(".")[0]
             modules.add(f"vit22b_transfer.models.{owner}")
-        body += model.bindings
-    modules.add("vit22b_transfer.training.train")
+        body += [_binding(name, value, int) for name, value in model.bindings.items()]
+    body += [
+        "include 'gin_configs/runs/from_checkpoint.gin'",
+        _binding("INITIAL_CHECKPOINT", checkpoint, str),
+        _binding("train.InitialCheckpoint.rules", tuple(rules), tuple),
+    ]
+    if updates:
+        modules |= {f"vit22b_transfer.models.{name}" for name in ("lora", "multimodal")}
+        body.append("multimodal.ImageTextModel.lora = @lora.LoraConfig()")
+        hints = typing.get_type_hints(LoraConfig)
+        body += [
+            _binding(f"lora.LoraConfig.{name}", value, hints[name])
+            for name, value in updates.items()
+        ]
     for module in sorted(modules):
         package, _, name = module.rpartition(".")
         lines.append(f"from {package} import {name}")
-    body += [
-        "include 'gin_configs/runs/from_checkpoint.gin'",
-        f"INITIAL_CHECKPOINT = {checkpoint!r}",
-        f"train.InitialCheckpoint.rules = {rules}",
-    ]
     return "\n".join([*lines, "", *body]) + "\n"
 
 
@@ -69,8 +87,9 @@ def _bindings(binding: str, config: Any, macro_field: str, macro: str) -> list[s
     """A configuration's fields, as a recipe may bind any; one through a macro."""
     module = type(config).__module__.rpartition(".")[2]
     name = f"{module}.{type(config).__name__}"
+    hints = typing.get_type_hints(type(config))
     lines = [
-        f"{macro} = {_value(getattr(config, macro_field))}",
+        _binding(macro, getattr(config, macro_field), hints[macro_field]),
         binding.format(name),
         f"{name}:",
         f"  {macro_field} = %{macro}",
@@ -79,12 +98,36 @@ def _bindings(binding: str, config: Any, macro_field: str, macro: str) -> list[s
         value = getattr(config, field.name)
         if field.name == macro_field:
             continue
+        if field.name.endswith("dtype"):
+            value = np.dtype(value).name
         if field.name not in _OF_THE_RUN or value != field.default:
-            lines.append(f"  {field.name} = {_value(value)}")
+            lines.append("  " + _binding(field.name, value, hints[field.name]))
     return lines
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, (bool, int, float, str, tuple, type(None))):
-        return repr(value)
-    return repr(np.dtype(value).name)
+def _binding(name: str, value: Any, expected: Any) -> str:
+    """`name = value`, if it is a literal of the type expected."""
+    if not _is_literal(value) or not gin_values.fits(value, expected):
+        raise UserError(
+            f"the source says {name} = {value!r}, but {name} takes {expected}. Its "
+            "configuration is damaged, or not of the family: fetch it again."
+        )
+    return f"{name} = {value!r}"
+
+
+def _is_literal(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_literal, value))
+    # Not subclasses, whose repr may be anything.
+    return type(value) in (bool, int, float, str, type(None))
+
+
+def _comment(text: str) -> str:
+    """One line of comment; what could end it is refused."""
+    odd = [character for character in text if not character.isprintable()]
+    if odd:
+        raise UserError(
+            f"the source's configuration or name holds the control character "
+            f"{odd[0]!r} in {text[:200]!r}. Rename it, or correct the configuration."
+        )
+    return f"# {text}"

@@ -86,7 +86,8 @@ class Model:
     positions: our tables [rows * columns, E] over the patch grid.
     resample: (table [rows * columns, E], old grid, new grid) -> table, as the source's
       own code changes the resolution.
-    bindings: further lines of the gin file, on the module that `text_binding` names.
+    bindings: further names of the gin file, on the module that `text_binding` names,
+      and their integers.
     facts: lines on preprocessing that our configurations have no field for (resize
       method, tokenizer, lower-casing); printed, and comments of the gin file.
     """
@@ -100,7 +101,7 @@ class Model:
     vocabulary: Mapping[str, int] = dataclasses.field(default_factory=dict)
     positions: tuple[str, ...] = ()
     resample: Callable[..., np.ndarray] | None = None
-    bindings: tuple[str, ...] = ()
+    bindings: Mapping[str, int] = dataclasses.field(default_factory=dict)
     facts: tuple[str, ...] = ()
 
     def drops(self, name: str) -> str | None:

@@ -237,19 +237,13 @@ class Updates:
                     output.write(slot, pair[letter].read().T, shown)
         output.write_record({"lora": {"alpha": self.config.alpha}})
 
-    def gin_lines(self, fresh: str | None) -> list[str]:
-        """What a recipe needs beside the imported model.
+    def gin_fields(self, fresh: str | None) -> dict[str, Any]:
+        """Fields of the `LoraConfig` that a recipe needs beside the imported model.
 
         fresh: pattern of what training does not load, and so has to train.
         """
         trained = (fresh,) if fresh else ()
-        fields = dataclasses.asdict(dataclasses.replace(self.config, trained=trained))
-        return [
-            "from vit22b_transfer.models import lora",
-            "from vit22b_transfer.models import multimodal",
-            "multimodal.ImageTextModel.lora = @lora.LoraConfig()",
-            *(f"lora.LoraConfig.{name} = {fields[name]!r}" for name in fields),
-        ]
+        return dataclasses.asdict(dataclasses.replace(self.config, trained=trained))
 
     def lines(self) -> Iterator[str]:
         """What was imported, for the user."""

@@ -254,12 +254,12 @@ def shapes(tower: vit.ViTConfig | None, text: gemma.GemmaConfig) -> dict[str, Sh
     return unrolled_shapes(params)
 
 
-def framing(config: Config, separator_id: int | None) -> tuple[str, ...]:
-    """Lines of gin that frame prompts as the source's own model has them."""
-    lines = (f"prefix_lm.PrefixLMModule.bos_id = {config.get('bos_token_id', 2)}",)
+def framing(config: Config, separator_id: int | None) -> dict[str, int]:
+    """What gin binds to frame prompts as the source's own model has them."""
+    bindings = {"prefix_lm.PrefixLMModule.bos_id": config.get("bos_token_id", 2)}
     if separator_id is not None:
-        lines += (f"prefix_lm.PrefixLMModule.separator_id = {separator_id}",)
-    return lines
+        bindings["prefix_lm.PrefixLMModule.separator_id"] = separator_id
+    return bindings
 
 
 def _read(config: Config, tensors: Config) -> Model:
