@@ -153,15 +153,18 @@ def trace(function: Callable[..., Any], arguments: Sequence[Any], axes: Any) -> 
 
 def part_of(path: str) -> str:
     """The part of the model that a parameter or an operation belongs to."""
-    for part, mark in (
+    if "token_embedder.attend" in path:
+        return "logits"
+    # flax names the methods on the way, such as `encoder.with_image`.
+    scopes = "/".join(name for name in path.split("/") if "." not in name)
+    for part, scope in (
         ("tower", "encoder/tower"),
         ("projection", "encoder/projection"),
         ("text encoder", "encoder/text"),
         ("logits", "logits_dense"),
-        ("logits", "token_embedder.attend"),
         ("decoder", "decoder"),
     ):
-        if mark in path:
+        if scope in scopes:
             return part
     return "tokens"
 
