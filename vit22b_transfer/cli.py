@@ -26,7 +26,7 @@ _RUNS = {
     "train": ("vit22b_transfer.training.train", "fine_tune"),
     "eval": ("vit22b_transfer.evaluation.evaluate", "evaluate_checkpoint"),
     "infer": ("vit22b_transfer.inference.infer", "infer_split"),
-    "bench": ("vit22b_transfer.bench", "measure"),
+    "bench": ("vit22b_transfer.planning.bench", "measure"),
     "cache-features": ("vit22b_transfer.inference.cache_features", "cache_features"),
 }
 
