@@ -72,8 +72,8 @@ def test_what_cannot_be_measured_is_refused(model, sizes, message):
 def test_the_command_measures_all_parts_on_a_mesh_without_tensorflow():
     sizes = ["vit22b_config.depth=1", "vit22b_config.width=24", "IMAGE_SIZE=(32,32)"]
     sizes += ["vit22b_config.mlp_dim=8", "vit22b_config.num_heads=2", "VOCAB_SIZE=64"]
-    sizes += ["T5Config.num_encoder_layers=1", "T5Config.num_decoder_layers=1"]
-    sizes += ["T5Config.width=16", "BATCH_SIZE=4", "measure.rounds=1"]
+    sizes += ["t5_config.num_encoder_layers=1", "t5_config.num_decoder_layers=1"]
+    sizes += ["t5_config.width=16", "BATCH_SIZE=4", "measure.rounds=1"]
     arguments = [f"--gin.{size}" for size in sizes]
     arguments.append("--gin_file=gin_configs/meshes/model_parallel_2.gin")
     code = (

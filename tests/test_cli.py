@@ -233,7 +233,7 @@ def test_right_overrides_are_accepted(folder, override):
         (
             f"{HEADER}t5.T5Confg.width = 3",
             "extra.gin:8: t5.T5Confg.width: vit22b_transfer.models.t5 has no "
-            "'T5Confg'. Did you mean T5Config?",
+            "'T5Confg'. Did you mean T5Config or t5_config?",
         ),
         (f"{HEADER}vt.ViTConfig.width = 3", "does not import 'vt'. Did you mean vit?"),
         (f"{HEADER}t5.T5Config.text = 1", "extra.gin:8: t5.T5Config has no parameter"),

@@ -182,7 +182,9 @@ def test_updates_beside_a_frozen_tower_are_those_of_the_text_model():
     text = {path for path in everywhere if "/tower/" not in path}
     assert text < everywhere
     for names in itertools.permutations(["models/lora", "models/frozen_tower"]):
-        assert parts_of(*names).trained == text
+        parts = parts_of(*names)
+        assert parts.trained == text
+        assert not any("/tower/" in path and "/lora_" in path for path in parts.params)
     three = ["models/lora", "models/frozen_tower", "runs/cached_features"]
     for names in itertools.permutations(three):
         assert parts_of(*names).trained == text
