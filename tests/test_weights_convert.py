@@ -122,7 +122,8 @@ REFUSED = {
     "NaN": (
         lambda arrays: arrays.update({NAME: with_nan(arrays[NAME])}),
         f"{NAME} holds NaN or infinite values; expected are finite weights. The file "
-        "is damaged or its training diverged: fetch it again, or take another checkpoint.",
+        "is damaged or its training diverged: fetch it again, or take another "
+        "checkpoint.",
     ),
     "a copy that is none": (
         lambda arrays: arrays.update(
