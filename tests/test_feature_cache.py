@@ -13,22 +13,22 @@ import optax
 import pytest
 import seqio
 import tensorflow as tf
-import test_processes
 import tiny_captions
 import tiny_models
+import tiny_processes
 import tiny_runs
 from array_tasks import ArraySource, add_task
 from flax.traverse_util import flatten_dict
 from tiny_captions import BATCH_SIZE, LENGTHS, ONE_DEVICE
 from tiny_models import assert_within
 
-from vit22b_transfer.checkpoints import reading, writing
+from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.data import batches, feature_cache, sources
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
 from vit22b_transfer.data.feature_shards import STORAGES, Shard, TokenFormat
 from vit22b_transfer.demo import scenes
 from vit22b_transfer.inference import cache_features, infer
-from vit22b_transfer.models import encoder_decoder, lora, multimodal
+from vit22b_transfer.models import lora, multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.recipes import loading
 from vit22b_transfer.training import inputs
@@ -44,28 +44,14 @@ NUM_STEPS = 3
 TASK_ARGUMENTS = dict(feature_lengths=LENGTHS, batch_size=BATCH_SIZE)
 
 
-def model(**arguments):
-    text = tiny_models.text_config(
-        vocab_size=320, num_encoder_layers=0, num_decoder_layers=1
-    )
-    return multimodal.ImageTextModel(
-        encoder_decoder.ImageTextModule(tiny_models.tower_config(depth=1), text),
-        seqio.ByteVocabulary(),
-        seqio.ByteVocabulary(),
-        optimizer_def=optax.sgd(1e-2),  # compiles fastest
-        feature_converter_cls=ImageTextFeatureConverter,
-        **arguments,
-    )
+# SGD compiles fastest.
+model = functools.partial(
+    tiny_captions.model, num_encoder_layers=0, optimizer_def=optax.sgd(1e-2)
+)
 
 
 def write_checkpoint(model_dir, seed=0):
-    """A checkpoint of random parameters for `model()`; returns its path."""
-    params = tiny_models.model_params(model(), seed=seed)
-    writer = writing.CheckpointWriter(str(model_dir), keep=None)
-    tree = {"target": params, "state": {"step": np.int32(7), "param_states": {}}}
-    writer.save(7, tree, {})
-    writer.close()
-    return reading.checkpoint_path(str(model_dir), 7)
+    return tiny_captions.write_checkpoint(model_dir, model(), seed=seed)
 
 
 def write(cache, the_model=None, *, task=TASK, partitioning=ONE_DEVICE, **arguments):
@@ -434,7 +420,7 @@ def test_two_processes_share_the_shards_out_and_train_on_them(tmp_path):
     scenes.write_scenes(
         tmp_path / "data", seed=3, sizes={"train": 12, "validation": 4, "test": 4}
     )
-    (tmp_path / "recipe.gin").write_text(test_processes.RECIPE)
+    (tmp_path / "recipe.gin").write_text(tiny_processes.RECIPE)
     tower, cache, on_cache = (
         tmp_path / name for name in ("tower", "cache", "on_cache")
     )
@@ -446,14 +432,14 @@ def test_two_processes_share_the_shards_out_and_train_on_them(tmp_path):
     )
     file = "gin_configs/runs/cached_features.gin"
     commands = [
-        test_processes.train(tmp_path, tower, 1, 1),
+        tiny_processes.train(tmp_path, tower, 1, 1),
         *(
-            test_processes.command(name, tmp_path, on_cache, file, **values)
+            tiny_processes.command(name, tmp_path, on_cache, file, **values)
             for name in ("cache-features", "train")
         ),
     ]
-    with test_processes.started(tmp_path, "two", 2, commands) as children:
-        test_processes.finish(tmp_path, "two", children)
+    with tiny_processes.started(tmp_path, "two", 2, commands) as children:
+        tiny_processes.finish(tmp_path, "two", children)
     [train] = cache.glob("*train*")
     shards = [Shard(str(path)) for path in sorted(train.glob("*.array_record"))]
     # Five captions of each of twelve images.

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from big_vision_peers import as_scanned, big_vision_blocks, flax_part, siglip_as_npz
 from flax.traverse_util import unflatten_dict
 from tiny_models import assert_within, images, jit
-from torch_peers import import_peer, torch, without_gradients
+from torch_peers import drawn, import_peer, torch, without_gradients
 
 from vit22b_transfer.models import vit
 from vit22b_transfer.recipes import loading
@@ -37,23 +38,7 @@ NO_BIAS = dict(query_bias=False, value_bias=False)
 def built(name, **options):
     """A randomised model of that class of Hugging Face's."""
     config = getattr(transformers, f"{name}Config")(**(SIZES | options))
-    return randomised(getattr(transformers, f"{name}Model")(config))
-
-
-def randomised(model, seed=0):
-    """The model with every parameter random, in evaluation mode."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            weight = name.endswith("weight")
-            if "lambda" in name or (weight and parameter.ndim == 1):
-                parameter.copy_(1.0 + 0.3 * noise)
-            elif weight and "position" not in name:
-                parameter.copy_(noise * 0.7 / np.sqrt(parameter[0].numel()))
-            else:
-                parameter.copy_(0.3 * noise)
-    return model.eval()
+    return drawn(getattr(transformers, f"{name}Model")(config))
 
 
 HUGGING_FACE = {
@@ -77,77 +62,6 @@ HUGGING_FACE = {
 }
 
 
-def flax_part(name, module, heads=None):
-    """A torch module's tensors as flax names and shapes them."""
-    weight, bias = (x.detach().numpy() for x in (module.weight, module.bias))
-    if weight.ndim == 1:
-        return {f"{name}/scale": weight, f"{name}/bias": bias}
-    if weight.ndim == 4:
-        return {f"{name}/kernel": weight.transpose(2, 3, 1, 0), f"{name}/bias": bias}
-    kernel = weight.T
-    if heads == "in":
-        kernel, bias = kernel.reshape(len(kernel), 4, -1), bias.reshape(4, -1)
-    elif heads == "out":
-        kernel = kernel.reshape(4, -1, kernel.shape[-1])
-    return {f"{name}/kernel": kernel, f"{name}/bias": bias}
-
-
-def flax_attention(name, query, key, value, out):
-    parts = {"query": query, "key": key, "value": value, "out": out}
-    tensors = {}
-    for part, module in parts.items():
-        heads = "out" if part == "out" else "in"
-        tensors |= flax_part(f"{name}/{part}", module, heads)
-    return tensors
-
-
-def big_vision_blocks(layers, *, old=False):
-    """Blocks of SigLIP's class as big_vision has them, or of ViT's as the old files."""
-    attention, norm, mlp = ("1", "2", "3") if old else ("0", "1", "0")
-    tensors = {}
-    for i, layer in enumerate(layers):
-        at = f"Transformer/encoderblock_{i}"
-        mha = layer.attention if old else layer.self_attn
-        out = mha.o_proj if old else mha.out_proj
-        norms = (
-            (layer.layernorm_before, layer.layernorm_after)
-            if old
-            else (layer.layer_norm1, layer.layer_norm2)
-        )
-        tensors |= flax_part(f"{at}/LayerNorm_0", norms[0])
-        tensors |= flax_part(f"{at}/LayerNorm_{norm}", norms[1])
-        tensors |= flax_attention(
-            f"{at}/MultiHeadDotProductAttention_{attention}",
-            *(mha.q_proj, mha.k_proj, mha.v_proj, out),
-        )
-        for j, dense in enumerate((layer.mlp.fc1, layer.mlp.fc2)):
-            tensors |= flax_part(f"{at}/MlpBlock_{mlp}/Dense_{j}", dense)
-    return tensors
-
-
-def siglip_as_npz(model):
-    """A SigLIP tower, of fixed resolution or NaFlex, as big_vision's npz has it."""
-    table = model.embeddings.position_embedding.weight.detach().numpy()
-    naflex = type(model).__name__ == "Siglip2VisionModel"
-    mha = model.head.attention
-    stacked = [x.detach().chunk(3) for x in (mha.in_proj_weight, mha.in_proj_bias)]
-    into = [torch.nn.Linear(32, 32) for _ in range(3)]
-    for linear, weight, bias in zip(into, *stacked, strict=True):
-        linear.weight.data, linear.bias.data = weight, bias
-    head = "MAPHead_0"
-    return (
-        {"pos_embedding": table.reshape(3, 3, 32) if naflex else table[None]}
-        | flax_part("embedding", model.embeddings.patch_embedding)
-        | big_vision_blocks(model.encoder.layers)
-        | flax_part("Transformer/encoder_norm", model.post_layernorm)
-        | {f"{head}/probe": model.head.probe.detach().numpy()}
-        | flax_attention(f"{head}/MultiHeadDotProductAttention_0", *into, mha.out_proj)
-        | flax_part(f"{head}/LayerNorm_0", model.head.layernorm)
-        | flax_part(f"{head}/MlpBlock_0/Dense_0", model.head.mlp.fc1)
-        | flax_part(f"{head}/MlpBlock_0/Dense_1", model.head.mlp.fc2)
-    )
-
-
 def old_vit_as_npz(model):
     """A ViT as the first public files have it: the class token has a position."""
     patches = model.embeddings
@@ -164,19 +78,6 @@ def old_vit_as_npz(model):
         | big_vision_blocks(model.layers, old=True)
         | flax_part("Transformer/encoder_norm", model.layernorm)
     )
-
-
-def as_scanned(tensors):
-    """Blocks stacked on a leading axis."""
-    block = "Transformer/encoderblock"
-    return {
-        name.replace(f"{block}_0", block): np.stack([tensors[name], other])
-        if (other := tensors.get(name.replace("block_0", "block_1"))) is not None
-        and f"{block}_0" in name
-        else tensors[name]
-        for name in tensors
-        if f"{block}_1" not in name
-    }
 
 
 def below_img(tensors):
@@ -258,7 +159,7 @@ def test_timms_parallel_blocks_give_the_same_outputs_and_bytes(tmp_path):
         patch_size=8,
         num_classes=5,
     )
-    model = randomised(model)
+    model = drawn(model)
     folder, imported, out = (tmp_path / x for x in ("saved", "imported", "out"))
     timm.models.save_for_hf(model, folder, safe_serialization="both")
     (folder / "pytorch_model.bin").unlink()

@@ -12,6 +12,7 @@ import gemma_peers as peers
 import numpy as np
 import pytest
 import safetensors.numpy
+from big_vision_peers import as_scanned, flax_part, siglip_as_npz
 from tiny_models import Vocabulary, assert_within, images, jit
 from torch_peers import torch
 
@@ -202,49 +203,6 @@ def test_a_head_that_does_not_repeat_the_token_table_is_refused(
 # --- PaliGemma of big_vision ---
 
 
-def flax_linear(name, module, heads=None):
-    """torch's Linear as flax has it; heads: "in" or "out", of four."""
-    kernel = module.weight.detach().numpy().T
-    bias = module.bias.detach().numpy()
-    if heads == "in":
-        kernel, bias = kernel.reshape(len(kernel), 4, -1), bias.reshape(4, -1)
-    elif heads == "out":
-        kernel = kernel.reshape(4, -1, kernel.shape[-1])
-    return {f"{name}/kernel": kernel, f"{name}/bias": bias}
-
-
-def flax_norm(name, module):
-    named = dict(scale=module.weight, bias=module.bias)
-    return {f"{name}/{key}": x.detach().numpy() for key, x in named.items()}
-
-
-def npz_tower(tower):
-    """big_vision's names for SigLIP's tower, its blocks stacked."""
-    patches = tower.embeddings.patch_embedding
-    table = tower.embeddings.position_embedding.weight.detach().numpy()
-    blocks = []
-    for layer in tower.encoder.layers:
-        mha, at = layer.self_attn, "MultiHeadDotProductAttention_0"
-        block = flax_norm("LayerNorm_0", layer.layer_norm1)
-        block |= flax_norm("LayerNorm_1", layer.layer_norm2)
-        block |= flax_linear("MlpBlock_0/Dense_0", layer.mlp.fc1)
-        block |= flax_linear("MlpBlock_0/Dense_1", layer.mlp.fc2)
-        block |= flax_linear(f"{at}/out", mha.out_proj, "out")
-        for part in ("query", "key", "value"):
-            module = getattr(mha, f"{part[0]}_proj")
-            block |= flax_linear(f"{at}/{part}", module, "in")
-        blocks.append(block)
-    return (
-        {
-            "pos_embedding": table[None],
-            "embedding/kernel": patches.weight.detach().numpy().transpose(2, 3, 1, 0),
-            "embedding/bias": patches.bias.detach().numpy(),
-        }
-        | stacked("Transformer/encoderblock", blocks)
-        | flax_norm("Transformer/encoder_norm", tower.post_layernorm)
-    )
-
-
 def stacked(name, blocks):
     return {f"{name}/{k}": np.stack([b[k] for b in blocks]) for k in blocks[0]}
 
@@ -291,7 +249,8 @@ def npz_of(model):
     inner = model.model
     projection = inner.multi_modal_projector.linear
     parts = {
-        "img": npz_tower(inner.vision_tower) | flax_linear("head", projection),
+        "img": as_scanned(siglip_as_npz(inner.vision_tower))
+        | flax_part("head", projection),
         "llm": npz_text(inner.language_model),
     }
     return {

@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 from tiny_models import Vocabulary, assert_within, image_text_model, images, jit
-from torch_peers import import_peer, torch
+from torch_peers import drawn, import_peer, torch
 
 from vit22b_transfer import cli
 from vit22b_transfer.models import encoder_decoder, lora, multimodal, prefix_lm, vit
@@ -286,19 +286,6 @@ VARIANTS = {
         build=lambda: gemma("Gemma3", "Gemma3TextConfig", sliding_window=64),
     ),
 }
-
-
-def drawn(model):
-    """The model in evaluation mode, its parameters random."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
-                parameter.copy_(1.0 + 0.2 * noise)
-            else:
-                parameter.copy_(0.7 * noise / parameter[0].numel() ** 0.5)
-    return model.eval()
 
 
 def outputs_of(case, model):

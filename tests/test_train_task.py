@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 import seqio
 import tiny_captions
-import tiny_models
 import tiny_runs
 from flax import traverse_util
 from tiny_captions import BATCH_SIZE, LENGTHS, ONE_DEVICE
 
 from vit22b_transfer.checkpoints import reading
-from vit22b_transfer.data.converters import ImageTextFeatureConverter
-from vit22b_transfer.models import encoder_decoder, multimodal
 from vit22b_transfer.training import optimizers
 from vit22b_transfer.training.inputs import EvalData, TrainData
 from vit22b_transfer.training.train import Periods, fine_tune
@@ -50,17 +47,11 @@ class Dying:
 
 
 def model(vocabulary=None):
-    vocabulary = vocabulary or seqio.ByteVocabulary()
-    text = tiny_models.text_config(
-        vocab_size=320, num_encoder_layers=0, num_decoder_layers=1
-    )
     schedule = optimizers.cosine(1e-2, total_steps=STEPS)
-    return multimodal.ImageTextModel(
-        encoder_decoder.ImageTextModule(tiny_models.tower_config(depth=1), text),
-        vocabulary,
-        vocabulary,
+    return tiny_captions.model(
+        vocabulary=vocabulary,
+        num_encoder_layers=0,
         optimizer_def=optimizers.adafactor(schedule),
-        feature_converter_cls=ImageTextFeatureConverter,
     )
 
 

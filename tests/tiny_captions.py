@@ -56,12 +56,14 @@ def register(name, folder, *, metric_fns=(), vocabulary=None, source=None):
     )
 
 
-def model(decode_fn=decoding.greedy, *, vocabulary=None, **arguments):
+def model(
+    decode_fn=decoding.greedy, *, vocabulary=None, num_encoder_layers=1, **arguments
+):
     """An image-text model over bytes, its tables padded to divide among devices."""
     module = encoder_decoder.ImageTextModule(
         tiny_models.tower_config(depth=1, fused_projections=True),
         tiny_models.text_config(
-            vocab_size=320, num_encoder_layers=1, num_decoder_layers=1
+            vocab_size=320, num_encoder_layers=num_encoder_layers, num_decoder_layers=1
         ),
     )
     vocabulary = vocabulary or seqio.ByteVocabulary()
@@ -75,9 +77,9 @@ def model(decode_fn=decoding.greedy, *, vocabulary=None, **arguments):
     )
 
 
-def write_checkpoint(model_dir, *, step=7, seed=0):
-    """A checkpoint of random parameters for `model()`; returns its path."""
-    params = tiny_models.model_params(model(), seed=seed)
+def write_checkpoint(model_dir, the_model=None, *, step=7, seed=0):
+    """A checkpoint of random parameters of `model()` or another; returns its path."""
+    params = tiny_models.model_params(the_model or model(), seed=seed)
     writer = writing.CheckpointWriter(str(model_dir), keep=None)
     tree = {"target": params, "state": {"step": np.int32(step), "param_states": {}}}
     writer.save(step, tree, {})

@@ -56,3 +56,19 @@ def without_gradients(test):
             return test(*arguments, **options)
 
     return wrapped
+
+
+def drawn(model, seed=0):
+    """The model with every parameter random, in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            weight = name.endswith("weight")
+            if "lambda" in name or (weight and parameter.ndim == 1):
+                parameter.copy_(1.0 + 0.3 * noise)
+            elif weight and "position" not in name:
+                parameter.copy_(noise * 0.7 / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.3 * noise)
+    return model.eval()
