@@ -75,7 +75,7 @@ def _job_knobs(job) -> Iterator[tuple[tuple[str, ...], jobs.Job]]:
         )
     for name in ("tower", "text"):
         part = getattr(module, name)
-        if part is not None and part.remat != "block":
+        if getattr(part, "remat", "block") != "block":
             remat = dataclasses.replace(part, remat="block")
             changed = _changed(model, module=module.clone(**{name: remat}))
             lines = (f"{_configurable(part)}.remat = 'block'",)
@@ -111,11 +111,13 @@ def _changed(model: Any, **values: Any) -> Any:
 
 def _configurable(part) -> str:
     """What the shipped gin files call what makes such a config: by its name, or not."""
+    kind = type(part)
+    own = kind.__module__.rpartition(".")[2], kind.__name__, {}
     module, by_name, table = {
         "ViTConfig": ("vit", "vit22b_config", vit_variants.VARIANTS),
         "T5Config": ("t5", "t5_config", t5_variants.VARIANTS),
         "GemmaConfig": ("gemma", "gemma_config", gemma.VARIANTS),
-    }[type(part).__name__]
+    }.get(kind.__name__, own)
     if module == "vit" and not part.parallel:
         by_name = "classic_config"
     published = any(

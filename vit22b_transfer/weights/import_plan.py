@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vit22b_transfer import UserError
+from vit22b_transfer.models import towers
 from vit22b_transfer.weights import mapping
 from vit22b_transfer.weights.adapters import peft_adapters
 from vit22b_transfer.weights.files import blocks
@@ -153,7 +154,7 @@ def _resized(model: Model, options: ImportOptions, dtype: np.dtype) -> Model:
         fields["scan_layers"] = True
     if tower is not None:
         size = {"image_size": options.image_size} if options.image_size else {}
-        tower = dataclasses.replace(tower, **fields, **size)
+        tower = towers.changed(tower, "this import", **fields, **size)
     if text is not None:
         size = {"vocab_size": options.vocab_size} if options.vocab_size else {}
         text = dataclasses.replace(text, **fields, **size)
