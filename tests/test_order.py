@@ -81,7 +81,7 @@ def test_members_count_through_their_own_streams(rates, start):
     )
 
 
-# The example that broke a guessed bound of 2.5: it comes within a tenth of the true one.
+# Broke a guessed bound of 2.5: it comes within a tenth of the true one.
 FAR_FROM_ITS_SHARE = (21.0, 1.0, 1.0, 1.0, 1.0, 1.0, 21.0)
 
 
