@@ -130,6 +130,7 @@ def own_data(tmp_path):
     return tmp_path, broken.name
 
 
+@pytest.mark.slow
 def test_my_captions_runs_as_written(own_data):
     folder, broken = own_data
     run_in_process(block("test: my-captions"), folder)

@@ -529,6 +529,6 @@ def test_a_source_without_images_is_explained(register):
     )
     task = register(register_captioning, "blind", source)
     with pytest.raises(
-        ValueError, match=r"either 'image_path' or 'image'.*\['target'\]"
+        ValueError, match=r"either 'image_path' .* or 'image'.*\['target'\]"
     ):
         examples(task)

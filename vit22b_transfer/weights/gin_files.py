@@ -98,10 +98,11 @@ def _bindings(binding: str, config: Any, macro_field: str, macro: str) -> list[s
         value = getattr(config, field.name)
         if field.name == macro_field:
             continue
+        if field.name in _OF_THE_RUN and value == field.default:
+            continue
         if field.name.endswith("dtype"):
             value = np.dtype(value).name
-        if field.name not in _OF_THE_RUN or value != field.default:
-            lines.append("  " + _binding(field.name, value, hints[field.name]))
+        lines.append("  " + _binding(field.name, value, hints[field.name]))
     return lines
 
 
