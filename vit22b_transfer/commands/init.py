@@ -23,7 +23,7 @@ both: `data/` is drawn, only to try the commands. What they include or import an
 here comes from the package, `vit22b config path` says where; a copy here comes first.
 
 ```bash
-RECIPE="--gin_file=gin_configs/recipes/{name}.gin --gin.MODEL_DIR='$PWD/model'"
+RECIPE="--gin_file=gin_configs/recipes/{name}.gin --gin.MODEL_DIR='model'"
 TRY="--gin.TRAIN_STEPS=20 --gin.WARMUP_STEPS=5 --gin.BATCH_SIZE=8"   # then without
 vit22b train $RECIPE $TRY && vit22b eval $RECIPE $TRY && vit22b infer $RECIPE $TRY
 ```
