@@ -298,7 +298,7 @@ def test_a_classifier_trains_in_t5x_as_in_ours(trained, tmp_path):
                 save=t5x_utils.SaveCheckpointConfig(period=STEPS, dtype=None),
                 restore=None,
             ),
-            partitioner=t5x_partitioning.PjitPartitioner(num_partitions=2),
+            partitioner=t5x_partitioning.PjitPartitioner(model_parallel_submesh=(1, 2)),
             trainer_cls=functools.partial(
                 t5x_adapter.mean_gradient_trainer,
                 trainer_cls=functools.partial(
