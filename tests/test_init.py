@@ -19,6 +19,12 @@ from vit22b_transfer.recipes import loading, shipped
 from vit22b_transfer.training import train
 
 
+@pytest.fixture(autouse=True)
+def path_as_it_was(monkeypatch):
+    """The command puts the current directory on Python's path."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 def written(task, name, capsys):
     """The command that is printed."""
     assert cli.main(["init", name, f"--task={task}"]) == 0
