@@ -36,6 +36,12 @@ TASK = "tiny_labels"
 ONE_DEVICE = Partitioning(data=1, model=1)
 BATCH_SIZE = 8
 STEPS = 30
+READING = dict(
+    feature_lengths=LENGTHS,
+    converter_cls=tiny_classifier.LabelConverter,
+    batch_size=BATCH_SIZE,
+    partitioning=ONE_DEVICE,
+)
 
 
 def classifier(**arguments):
@@ -129,15 +135,9 @@ def test_its_labels_are_predicted_in_order_and_scored(trained, tmp_path):
 
 def test_labels_that_a_task_lacks_are_an_error_in_training_and_empty_after(trained):
     tiny_classifier.register("unlabelled", features=("images",))
-    arguments = dict(
-        feature_lengths=LENGTHS,
-        converter_cls=tiny_classifier.LabelConverter,
-        batch_size=BATCH_SIZE,
-        partitioning=ONE_DEVICE,
-    )
     with (
         pytest.raises(UserError, match="'unlabelled' has no labels to train on"),
-        batches.train_batches("unlabelled", "train", seed=0, **arguments) as rows,
+        batches.train_batches("unlabelled", "train", seed=0, **READING) as rows,
     ):
         next(rows)
 
@@ -147,7 +147,7 @@ def test_labels_that_a_task_lacks_are_an_error_in_training_and_empty_after(train
         return example
 
     tiny_classifier.register("unlabelled", features=("images",), make=drop_labels)
-    with batches.eval_batches("unlabelled", "test", **arguments) as rows:
+    with batches.eval_batches("unlabelled", "test", **READING) as rows:
         for batch in rows:
             assert not np.any(batch.features["label_weights"])
 
@@ -159,15 +159,9 @@ def test_a_feature_that_is_no_vector_is_never_made_up():
         return example
 
     tiny_classifier.register("blind_labels", features=("labels",), make=drop_images)
-    arguments = dict(
-        feature_lengths=LENGTHS,
-        converter_cls=tiny_classifier.LabelConverter,
-        batch_size=BATCH_SIZE,
-        partitioning=ONE_DEVICE,
-    )
     with (
         pytest.raises(UserError, match="'blind_labels' gives no images"),
-        batches.eval_batches("blind_labels", "test", **arguments) as rows,
+        batches.eval_batches("blind_labels", "test", **READING) as rows,
     ):
         next(rows)
 

@@ -6,8 +6,6 @@ from typing import Any
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
 
-# --- The record beside the arrays ---
-
 
 def vocabulary_record(model: Any) -> dict[str, Any]:
     """Class, size and content hash of both vocabularies, to compare at restore."""
