@@ -11,12 +11,9 @@ downloaded. Layout of a data directory:
 """
 
 import dataclasses
-import errno
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -26,7 +23,7 @@ from PIL import Image
 from vit22b_transfer import UserError
 from vit22b_transfer.demo import scene_text
 from vit22b_transfer.demo.scene_layout import Scene, SceneConfig, draw, sample_scene
-from vit22b_transfer.host import progress
+from vit22b_transfer.host import progress, whole_files
 
 COMPOSITIONAL = "test_compositional"
 SPLITS = ("train", "validation", "test", COMPOSITIONAL)
@@ -145,18 +142,17 @@ def write_scenes(
         )
     )
     if not _is_complete(target, manifest):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)
-        )
         try:
-            partial.chmod(0o755)  # mkdtemp makes it private
-            for split, size in sizes.items():
-                _write_split(scene_paths(partial, split), config, seed, split, size)
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            _move_into_place(partial, target, manifest)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            with whole_files.new_directory(str(target)) as folder:
+                partial = pathlib.Path(folder)
+                for split, size in sizes.items():
+                    _write_split(scene_paths(partial, split), config, seed, split, size)
+                text = json.dumps(manifest, indent=1)
+                (partial / "manifest.json").write_text(text)
+        except UserError:
+            # Another process may have finished the same data set meanwhile.
+            if not _is_complete(target, manifest):
+                raise
     return {split: scene_paths(target, split) for split in sizes}
 
 
@@ -185,17 +181,6 @@ def _is_complete(target, manifest):
             f"asked for (see {path}): choose another directory or delete this one."
         )
     return True
-
-
-def _move_into_place(partial, target, manifest):
-    try:
-        os.rename(partial, target)
-    except OSError as e:
-        # Another process may have finished the same data set meanwhile.
-        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if not _is_complete(target, manifest):
-            raise
 
 
 def _write_split(paths, config, seed, split, size):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import IO
@@ -25,13 +26,44 @@ def replacing(path: str, mode: str = "w") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _take_usual_permissions(written)
+        _take_usual_permissions(written, 0o666)
         os.replace(written, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.remove(written)
         raise
     sync_directory(directory)
+
+
+@contextlib.contextmanager
+def new_directory(path: str) -> Iterator[str]:
+    """A directory to write into that becomes `path` when the block ends without error.
+
+    Its files are on the disk before it has that name.
+
+    Raises:
+      UserError: if `path` is no directory or not empty, before the block or after it.
+    """
+    absolute = os.path.abspath(path)
+    _check_is_free(absolute)
+    parent, name = os.path.split(absolute)
+    os.makedirs(parent, exist_ok=True)
+    written = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
+    try:
+        yield written
+        sync_tree(written)
+        _take_usual_permissions(written, 0o777)
+        _check_is_free(absolute)
+        os.rename(written, absolute)
+    except BaseException:
+        shutil.rmtree(written, ignore_errors=True)
+        raise
+    sync_directory(parent)
+
+
+def _check_is_free(path):
+    if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)):
+        raise UserError(f"{path} is not an empty directory; choose another.")
 
 
 def sync_directory(path: str) -> None:
@@ -72,8 +104,8 @@ def writable_directory(path: str, what: str) -> str:
     return absolute
 
 
-def _take_usual_permissions(path):
-    """Those of any new file; a temporary one is readable by its owner alone."""
+def _take_usual_permissions(path, permissions):
+    """Those of anything new; what is temporary is readable by its owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
+    os.chmod(path, permissions & ~mask)

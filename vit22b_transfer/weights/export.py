@@ -7,7 +7,6 @@ are those of the checkpoint, in its dtype: import and then export gives all byte
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.host import whole_files
 from vit22b_transfer.host.progress import Progress, console
 from vit22b_transfer.models import int8
 from vit22b_transfer.weights import mapping, sources, transforms
@@ -78,7 +79,7 @@ def export_weights(
     tensors = _tensors(plan, model, theirs, params)
     tensors += _carried(folder, tensors[0].dtype)
     out = os.path.abspath(os.path.expanduser(out))
-    with tensor_writing.whole_directory(out) as folder_to_be:
+    with whole_files.new_directory(out) as folder_to_be:
         total = sum(tensor.nbytes for tensor in tensors)
         with Progress(
             console(stderr=True), "exporting", total=total, unit="bytes"
@@ -120,7 +121,7 @@ def _config_folder(checkpoint: str, given: str | None, family: str) -> str:
     if given is not None:
         folder = os.path.dirname(path) if os.path.isfile(path) else path
     else:
-        one = re.fullmatch(r"checkpoint_\d+", os.path.basename(path))
+        one = reading.STEP_NAME.fullmatch(os.path.basename(path))
         folder = os.path.join(os.path.dirname(path) if one else path, family)
     for name in (RECORD, sources.CONFIG):
         if os.path.isfile(os.path.join(folder, name)):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from vit22b_transfer import UserError
+from vit22b_transfer.host import whole_files
 from vit22b_transfer.models.lora import LoraConfig
 from vit22b_transfer.weights import mapping
 from vit22b_transfer.weights.adapters import peft_modules
@@ -96,7 +97,7 @@ def write_adapter(
     if not modules:
         raise UserError(f"no update belongs to a kernel of {family}.")
     out = os.path.abspath(os.path.expanduser(out))
-    with tensor_writing.whole_directory(out) as folder:
+    with whole_files.new_directory(out) as folder:
         tensor_writing.write_safetensors(
             folder, tensors, max_shard_bytes=2**62, done=lambda count: None
         )

@@ -3,13 +3,13 @@
 import functools
 import os
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.weights.files.stored_tensors import StoredTensor, json_object
 
 
@@ -18,9 +18,8 @@ def orbax_directory(path: str) -> str | None:
     for candidate in (path, os.path.join(path, "state")):
         if os.path.isfile(os.path.join(candidate, "_METADATA")):
             return candidate
-    found = (re.fullmatch(r"checkpoint_(\d+)", name) for name in os.listdir(path))
-    for step in sorted((int(match[1]) for match in found if match), reverse=True):
-        state = os.path.join(path, f"checkpoint_{step}", "state")
+    for step in reversed(reading.complete_steps(path)):
+        state = os.path.join(reading.checkpoint_path(path, step), "state")
         if os.path.isfile(os.path.join(state, "_METADATA")):
             return state
     return None

@@ -1,10 +1,8 @@
 """Writing safetensors and npz, one tensor at a time, with the header known before."""
 
-import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
@@ -13,8 +11,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vit22b_transfer import UserError
-from vit22b_transfer.host import whole_files
 from vit22b_transfer.weights.files import blocks
 from vit22b_transfer.weights.files.safetensors_files import SAFETENSORS_DTYPES
 from vit22b_transfer.weights.mapping import Shape, num_bytes
@@ -124,23 +120,3 @@ def _blocks(array: np.ndarray):
     shape = blocks.block_shape(array.shape, array.dtype.itemsize)
     for region in blocks.regions(array.shape, shape):
         yield blocks.contiguous(array[region])
-
-
-@contextlib.contextmanager
-def whole_directory(path: str):
-    """A directory to write into that gets the name `path` when all went well."""
-    if os.path.exists(path) and os.listdir(path):
-        raise UserError(f"{path} is not empty; give another --out.")
-    temporary = path + ".writing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    if os.path.isdir(path):
-        os.rmdir(path)
-    whole_files.sync_tree(temporary)
-    os.rename(temporary, path)
-    whole_files.sync_directory(os.path.dirname(os.path.abspath(path)))
