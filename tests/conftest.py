@@ -43,6 +43,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         # Most of the time of tests is compilation; so it takes a third.
         "xla_backend_optimization_level": "0",
         "xla_cpu_use_fusion_emitters": "false",
+        # Each part of a program takes its own start of the compiler.
+        "xla_cpu_parallel_codegen_split_count": "1",
     }
     os.environ["XLA_FLAGS"] = " ".join(
         [os.environ.get("XLA_FLAGS", "")]

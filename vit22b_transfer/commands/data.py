@@ -60,8 +60,8 @@ def _task_modules() -> Iterator[str]:
     """The modules of the user's own folder of tasks, or of the shipped one."""
     from vit22b_transfer.recipes import shipped
 
-    folder = shipped.TASKS
+    folder = os.path.abspath(shipped.TASKS)
     if not os.path.isdir(folder):
-        folder = os.path.join(shipped.folder(), folder)
+        folder = os.path.join(shipped.folder(), shipped.TASKS)
     for module in pkgutil.iter_modules([folder]):
         yield f"{shipped.TASKS}.{module.name}"
