@@ -83,6 +83,7 @@ def test_the_command_measures_all_parts_on_a_mesh_without_tensorflow():
     )
     devices = "--xla_force_host_platform_device_count=8"
     devices += " --xla_backend_optimization_level=0"  # compiles faster
+    devices += " --xla_cpu_parallel_codegen_split_count=1"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
