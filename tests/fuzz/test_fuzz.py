@@ -29,8 +29,10 @@ def test_every_kind_of_fault_is_seen_and_the_next_case_goes_on():
     outcomes = list(harness.run(plan, seed=0, seconds=1.0))
     numbers = [(reader, number) for _, reader, _, count in plan for number in (0, 1)]
     assert [(each.reader, each.number) for each in outcomes] == numbers
-    for outcome in outcomes:
-        assert outcome.kind == outcome.reader, outcome
+    for _, name, _, _ in plan:
+        kinds = {outcome.kind for outcome in outcomes if outcome.reader == name}
+        # A case may write what was there.
+        assert name in kinds and kinds <= {name, "read"}
 
 
 def test_a_case_is_the_same_whenever_it_is_made(tmp_path):
