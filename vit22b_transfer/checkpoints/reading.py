@@ -9,7 +9,6 @@ vocabularies and the metrics of an unfinished logging window. The older format o
 
 import difflib
 import functools
-import json
 import os
 import pathlib
 import re
@@ -23,13 +22,18 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import fingerprints, legacy
+from vit22b_transfer.checkpoints import fingerprints, legacy, stored_sizes
+from vit22b_transfer.host import file_errors, json_files
+from vit22b_transfer.host.file_errors import brief
 
 Tree = Any
 
 STEP_NAME = re.compile(r"checkpoint_(\d+)")
 _SHOWN = 20
 _TOWER = "target/encoder/tower/"
+_ADVICE = "It is damaged: copy the checkpoint again, or take an older one."
+# A record takes a few KB.
+_RECORD_BYTES = 16 << 20
 
 
 def complete_steps(model_dir: str) -> list[int]:
@@ -165,6 +169,9 @@ def read_arrays(path: str, abstract: Tree) -> Tree:
     """The arrays of `abstract`, unchecked, in its dtypes and shardings.
 
     Orbax neither refuses another shape nor another dtype: call `check_fit` before.
+
+    Raises:
+      UserError: if the files are damaged.
     """
     flat = flatten(abstract)
     borrowed = {name for name in flat if name.startswith(_TOWER)}
@@ -196,7 +203,7 @@ def _read_from(path, abstract):
         ),
         abstract,
     )
-    with ocp.PyTreeCheckpointer() as orbax:
+    with _reading(path), ocp.PyTreeCheckpointer() as orbax:
         return orbax.restore(
             os.path.join(path, "state"),
             args=ocp.args.PyTreeRestore(
@@ -229,6 +236,7 @@ def _origin_of_tower(path):
     """The checkpoint with the tower whose cached features `path` was trained on."""
     record = read_record(path)["tower"]
     origin = record["checkpoint"]
+    _check_chain(path)
     if not is_complete(origin):
         raise UserError(
             f"checkpoint {path} was trained on cached features and has no tower of its "
@@ -242,17 +250,54 @@ def _origin_of_tower(path):
     return origin
 
 
+def _check_chain(path):
+    """Raises UserError if records of towers name each other in a circle."""
+    seen, at = [], path
+    while os.path.isdir(at) and is_complete(at) and "tower" in read_record(at):
+        if at in seen:
+            raise UserError(
+                f"checkpoint {path}: the record of {seen[-1]} names {at} for its "
+                f"tower, whose record leads back to it. {_ADVICE}"
+            )
+        seen.append(at)
+        at = read_record(at)["tower"]["checkpoint"]
+
+
 def _arrays_in(path):
     """Shape and dtype of the arrays that lie in `path`, no tower from elsewhere."""
     if legacy.is_legacy(path):
         return legacy.saved_arrays(path)
+    return flatten(metadata(os.path.join(path, "state")))
+
+
+def metadata(path: str) -> Tree:
+    """Nested dicts of what Orbax says of the arrays in a directory, unread.
+
+    Raises:
+      UserError: if it is damaged, or has chunks that the files cannot.
+    """
     # Not a Checkpointer: it warns that `state` alone is not a whole checkpoint.
     handler = ocp.PyTreeCheckpointHandler()
     try:
-        metadata = handler.metadata(pathlib.Path(path) / "state")
+        with _reading(path):
+            tree = handler.metadata(pathlib.Path(path)).tree
+            stored = stored_sizes.of_directory(path)
+            for name, leaf in flatten(tree).items():
+                storage = getattr(leaf, "storage", None)
+                if storage is not None and storage.chunk_shape is not None:
+                    with file_errors.naming(f"{path}: {name}"):
+                        stored_sizes.check_chunk(
+                            leaf.shape, storage.chunk_shape, leaf.dtype.itemsize, stored
+                        )
     finally:
         handler.close()
-    return flatten(metadata.tree)
+    return tree
+
+
+def _reading(path):
+    # What a device raises while arrays are read onto it is no damage: RuntimeError.
+    kinds = (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError)
+    return file_errors.damaged(f"checkpoint {path}", _ADVICE, kinds)
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -261,12 +306,49 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def read_record(path: str) -> dict[str, Any]:
-    """The JSON record of a checkpoint; empty if another program wrote it."""
+    """The JSON record of a checkpoint; empty if another program wrote it.
+
+    Raises:
+      UserError: if it is damaged.
+    """
     file = record_file(resolve(path))
     if not os.path.isfile(file):
         return {}
-    with open(file, encoding="utf-8") as stream:
-        return json.load(stream)
+    record = json_files.read_object(file, advice=_ADVICE, limit=_RECORD_BYTES)
+    for name, said in record.items():
+        if name in _RECORDED and not _RECORDED[name](said):
+            raise UserError(f"{file} says {name} = {brief(said)}. {_ADVICE}")
+    return record
+
+
+def _has(**kinds):
+    """Whether a part of a record is empty, or has values of these types."""
+    return lambda said: (
+        isinstance(said, dict)
+        and (not said or all(type(said.get(name)) in kinds[name] for name in kinds))
+    )
+
+
+def _is_number(value):
+    if isinstance(value, list):
+        return all(type(x) in _NUMBERS for x in value)
+    return type(value) in _NUMBERS
+
+
+_NUMBERS = (int, float)
+_is_vocabulary = _has(**{"class": (str,), "size": (int,), "sha256": (str,)})
+# What of a record is read later.
+_RECORDED = {
+    "lora": _has(alpha=_NUMBERS),
+    "tower": _has(checkpoint=(str,), digest=(str,)),
+    "vocabularies": lambda said: (
+        isinstance(said, dict) and all(map(_is_vocabulary, said.values()))
+    ),
+    # Sums, and how many there are of each.
+    "window": lambda said: (
+        isinstance(said, dict) and all(map(_is_number, said.values()))
+    ),
+}
 
 
 def is_ours(path: str) -> bool:

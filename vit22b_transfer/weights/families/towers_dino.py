@@ -21,7 +21,7 @@ _SIZES = dict(
 )
 DINOV2_DEFAULTS = _SIZES | dict(
     patch_size=14,
-    mlp_ratio=4,
+    mlp_ratio=4.0,
     layer_norm_eps=1e-6,
     qkv_bias=True,
     use_swiglu_ffn=False,

@@ -1,13 +1,15 @@
 """A tensor in a file, and how its bytes are brought into memory."""
 
 import dataclasses
-import json
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from vit22b_transfer import UserError
+from vit22b_transfer.host.file_errors import brief
 from vit22b_transfer.weights.mapping import num_bytes
 
 GET_AGAIN = (
@@ -31,17 +33,42 @@ class StoredTensor:
         return num_bytes(self.shape, self.dtype)
 
 
-def json_object(path: str) -> dict[str, Any]:
-    """The JSON object in a file; anything else is a UserError."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read()
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}). {GET_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object. {GET_AGAIN}")
-    return value
+def is_shape(value: Any) -> bool:
+    """Whether a list or tuple from outside is the shape of an array of NumPy's.
+
+    That has at most 32 axes here, and less than 2^56 elements even without its axes of
+    size zero, so that NumPy can count their bytes.
+    """
+    return (
+        isinstance(value, list | tuple)
+        and len(value) <= 32
+        and all(type(size) is int and 0 <= size < 2**56 for size in value)
+        and math.prod(size or 1 for size in value) < 2**56
+    )
+
+
+def check_name(path: str, name: str) -> None:
+    """Raises UserError for what is no name of a tensor: it is printed and compared."""
+    if not name.isprintable() or len(name) > 1000:
+        raise UserError(
+            f"{path}: a tensor is called {brief(repr(name[:100]))}, {len(name)} "
+            "characters; expected are at most 1000 that can be printed."
+        )
+
+
+def check_inflated(path: str, stored: int, needed: int, fold: int) -> None:
+    """Raises UserError if what is compressed takes far more memory than its files.
+
+    stored: bytes of all files; needed: of all arrays. Each file may be small and its
+    arrays large, but weights hardly compress: float32 of bfloat16 numbers is halved.
+
+    fold: how much more the arrays may take, beyond the first 64 MiB.
+    """
+    if needed > fold * stored + (64 << 20):
+        raise UserError(
+            f"{path} has {stored} bytes, but its arrays would take {needed} in memory, "
+            f"more than {fold} times as many: it holds no weights. {GET_AGAIN}"
+        )
 
 
 def read_bytes(file: Any, path: str, count: int) -> np.ndarray:
@@ -76,6 +103,8 @@ def plain_reader(
 
 def refuse_other_content(path: str) -> None:
     """Raises UserError for what is downloaded in place of weights."""
+    if not os.path.isfile(path):  # a pipe would be waited for without end
+        raise UserError(f"{path} is no plain file. {GET_AGAIN}")
     with open(path, "rb") as file:
         start = file.read(512)
     text = start.lstrip().lower()
