@@ -345,9 +345,7 @@ def test_what_is_no_source_is_refused_with_what_would_be(tmp_path):
 
 def test_a_config_that_is_a_web_page_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("<html>")
-    with pytest.raises(
-        ValueError, match="config.json, line 1, .*JSON.*gated or cut off"
-    ):
+    with pytest.raises(ValueError, match="config.json, line 1, .*JSON.*gated or"):
         config_values.read_json(str(tmp_path), "config.json")
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds no JSON object but"):

@@ -28,8 +28,12 @@ from vit22b_transfer.host.file_errors import brief, damaged
 
 Tree = Any
 
-# What reading raises for damage; what a device raises is none.
-_UNREADABLE = (ValueError, TypeError, KeyError, OSError, NotImplementedError)
+# What reading raises for damage. What a device raises while arrays are read onto it, a
+# RuntimeError, is none.
+UNREADABLE = (
+    *(ValueError, TypeError, LookupError, AttributeError, OSError, EOFError),
+    *(RecursionError, NotImplementedError, OverflowError),
+)
 _VERSIONS = (2, 3)
 _PLACEHOLDER = "PLACEHOLDER://"
 _SHOWN = 20
@@ -100,7 +104,7 @@ def read_arrays(path: str, abstract: Tree) -> Tree:
         }
         read = {}
         for name, futures in shards.items():
-            with damaged(f"checkpoint {path}: {name}", _ADVICE, _UNREADABLE):
+            with damaged(f"checkpoint {path}: {name}", _ADVICE, UNREADABLE):
                 parts = [part for future in futures for part in future.result()]
             leaf = wanted[name]
             read[name] = jax.make_array_from_single_device_arrays(
@@ -114,7 +118,7 @@ def read_arrays(path: str, abstract: Tree) -> Tree:
 def read_array(path: str, name: str, layer: int | None = None) -> np.ndarray:
     """One array, or one slice of its first axis, on the host and in its own dtype."""
     saved = _open(path, (name,))[name]
-    with damaged(f"checkpoint {path}: {name}", _ADVICE, _UNREADABLE):
+    with damaged(f"checkpoint {path}: {name}", _ADVICE, UNREADABLE):
         part = saved.content if layer is None else saved.content[layer]
         if not isinstance(part, np.ndarray | np.generic):
             part = part.read().result()

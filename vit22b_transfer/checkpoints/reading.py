@@ -295,9 +295,7 @@ def metadata(path: str) -> Tree:
 
 
 def _reading(path):
-    # What a device raises while arrays are read onto it is no damage: RuntimeError.
-    kinds = (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError)
-    return file_errors.damaged(f"checkpoint {path}", _ADVICE, kinds)
+    return file_errors.damaged(f"checkpoint {path}", _ADVICE, legacy.UNREADABLE)
 
 
 def flatten(tree: Tree) -> dict[str, Any]:

@@ -153,6 +153,10 @@ def square(positions: int, source: str) -> int:
 def whole_patches(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     """The part of an image that whole patches cover: a convolution drops the rest."""
     height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < patch_size:
+        raise UserError(
+            f"the images are {height}x{width}, smaller than a patch of {patch_size}."
+        )
     return height // patch_size * patch_size, width // patch_size * patch_size
 
 
