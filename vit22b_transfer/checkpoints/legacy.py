@@ -42,9 +42,9 @@ _THREADS = 16
 _BYTES_IN_FLIGHT = 1 << 32
 # Chunks that several shards need are decoded once, if they are read at about one time.
 _CACHED_BYTES = 1 << 30
-# An entry of the index takes 300 bytes, so this is room for 50,000 arrays. A damaged
-# one becomes objects of up to 60 times its size.
-_INDEX_BYTES = 16 << 20
+# An entry of the index takes 300 bytes, so this is room for 25,000 arrays. A damaged
+# one becomes objects of up to 65 times its size.
+_INDEX_BYTES = 8 << 20
 # What describes an array takes 300 bytes too.
 _METADATA_BYTES = 1 << 20
 _ADVICE = "Copy the checkpoint again."

@@ -30,6 +30,7 @@ Tree = Any
 
 STEP_NAME = re.compile(r"checkpoint_(\d+)")
 _SHOWN = 20
+_COMPARED = 5_000
 _TOWER = "target/encoder/tower/"
 _ADVICE = "It is damaged: copy the checkpoint again, or take an older one."
 # A record takes a few KB.
@@ -129,7 +130,9 @@ def check_fit(
         expected, found = wanted[name], saved.get(source)
         shown = name if name == source else f"{name} (from {source})"
         if found is None:
-            near = difflib.get_close_matches(source, saved, n=3, cutoff=0.6)
+            # To compare every name with every other takes minutes.
+            few = len(problems) < _SHOWN and len(saved) < _COMPARED
+            near = difflib.get_close_matches(source, saved if few else (), cutoff=0.6)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             problems.append(f"{shown}: not in the checkpoint{hint}")
         elif tuple(found.shape) != tuple(expected.shape):

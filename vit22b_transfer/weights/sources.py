@@ -55,7 +55,12 @@ class Source:
         if self.folder is None:
             return []
         names = sorted(os.listdir(self.folder))
-        return [n for n in names if n in _COMPANIONS or n.endswith(_TOKENIZER)]
+        return [
+            name
+            for name in names
+            if (name in _COMPANIONS or name.endswith(_TOKENIZER))
+            and os.path.isfile(os.path.join(self.folder, name))
+        ]
 
     def tokenizer(self) -> str | None:
         """The name of the SentencePiece file, if there is one."""

@@ -32,8 +32,6 @@ _MAX_MEMBERS = 20_000
 # NumPy's own limit, which it looks at when it has read the header.
 _MAX_HEADER = 10_000
 _VERSIONS = {(1, 0): "<H", (2, 0): "<I"}
-# float32 of bfloat16 numbers halves, and what was never trained may be all zeros.
-_MAX_FOLD = 16
 # Deflate cannot make more of one byte.
 _MAX_FOLD_OF_MEMBER = 1_032
 
@@ -41,7 +39,7 @@ _MAX_FOLD_OF_MEMBER = 1_032
 def open_npz(path: str) -> dict[str, StoredTensor]:
     """The arrays of an archive, unread; see `tensor_files.open_tensors`.
 
-    All arrays together may take 16 times the file's size, beyond the first 64 MiB.
+    What its members take in memory is bounded by `check_inflated`.
     """
     refuse_other_content(path)
     with damaged(path, GET_AGAIN):
@@ -62,7 +60,7 @@ def open_npz(path: str) -> dict[str, StoredTensor]:
                 f"a model may have. {GET_AGAIN}"
             )
         needed = sum(info.file_size for info in members)
-        check_inflated(path, os.path.getsize(path), needed, _MAX_FOLD)
+        check_inflated(path, os.path.getsize(path), needed)
         tensors = {}
         for info in members:
             if not info.filename.endswith(".npy"):

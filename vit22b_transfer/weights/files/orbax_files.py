@@ -18,9 +18,6 @@ from vit22b_transfer.weights.files.stored_tensors import (
 
 _METADATA = "_METADATA"
 _ADVICE = "Copy the checkpoint again."
-# Zstandard makes thousands of zeros of one byte, but parameters are not all zeros, and
-# the optimizer's state, which may be, is at most four times as large.
-_MAX_FOLD = 16
 
 
 def orbax_directory(path: str) -> str | None:
@@ -50,7 +47,7 @@ def open_orbax(path: str) -> dict[str, StoredTensor]:
         reader = functools.partial(_read_zarr, path, name, settings, context)
         tensors[joined] = StoredTensor(shape, dtype, path, reader)
     needed = sum(tensor.nbytes for tensor in tensors.values())
-    check_inflated(path, stored_sizes.of_directory(path), needed, _MAX_FOLD)
+    check_inflated(path, stored_sizes.of_directory(path), needed)
     return tensors
 
 

@@ -16,6 +16,7 @@ from vit22b_transfer.weights.files.stored_tensors import (
     StoredTensor,
     check_name,
     is_shape,
+    listed,
     plain_reader,
     refuse_other_content,
 )
@@ -39,9 +40,9 @@ SAFETENSORS_DTYPES = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 # A tensor takes about 150 bytes of a header: its name, dtype, shape and two offsets. So
-# this is room for 110,000; the largest published model has 92,000, in 163 shards. The
+# this is room for 50,000; the largest published model has 92,000, in 163 files. The
 # format's own limit is 100 MB, which take 2.2 GiB and a minute to read.
-_MAX_HEADER = 16 << 20
+_MAX_HEADER = 8 << 20
 # Of weights, a header is a thousandth. Where tensors are tiny it may be more than they,
 # but from here on a header that is larger than all of its tensors is none of weights.
 _LARGE_HEADER = 1 << 20
@@ -150,7 +151,7 @@ def open_shards(index: str) -> dict[str, StoredTensor]:
     gone = [name for name in shards if not os.path.isfile(os.path.join(folder, name))]
     if gone:
         raise UserError(
-            f"{folder} lacks {len(gone)} of {len(shards)} shards: {', '.join(gone)}. "
+            f"{folder} lacks {len(gone)} of {len(shards)} shards: {listed(gone)}. "
             + GET_AGAIN
         )
     tensors: dict[str, StoredTensor] = {}

@@ -3,19 +3,20 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from vit22b_transfer import UserError
 from vit22b_transfer.host.file_errors import brief
-from vit22b_transfer.weights.mapping import num_bytes
+from vit22b_transfer.weights.mapping import SHOWN, num_bytes
 
 GET_AGAIN = (
     "The download was gated or cut off: accept the model's terms where it is "
     "published, and fetch the file again."
 )
+_MAX_FOLD = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,12 @@ def is_shape(value: Any) -> bool:
     )
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names of files as a message lists them: the first, and how many more."""
+    shown = ", ".join(map(brief, names[:SHOWN]))
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
+
+
 def check_name(path: str, name: str) -> None:
     """Raises UserError for what is no name of a tensor: it is printed and compared."""
     if not name.isprintable() or len(name) > 1000:
@@ -56,18 +63,20 @@ def check_name(path: str, name: str) -> None:
         )
 
 
-def check_inflated(path: str, stored: int, needed: int, fold: int) -> None:
+def check_inflated(path: str, stored: int, needed: int) -> None:
     """Raises UserError if what is compressed takes far more memory than its files.
 
-    stored: bytes of all files; needed: of all arrays. Each file may be small and its
-    arrays large, but weights hardly compress: float32 of bfloat16 numbers is halved.
+    Weights hardly compress: float32 of bfloat16 numbers is halved. Zeros do, such as
+    the optimizer's state at the first step, which is up to four times as large as the
+    parameters. So all arrays may take 16 times the bytes of all files, beyond the first
+    64 MiB.
 
-    fold: how much more the arrays may take, beyond the first 64 MiB.
+    stored: bytes of all files. needed: of all arrays in memory.
     """
-    if needed > fold * stored + (64 << 20):
+    if needed > _MAX_FOLD * stored + (64 << 20):
         raise UserError(
             f"{path} has {stored} bytes, but its arrays would take {needed} in memory, "
-            f"more than {fold} times as many: it holds no weights. {GET_AGAIN}"
+            f"more than {_MAX_FOLD} times as many: it holds no weights. {GET_AGAIN}"
         )
 
 

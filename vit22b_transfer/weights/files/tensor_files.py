@@ -13,8 +13,8 @@ from vit22b_transfer.weights.files import npz_files, orbax_files, safetensors_fi
 from vit22b_transfer.weights.files.stored_tensors import (
     GET_AGAIN,
     StoredTensor,
+    listed,
 )
-from vit22b_transfer.weights.mapping import SHOWN
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _WEIGHTS = (".safetensors", ".npz")
@@ -74,14 +74,14 @@ def find_weights(source: str) -> str:
             raise UserError(
                 f"{source} holds shards but no *{_INDEX}. {GET_AGAIN}"
                 if shards
-                else f"{source} holds several files of weights: {', '.join(found)}. "
+                else f"{source} holds several files of weights: {listed(found)}. "
                 "Name the file instead of the directory."
             )
     for name in names:
         _refuse_pickle(os.path.join(path, name))
     raise UserError(
         f"{source} holds no weights (*.safetensors, *.npz or a finished checkpoint); "
-        f"it holds: {', '.join(names[:SHOWN]) or 'nothing'}. {GET_AGAIN}"
+        f"it holds: {listed(names) or 'nothing'}. {GET_AGAIN}"
     )
 
 
