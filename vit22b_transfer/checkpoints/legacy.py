@@ -24,7 +24,7 @@ from flax import serialization, traverse_util
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import stored_sizes
 from vit22b_transfer.host import memory_limit
-from vit22b_transfer.host.file_errors import brief, damaged
+from vit22b_transfer.host.file_errors import brief, damaged, quoted
 
 Tree = Any
 
@@ -247,12 +247,15 @@ def _relative_path(leaf) -> str | None:
         return leaf.removeprefix(_PLACEHOLDER)
     if isinstance(leaf, Mapping):
         if leaf["driver"] != "zarr" or not isinstance(leaf["kvstore"], Mapping):
-            driver = brief(repr(leaf["driver"])[:99])
-            raise UserError(f"stored by {driver}; only zarr is readable")
+            raise UserError(
+                f"stored by {quoted(leaf['driver'])}; only zarr is readable"
+            )
         # Older tensorstores wrote the path outside of the store's own part.
         path = leaf["kvstore"].get("path", leaf.get("path"))
         if not isinstance(path, str):
             raise UserError("its entry in the index has no path")
+        if len(path) > 1000:
+            raise UserError(f"its path in the index has {len(path)} characters")
         return path
     if isinstance(leaf, np.ndarray | np.generic | int | float):
         return None

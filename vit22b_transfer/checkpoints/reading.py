@@ -7,8 +7,10 @@ vocabularies and the metrics of an unfinished logging window. The older format o
 (see `legacy`) is read wherever a checkpoint is, and never written.
 """
 
+import contextlib
 import difflib
 import functools
+import logging
 import os
 import pathlib
 import re
@@ -22,9 +24,13 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import fingerprints, legacy, stored_sizes
-from vit22b_transfer.host import file_errors, json_files
-from vit22b_transfer.host.file_errors import brief
+from vit22b_transfer.checkpoints import (
+    fingerprints,
+    legacy,
+    run_records,
+    stored_sizes,
+)
+from vit22b_transfer.host import file_errors
 
 Tree = Any
 
@@ -33,8 +39,6 @@ _SHOWN = 20
 _COMPARED = 5_000
 _TOWER = "target/encoder/tower/"
 _ADVICE = "It is damaged: copy the checkpoint again, or take an older one."
-# A record takes a few KB.
-_RECORD_BYTES = 16 << 20
 
 
 def complete_steps(model_dir: str) -> list[int]:
@@ -297,8 +301,18 @@ def metadata(path: str) -> Tree:
     return tree
 
 
+@contextlib.contextmanager
 def _reading(path):
-    return file_errors.damaged(f"checkpoint {path}", _ADVICE, legacy.UNREADABLE)
+    # Of several arrays that Orbax opens at a time it raises one error, and Python logs
+    # the others with their tracebacks.
+    log = logging.getLogger("asyncio")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with file_errors.damaged(f"checkpoint {path}", _ADVICE, legacy.UNREADABLE):
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -315,41 +329,7 @@ def read_record(path: str) -> dict[str, Any]:
     file = record_file(resolve(path))
     if not os.path.isfile(file):
         return {}
-    record = json_files.read_object(file, advice=_ADVICE, limit=_RECORD_BYTES)
-    for name, said in record.items():
-        if name in _RECORDED and not _RECORDED[name](said):
-            raise UserError(f"{file} says {name} = {brief(said)}. {_ADVICE}")
-    return record
-
-
-def _has(**kinds):
-    """Whether a part of a record is empty, or has values of these types."""
-    return lambda said: (
-        isinstance(said, dict)
-        and (not said or all(type(said.get(name)) in kinds[name] for name in kinds))
-    )
-
-
-def _is_number(value):
-    if isinstance(value, list):
-        return all(type(x) in _NUMBERS for x in value)
-    return type(value) in _NUMBERS
-
-
-_NUMBERS = (int, float)
-_is_vocabulary = _has(**{"class": (str,), "size": (int,), "sha256": (str,)})
-# What of a record is read later.
-_RECORDED = {
-    "lora": _has(alpha=_NUMBERS),
-    "tower": _has(checkpoint=(str,), digest=(str,)),
-    "vocabularies": lambda said: (
-        isinstance(said, dict) and all(map(_is_vocabulary, said.values()))
-    ),
-    # Sums, and how many there are of each.
-    "window": lambda said: (
-        isinstance(said, dict) and all(map(_is_number, said.values()))
-    ),
-}
+    return run_records.read(file, _ADVICE)
 
 
 def is_ours(path: str) -> bool:

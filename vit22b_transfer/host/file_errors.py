@@ -9,12 +9,14 @@ from vit22b_transfer import UserError
 
 # Characters of a value from outside that a message shows.
 _SHOWN = 200
+# Characters of what a parser says: it may name the file by a long path.
+_TOLD = 600
 # Of lists and objects, their beginning.
 _REPR = reprlib.Repr()
 _REPR.maxstring, _REPR.maxother, _REPR.maxlist, _REPR.maxdict = 100, 100, 8, 8
 
 
-def brief(value: Any) -> str:
+def brief(value: Any, length: int = _SHOWN) -> str:
     """A value from outside as a message shows it: one line, not long.
 
     A text is shown as it is, without quotes.
@@ -22,7 +24,12 @@ def brief(value: Any) -> str:
     text = value if isinstance(value, str) else _REPR.repr(value)
     if not text.isprintable():
         text = text.encode("unicode_escape").decode("ascii")
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def quoted(value: Any) -> str:
+    """`brief`, with quotes around a text."""
+    return brief(repr(value[:_SHOWN])) if isinstance(value, str) else brief(value)
 
 
 @contextlib.contextmanager
@@ -49,7 +56,7 @@ def damaged(
     except (UserError, MemoryError):
         raise
     except kinds as error:
-        said = brief(_told(error)) or type(error).__name__
+        said = brief(_told(error), _TOLD) or type(error).__name__
         raise UserError(f"{where} cannot be read: {said}. {advice}") from error
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host.file_errors import brief, naming
+from vit22b_transfer.host.file_errors import naming, quoted
 from vit22b_transfer.weights import model_sizes
 from vit22b_transfer.weights.files import config_values, tensor_files
 from vit22b_transfer.weights.files.stored_tensors import (
@@ -199,10 +199,13 @@ def choose(
         )
     first = ", ".join(list(tensors)[:3])
     kind = config.get("model_type")
-    said = repr(kind[:100]) if isinstance(kind, str) else brief(kind)
     raise UserError(
         f"{source} is of no family that can be imported: "
-        + (f"its config.json says model_type {said}" if kind else "no config.json")
+        + (
+            f"its config.json says model_type {quoted(kind)}"
+            if kind
+            else "no config.json"
+        )
         + f", its tensors are called {first}, ... Families: "
         f"{', '.join(sorted(each.name for each in families))}; say which with --family."
     )

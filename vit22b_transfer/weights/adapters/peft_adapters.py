@@ -16,7 +16,7 @@ import numpy as np
 
 from vit22b_transfer import UserError
 from vit22b_transfer.host import whole_files
-from vit22b_transfer.host.file_errors import brief, naming
+from vit22b_transfer.host.file_errors import brief, naming, quoted
 from vit22b_transfer.models.lora import LoraConfig
 from vit22b_transfer.weights import mapping
 from vit22b_transfer.weights.adapters import peft_modules
@@ -214,10 +214,9 @@ def _check_config(path: str, config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         allowed = _ALLOWED.get(name)
         if value not in allowed if allowed else value and name not in _WITHOUT_EFFECT:
-            shown = repr(value[:99]) if isinstance(value, str) else brief(value)
             said = f"only {', '.join(map(repr, allowed))}" if allowed else "unset"
             raise UserError(
-                f"{path}: {CONFIG} says {brief(name)} = {shown}, and what that "
+                f"{path}: {CONFIG} says {brief(name)} = {quoted(value)}, and what that "
                 f"computes models/lora.py does not; it may be {said}. Merge the "
                 "adapter into its model with PEFT (merge_and_unload) and import that."
             )

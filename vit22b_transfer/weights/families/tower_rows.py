@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host.file_errors import brief
+from vit22b_transfer.host.file_errors import quoted
 from vit22b_transfer.models import vit, vit_positions
 from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import Row, Shape, unrolled_shapes
@@ -100,7 +100,9 @@ def pixels(config: Mapping[str, Any], usual: tuple) -> dict[str, Any]:
     return pixels_of(processor, "image_mean", "image_std", usual)
 
 
-def pixels_of(config: Mapping[str, Any], mean: str, deviation: str, usual: tuple):
+def pixels_of(
+    config: Mapping[str, Any], mean: str, deviation: str, usual: tuple
+) -> dict[str, Any]:
     """`pixels` by other names."""
     return dict(
         pixel_mean=config_values.numbers(config, mean, usual[0]),
@@ -168,7 +170,7 @@ def refuse(config: Mapping[str, Any], **computed: Any) -> None:
     for name, value in computed.items():
         if (got := config.get(name, value)) != value:
             raise UserError(
-                f"config.json says {name} = {brief(repr(got)[:99])}; this tower can "
+                f"config.json says {name} = {quoted(got)}; this tower can "
                 f"only be computed with {value!r}."
             )
 

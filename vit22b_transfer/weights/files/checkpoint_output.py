@@ -76,7 +76,7 @@ class CheckpointOutput:
         found, bad = {}, 0
         for number, line in enumerate(lines, 2):
             try:
-                entry = json_files.parse(line, self._record, line=number)
+                entry: Any = json_files.parse(line, self._record, line=number)
             except UserError:
                 entry = None
             if _is_entry(entry):

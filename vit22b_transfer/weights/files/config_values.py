@@ -11,7 +11,7 @@ from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.host import json_files
-from vit22b_transfer.host.file_errors import brief
+from vit22b_transfer.host.file_errors import brief, quoted
 from vit22b_transfer.weights.files.stored_tensors import GET_AGAIN
 
 Config = Mapping[str, Any]
@@ -145,7 +145,9 @@ def part(config: Config, name: str) -> Config:
 def pair(config: Config, name: str, default: Any = _MISSING) -> tuple[int, int]:
     """(height, width) of `config[name]`, a whole number for both or a list of two."""
     value = _found(config, name, default)
-    both = value if isinstance(value, list | tuple) and len(value) == 2 else [value] * 2
+    both: Any = (value, value)
+    if isinstance(value, list | tuple) and len(value) == 2:
+        both = value
     if not all(type(side) is int and 1 <= side <= MOST for side in both):
         kind = f"whole number from 1 to {MOST}"
         raise _wrong(name, value, f"a {kind}, or a list of two of them")
@@ -218,10 +220,6 @@ def _wrong(name: str, value: Any, expected: str) -> UserError:
     if isinstance(value, float) and not math.isfinite(value):
         kind = "not finite"
     return UserError(
-        f"the config says {name} = {_shown(value)}, which is {kind}; expected "
+        f"the config says {name} = {quoted(value)}, which is {kind}; expected "
         f"is {expected}. Fetch the files again, all of one model."
     )
-
-
-def _shown(value: Any) -> str:
-    return repr(value[:100]) if isinstance(value, str) else brief(value)

@@ -9,7 +9,7 @@ import numpy as np
 
 from vit22b_transfer import UserError
 from vit22b_transfer.host import json_files
-from vit22b_transfer.host.file_errors import brief
+from vit22b_transfer.host.file_errors import brief, quoted
 from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.files.stored_tensors import (
     GET_AGAIN,
@@ -131,7 +131,7 @@ def _safetensors_entry(path: str, name: str, entry: Any):
     dtype = SAFETENSORS_DTYPES.get(said) if isinstance(said, str) else None
     if dtype is None:
         raise UserError(
-            f"{path}: {name} has the unknown dtype {brief(repr(said)[:99])}; "
+            f"{path}: {name} has the unknown dtype {quoted(said)}; "
             f"known are {', '.join(SAFETENSORS_DTYPES)}."
         )
     return tuple(entry["shape"]), dtype, tuple(offsets)

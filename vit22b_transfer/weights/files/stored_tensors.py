@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host.file_errors import brief
+from vit22b_transfer.host.file_errors import brief, quoted
 from vit22b_transfer.weights.mapping import SHOWN, num_bytes
 
 GET_AGAIN = (
@@ -58,7 +58,7 @@ def check_name(path: str, name: str) -> None:
     """Raises UserError for what is no name of a tensor: it is printed and compared."""
     if not name.isprintable() or len(name) > 1000:
         raise UserError(
-            f"{path}: a tensor is called {brief(repr(name[:100]))}, {len(name)} "
+            f"{path}: a tensor is called {quoted(name)}, {len(name)} "
             "characters; expected are at most 1000 that can be printed."
         )
 
