@@ -294,6 +294,7 @@ def source(folder, **changes):
         (dict(num_decoder_layers=999), "a depth of 1001 "),
         (dict(d_model=4_000_000), "a depth of 4 with a width of 4000000 take"),
         (dict(d_ff=4_000_000), "an MLP of 4000000 with a width of 8"),
+        (dict(num_heads=2**20, d_kv=2**20), "1048576 heads of 1048576 with a width"),
         (dict(vocab_size=4_000_000), "a vocabulary of 4000000 with a width of 8"),
         (dict(d_model=10**9), "d_model = 1000000000"),
         (dict(num_heads=True), "num_heads = True, which is a flag"),

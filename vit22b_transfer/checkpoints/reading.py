@@ -30,13 +30,15 @@ from vit22b_transfer.checkpoints import (
     run_records,
     stored_sizes,
 )
-from vit22b_transfer.host import file_errors
+from vit22b_transfer.host import file_errors, json_files
 
 Tree = Any
 
 STEP_NAME = re.compile(r"checkpoint_(\d+)")
 _SHOWN = 20
 _COMPARED = 5_000
+# What Orbax says of an array takes 400 bytes: this is room for 40,000.
+_METADATA_BYTES = 16 << 20
 _TOWER = "target/encoder/tower/"
 _ADVICE = "It is damaged: copy the checkpoint again, or take an older one."
 
@@ -283,6 +285,10 @@ def metadata(path: str) -> Tree:
     Raises:
       UserError: if it is damaged, or has chunks that the files cannot.
     """
+    for name in ("_METADATA", "_sharding"):
+        file = os.path.join(path, name)
+        if os.path.isfile(file):
+            json_files.read_object(file, advice=_ADVICE, limit=_METADATA_BYTES)
     # Not a Checkpointer: it warns that `state` alone is not a whole checkpoint.
     handler = ocp.PyTreeCheckpointHandler()
     try:

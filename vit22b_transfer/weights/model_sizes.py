@@ -38,6 +38,13 @@ def check(model: Model, tensors: Mapping[str, Any]) -> None:
         }
         if vocabulary := getattr(config, "vocab_size", 0):
             least[f"a vocabulary of {vocabulary}"] = config.width * vocabulary
+        if head_dim := getattr(config, "head_dim", 0):
+            heads = config.num_heads * head_dim
+            least[f"{config.num_heads} heads of {head_dim}"] = config.width * heads
+        if patch_size := getattr(config, "patch_size", 0):
+            least[f"patches of {patch_size}"] = config.width * 3 * patch_size**2
+        if registers := getattr(config, "num_registers", 0):
+            least[f"{registers} registers"] = config.width * registers
         if getattr(config, "positions", None) == "learned":
             rows = math.prod(config.grid_of(*config.image_size))
             least[f"{rows} positions"] = config.width * rows

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host.file_errors import quoted
+from vit22b_transfer.host.file_errors import brief, quoted
 from vit22b_transfer.models import vit, vit_positions
 from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import Row, Shape, unrolled_shapes
@@ -137,8 +137,10 @@ def _said_size(processor: Mapping[str, Any], name: str) -> Any:
     value = processor.get(name)
     if not isinstance(value, Mapping):
         return None if value is None else config_values.pair(processor, name)
-    sides = {side: value[side] for side in value if value[side] is not None}
-    return {side: config_values.size(sides, side) for side in sides}
+    sides = [side for side in value if value[side] is not None]
+    if len(sides) > 8 or not all(side.isidentifier() for side in sides):
+        raise UserError(f"the image processor says {name} = {brief(value)}.")
+    return {side: config_values.size(value, side) for side in sides}
 
 
 def square(positions: int, source: str) -> int:

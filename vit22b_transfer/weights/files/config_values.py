@@ -19,7 +19,7 @@ Config = Mapping[str, Any]
 # A published config takes a few KB, with the labels of 21,000 classes 1 MB.
 CONFIG_BYTES = 16 << 20
 # The index of the largest published model, 92,000 tensors in 163 shards, takes 9 MB.
-INDEX_BYTES = 32 << 20
+INDEX_BYTES = 16 << 20
 # No published config nests deeper than 8.
 _DEPTH = 64
 # Ten times the widest MLP and the largest vocabulary there are.

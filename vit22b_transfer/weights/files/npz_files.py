@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host.file_errors import damaged
+from vit22b_transfer.host.file_errors import damaged, quoted
 from vit22b_transfer.weights.files.stored_tensors import (
     GET_AGAIN,
     StoredTensor,
@@ -25,8 +25,8 @@ from vit22b_transfer.weights.files.stored_tensors import (
 )
 from vit22b_transfer.weights.mapping import num_bytes
 
-# A member takes 46 bytes and its name of the directory; published models have under
-# 2,000 of them. More are refused before an object is made of each.
+# A member takes 46 bytes and its name of the archive's directory, which is read in one
+# piece; published models have under 2,000 of them.
 _MAX_DIRECTORY = 4 << 20
 _MAX_MEMBERS = 20_000
 # NumPy's own limit, which it looks at when it has read the header.
@@ -42,17 +42,9 @@ def open_npz(path: str) -> dict[str, StoredTensor]:
     What its members take in memory is bounded by `check_inflated`.
     """
     refuse_other_content(path)
-    with damaged(path, GET_AGAIN):
-        _check_directory(path)
-        try:
-            archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise UserError(
-                f"{path} is no npz file, or truncated: {error}. {GET_AGAIN}"
-            ) from error
     # One member that is compressed, for slices of stacked layers.
     inflate = functools.lru_cache(maxsize=1)(functools.partial(_inflate, path))
-    with archive:
+    with _SmallReads(io.FileIO(path)) as file, _opened(path, file) as archive:
         members = archive.infolist()
         if len(members) > _MAX_MEMBERS:
             raise UserError(
@@ -65,8 +57,9 @@ def open_npz(path: str) -> dict[str, StoredTensor]:
         for info in members:
             if not info.filename.endswith(".npy"):
                 raise UserError(
-                    f"{path} holds {info.filename!r}, which is no array: the file is "
-                    "no npz (PyTorch's pickles are zip files too; they are not opened)."
+                    f"{path} holds {quoted(info.filename)}, which is no array: the "
+                    "file is no npz (PyTorch's pickles are zip files too; they are not "
+                    "opened)."
                 )
             name = info.filename.removesuffix(".npy")
             check_name(path, name)
@@ -77,30 +70,29 @@ def open_npz(path: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _check_directory(path: str) -> None:
-    """Raises UserError if the archive's directory, at its end, is too large.
+class _SmallReads(io.BufferedReader):
+    """A file of which not much is read at a time, as ZipFile does of a directory."""
 
-    Where there is none, `ZipFile` says so.
-    """
-    with open(path, "rb") as file:
-        size = os.path.getsize(path)
-        file.seek(max(0, size - 2**16 - 22))
-        end = file.read()
-        at = end.rfind(b"PK\5\6")
-        if at < 0 or at + 22 > len(end):
-            return
-        length = struct.unpack("<I", end[at + 12 : at + 16])[0]
-        locator = end[at - 20 : at] if at >= 20 else b""
-        if locator.startswith(b"PK\6\7"):  # of more than 4 GiB
-            file.seek(min(size, struct.unpack("<Q", locator[8:16])[0]))
-            record = file.read(56)
-            if record.startswith(b"PK\6\6") and len(record) == 56:
-                length = struct.unpack("<Q", record[40:48])[0]
-    if length > _MAX_DIRECTORY:
-        raise UserError(
-            f"{path} has a directory of {length} bytes, more than the {_MAX_DIRECTORY} "
-            f"that the arrays of a model need. {GET_AGAIN}"
-        )
+    def read(self, size: int | None = -1, /) -> bytes:
+        """The next bytes; UserError for more than a directory may have."""
+        if size is None or size < 0:
+            size = os.path.getsize(self.name) - self.tell()
+        if size > _MAX_DIRECTORY:
+            raise UserError(
+                f"{self.name} has a directory of {size} bytes, more than the "
+                f"{_MAX_DIRECTORY} that the arrays of a model need. {GET_AGAIN}"
+            )
+        return super().read(size)
+
+
+def _opened(path: str, file: io.BufferedReader) -> zipfile.ZipFile:
+    with damaged(path, GET_AGAIN):
+        try:
+            return zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise UserError(
+                f"{path} is no npz file, or truncated: {error}. {GET_AGAIN}"
+            ) from error
 
 
 def _npz_member(

@@ -43,6 +43,8 @@ SAFETENSORS_DTYPES = {
 # this is room for 50,000; the largest published model has 92,000, in 163 files. The
 # format's own limit is 100 MB, which take 2.2 GiB and a minute to read.
 _MAX_HEADER = 8 << 20
+# In all shards; half as many again as the largest published model has.
+_MAX_TENSORS = 150_000
 # Of weights, a header is a thousandth. Where tensors are tiny it may be more than they,
 # but from here on a header that is larger than all of its tensors is none of weights.
 _LARGE_HEADER = 1 << 20
@@ -147,6 +149,11 @@ def open_shards(index: str) -> dict[str, StoredTensor]:
         for shard in places.values()
     ):
         raise UserError(f"{index} has no weight_map of tensors to files beside it.")
+    if len(places) > _MAX_TENSORS:
+        raise UserError(
+            f"{index} names {len(places)} tensors, more than the {_MAX_TENSORS} that a "
+            "model may have."
+        )
     shards = sorted(set(places.values()))
     gone = [name for name in shards if not os.path.isfile(os.path.join(folder, name))]
     if gone:
