@@ -279,8 +279,16 @@ def test_a_message_stays_short_and_printable():
         assert len(str(error.value)) < 500 and str(error.value).isprintable()
 
 
-def source(folder, **changes):
-    write(folder, PUBLISHED, CONFIG | changes)
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A directory with a whole T5."""
+    folder = tmp_path_factory.mktemp("source") / "t5"
+    write(folder, PUBLISHED)
+    return folder
+
+
+def planned(folder, changes):
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     opened = sources.open_source(str(folder), FAMILIES)
     return import_plan.plan_part(opened, import_plan.ImportOptions())
 
@@ -303,11 +311,23 @@ def source(folder, **changes):
     ],
 )
 def test_sizes_that_the_file_cannot_hold_are_refused_at_once(
-    changes, match, frugal, tmp_path
+    changes, match, t5, frugal
 ):
     with pytest.raises(UserError, match=match) as error:
-        source(tmp_path / "t5", **changes)
-    assert str(tmp_path / "t5") in str(error.value)
+        planned(t5, changes)
+    assert str(t5) in str(error.value)
+
+
+def test_an_image_that_no_tensor_bounds_is_refused_at_once(frugal, tmp_path):
+    """DINOv3 computes its positions: the more, the larger the image is said to be."""
+    vision = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    config = dict(model_type="dinov3_vit", patch_size=4, **vision)
+    name = "embeddings.patch_embeddings.weight"
+    write(tmp_path / "dino", {name: np.zeros((8, 3, 4, 4), np.float32)}, config)
+    text = json.dumps(config | dict(image_size=4 << 20, intermediate_size=16))
+    (tmp_path / "dino" / "config.json").write_text(text)
+    with pytest.raises(UserError, match="dino: images of .* are 1099511627776 patches"):
+        sources.open_source(str(tmp_path / "dino"), FAMILIES)
 
 
 def test_the_nearest_of_very_many_names_is_found_soon(frugal):

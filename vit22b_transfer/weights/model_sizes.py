@@ -13,6 +13,9 @@ from vit22b_transfer import UserError
 from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import Model
 
+# 8192 x 8192 pixels in patches of 16. No tensor says how many there are where positions
+# are computed.
+_MOST_PATCHES = 2**18
 _DEPTHS = ("depth", "num_encoder_layers", "num_decoder_layers")
 
 
@@ -29,6 +32,14 @@ def check(model: Model, tensors: Mapping[str, Any]) -> None:
         depth = sum(getattr(config, name, 0) for name in _DEPTHS)
         if depth > 2 * config_values.MOST_LAYERS:
             raise UserError(f"{depth} layers are more than any model has. {_ADVICE}")
+        rows = 0
+        if hasattr(config, "grid_of"):
+            rows = math.prod(config.grid_of(*config.image_size))
+        if rows > _MOST_PATCHES:
+            raise UserError(
+                f"images of {config.image_size} are {rows} patches, more than the "
+                f"{_MOST_PATCHES} that are computed. {_ADVICE}"
+            )
         if not tensors:
             continue
         # Each layer has a norm, and an MLP.
@@ -46,7 +57,6 @@ def check(model: Model, tensors: Mapping[str, Any]) -> None:
         if registers := getattr(config, "num_registers", 0):
             least[f"{registers} registers"] = config.width * registers
         if getattr(config, "positions", None) == "learned":
-            rows = math.prod(config.grid_of(*config.image_size))
             least[f"{rows} positions"] = config.width * rows
         for what, needed in least.items():
             if needed > elements:
