@@ -28,10 +28,10 @@ from vit22b_transfer.host.file_errors import brief, damaged, quoted
 
 Tree = Any
 
-# What reading raises for damage. What a device raises while arrays are read onto it, a
-# RuntimeError, is none.
+# What reading arrays raises for damage. What a device raises while they are read onto
+# it, a RuntimeError, is none.
 UNREADABLE = (
-    *(ValueError, TypeError, LookupError, AttributeError, OSError, EOFError),
+    *(ValueError, LookupError, OSError, EOFError),
     *(RecursionError, NotImplementedError, OverflowError),
 )
 _VERSIONS = (2, 3)

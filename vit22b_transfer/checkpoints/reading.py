@@ -212,7 +212,7 @@ def _read_from(path, abstract):
         ),
         abstract,
     )
-    with _reading(path), ocp.PyTreeCheckpointer() as orbax:
+    with _reading(path, legacy.UNREADABLE), ocp.PyTreeCheckpointer() as orbax:
         return orbax.restore(
             os.path.join(path, "state"),
             args=ocp.args.PyTreeRestore(
@@ -292,7 +292,7 @@ def metadata(path: str) -> Tree:
     # Not a Checkpointer: it warns that `state` alone is not a whole checkpoint.
     handler = ocp.PyTreeCheckpointHandler()
     try:
-        with _reading(path):
+        with _reading(path, Exception):
             tree = handler.metadata(pathlib.Path(path)).tree
             stored = stored_sizes.of_directory(path)
             for name, leaf in flatten(tree).items():
@@ -308,14 +308,14 @@ def metadata(path: str) -> Tree:
 
 
 @contextlib.contextmanager
-def _reading(path):
+def _reading(path, kinds):
     # Of several arrays that Orbax opens at a time it raises one error, and Python logs
     # the others with their tracebacks.
     log = logging.getLogger("asyncio")
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with file_errors.damaged(f"checkpoint {path}", _ADVICE, legacy.UNREADABLE):
+        with file_errors.damaged(f"checkpoint {path}", _ADVICE, kinds):
             yield
     finally:
         log.setLevel(level)

@@ -147,7 +147,7 @@ def _config_folder(checkpoint: str, given: str | None, family: str) -> str:
 
 def _recorded(folder: str, family: str) -> dict[str, Any]:
     """Names and shapes of the tensors that the import read; empty without a record."""
-    record = config_values.read_json(folder, RECORD, limit=config_values.INDEX_BYTES)
+    record = config_values.read_json(folder, RECORD)
     if not record:
         return {}
     path = os.path.join(folder, RECORD)

@@ -16,10 +16,9 @@ from vit22b_transfer.weights.files.stored_tensors import GET_AGAIN
 
 Config = Mapping[str, Any]
 
-# A published config takes a few KB, with the labels of 21,000 classes 1 MB.
-CONFIG_BYTES = 16 << 20
-# The index of the largest published model, 92,000 tensors in 163 shards, takes 9 MB.
-INDEX_BYTES = 16 << 20
+# A published config takes a few KB, with the labels of 21,000 classes 1 MB; the index
+# of the largest published model, 92,000 tensors in 163 shards, takes 9 MB.
+_JSON_BYTES = 16 << 20
 # No published config nests deeper than 8.
 _DEPTH = 64
 # Ten times the widest MLP and the largest vocabulary there are.
@@ -33,21 +32,17 @@ _MISSING = object()
 # --- Files ---
 
 
-def read_json(
-    directory: str, name: str, *, limit: int = CONFIG_BYTES
-) -> dict[str, Any]:
+def read_json(directory: str, name: str) -> dict[str, Any]:
     """A JSON file of a source's directory; empty if there is none.
 
-    limit: of its size in bytes.
-
     Raises:
-      UserError: if it is not a JSON object, too large, nested too deeply, or holds text
-        that UTF-8 cannot.
+      UserError: if it is not a JSON object, has more than 16 MiB, is nested too deeply,
+        or holds text that UTF-8 cannot.
     """
     path = os.path.join(directory, name)
     if not os.path.isfile(path):
         return {}
-    value = json_files.read_object(path, advice=GET_AGAIN, limit=limit)
+    value = json_files.read_object(path, advice=GET_AGAIN, limit=_JSON_BYTES)
     check_text(value, path)
     return value
 

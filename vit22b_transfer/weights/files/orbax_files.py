@@ -37,8 +37,7 @@ def open_orbax(path: str) -> dict[str, StoredTensor]:
     import tensorstore
 
     # Before Orbax reads it: it would say less of what is wrong.
-    limit = config_values.INDEX_BYTES
-    settings = config_values.read_json(path, _METADATA, limit=limit)
+    settings = config_values.read_json(path, _METADATA)
     tensors, context = {}, tensorstore.Context()
     for name, leaf in _leaves(reading.metadata(path), ()):
         joined = "/".join(name)

@@ -142,8 +142,7 @@ def _safetensors_entry(path: str, name: str, entry: Any):
 def open_shards(index: str) -> dict[str, StoredTensor]:
     """The tensors of all files that a shard index names, unread."""
     folder, name = os.path.split(index)
-    limit = config_values.INDEX_BYTES
-    places = config_values.read_json(folder, name, limit=limit).get("weight_map")
+    places = config_values.read_json(folder, name).get("weight_map")
     if not isinstance(places, dict) or not all(
         isinstance(shard, str) and shard == os.path.basename(shard)
         for shard in places.values()
