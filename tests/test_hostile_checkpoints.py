@@ -4,6 +4,7 @@ import json
 
 import msgpack
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from hostile_files import measured
 
@@ -149,6 +150,24 @@ def test_damage_in_orbaxs_own_files_is_named(ours):
                     read(path)
         file.write_bytes(content)
     assert tensor_files.open_tensors(path)["target/kernel"].read().tolist()[3] == 3
+
+
+@pytest.mark.parametrize("read", [tensor_files.open_tensors, reading.metadata])
+def test_chunks_that_orbax_cannot_have_written_are_refused(read, tmp_path, frugal):
+    """Each array's metadata is a file of its own where T5X was told so."""
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        tree = {"target": {"kernel": np.arange(4, dtype=np.float32)}}
+        checkpointer.save(tmp_path / "state", args=ocp.args.PyTreeSave(tree))
+    path = str(tmp_path / "state")
+    assert read(path)
+    (file,) = (tmp_path / "state").glob("*/.zarray")
+    said = json.loads(file.read_text())
+    for change in (dict(chunks=[2**31]), dict(chunks=[2**31], shape=[2**31])):
+        file.write_text(json.dumps(said | change))
+        with pytest.raises(UserError, match=r"kernel: its chunks are .2147483648") as e:
+            read(path)
+        assert path in str(e.value)
 
 
 @pytest.mark.parametrize(

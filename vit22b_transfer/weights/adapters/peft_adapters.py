@@ -242,7 +242,8 @@ class Updates:
                 slot = Slot(name, kernel.layer)
                 if not output.has(slot):
                     shown = f"{module}.lora_{letter}"
-                    output.write(slot, pair[letter].read().T, shown)
+                    with naming(self.adapter.source):
+                        output.write(slot, pair[letter].read().T, shown)
         output.write_record({"lora": {"alpha": self.config.alpha}})
 
     def gin_fields(self, fresh: str | None) -> dict[str, Any]:
