@@ -294,8 +294,8 @@ def planned(folder, changes):
     [
         (dict(num_layers=300_000_000), "num_layers = 300000000, .* from 1 to 1000"),
         (dict(num_layers=3e8), "num_layers = 300000000.0, which is a number"),
-        (dict(num_layers=999), "a depth of 1998 with a width of 8 take 15984 elements"),
-        (dict(num_decoder_layers=999), "a depth of 1001 "),
+        (dict(num_layers=999, d_model=2048), "a depth of 1998 with a width of 2048"),
+        (dict(num_decoder_layers=999, d_model=2048), "a depth of 1001 with a"),
         (dict(d_model=4_000_000), "a depth of 4 with a width of 4000000 take"),
         (dict(d_ff=4_000_000), "an MLP of 4000000 with a width of 8"),
         (dict(num_heads=2**20, d_kv=2**20), "1048576 heads of 1048576 with a width"),
