@@ -55,7 +55,11 @@ FENCES = {
         "benchmarks/",
     ),
     "gin": ("vit22b_transfer/recipes/", "vit22b_transfer/cli.py", "tests/"),
-    "orbax": ("vit22b_transfer/checkpoints/", "vit22b_transfer/weights/files/"),
+    "orbax": (
+        "vit22b_transfer/checkpoints/",
+        "vit22b_transfer/weights/files/",
+        "tests/test_hostile_checkpoints.py",
+    ),
     "tensorstore": (
         "vit22b_transfer/checkpoints/",
         "vit22b_transfer/weights/files/",

@@ -14,7 +14,11 @@ from safetensors import numpy as safetensors_numpy
 from torch_peers import torch
 
 from vit22b_transfer.checkpoints import writing
-from vit22b_transfer.weights.files import tensor_files, tensor_writing
+from vit22b_transfer.weights.files import (
+    config_values,
+    tensor_files,
+    tensor_writing,
+)
 from vit22b_transfer.weights.files.tensor_writing import LazyTensor
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -186,7 +190,10 @@ BROKEN = {
         ),
         "a is there twice",
     ),
-    "no JSON": (safetensors_bytes(b"{ no }"), "unreadable header"),
+    "no JSON": (
+        safetensors_bytes(b"{ no }"),
+        "its header, line 1, column 3: malformed JSON",
+    ),
     "no object": (safetensors_bytes(b"[1]"), "not a JSON object"),
     "nothing": (b"", "is empty. The download was gated or cut off"),
     "a git-lfs pointer": (
@@ -338,9 +345,9 @@ def test_what_is_no_source_is_refused_with_what_would_be(tmp_path):
 
 def test_a_config_that_is_a_web_page_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("<html>")
-    with pytest.raises(ValueError, match="config.json is not JSON.*gated or cut off"):
-        tensor_files.read_json(str(tmp_path), "config.json")
+    with pytest.raises(ValueError, match="config.json, line 1, .*JSON.*gated or"):
+        config_values.read_json(str(tmp_path), "config.json")
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a JSON object"):
-        tensor_files.read_json(str(tmp_path), "config.json")
-    assert tensor_files.read_json(str(tmp_path), "other.json") == {}
+    with pytest.raises(ValueError, match="holds no JSON object but"):
+        config_values.read_json(str(tmp_path), "config.json")
+    assert config_values.read_json(str(tmp_path), "other.json") == {}

@@ -7,9 +7,10 @@ vocabularies and the metrics of an unfinished logging window. The older format o
 (see `legacy`) is read wherever a checkpoint is, and never written.
 """
 
+import contextlib
 import difflib
 import functools
-import json
+import logging
 import os
 import pathlib
 import re
@@ -23,13 +24,23 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import fingerprints, legacy
+from vit22b_transfer.checkpoints import (
+    fingerprints,
+    legacy,
+    run_records,
+    stored_sizes,
+)
+from vit22b_transfer.host import file_errors, json_files
 
 Tree = Any
 
 STEP_NAME = re.compile(r"checkpoint_(\d+)")
 _SHOWN = 20
+_COMPARED = 5_000
+# What Orbax says of an array takes 400 bytes: this is room for 40,000.
+_METADATA_BYTES = 16 << 20
 _TOWER = "target/encoder/tower/"
+_ADVICE = "It is damaged: copy the checkpoint again, or take an older one."
 
 
 def complete_steps(model_dir: str) -> list[int]:
@@ -125,7 +136,9 @@ def check_fit(
         expected, found = wanted[name], saved.get(source)
         shown = name if name == source else f"{name} (from {source})"
         if found is None:
-            near = difflib.get_close_matches(source, saved, n=3, cutoff=0.6)
+            # To compare every name with every other takes minutes.
+            few = len(problems) < _SHOWN and len(saved) < _COMPARED
+            near = difflib.get_close_matches(source, saved if few else (), cutoff=0.6)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             problems.append(f"{shown}: not in the checkpoint{hint}")
         elif tuple(found.shape) != tuple(expected.shape):
@@ -165,6 +178,9 @@ def read_arrays(path: str, abstract: Tree) -> Tree:
     """The arrays of `abstract`, unchecked, in its dtypes and shardings.
 
     Orbax neither refuses another shape nor another dtype: call `check_fit` before.
+
+    Raises:
+      UserError: if the files are damaged.
     """
     flat = flatten(abstract)
     borrowed = {name for name in flat if name.startswith(_TOWER)}
@@ -196,7 +212,7 @@ def _read_from(path, abstract):
         ),
         abstract,
     )
-    with ocp.PyTreeCheckpointer() as orbax:
+    with _reading(path, legacy.UNREADABLE), ocp.PyTreeCheckpointer() as orbax:
         return orbax.restore(
             os.path.join(path, "state"),
             args=ocp.args.PyTreeRestore(
@@ -229,6 +245,7 @@ def _origin_of_tower(path):
     """The checkpoint with the tower whose cached features `path` was trained on."""
     record = read_record(path)["tower"]
     origin = record["checkpoint"]
+    _check_chain(path)
     if not is_complete(origin):
         raise UserError(
             f"checkpoint {path} was trained on cached features and has no tower of its "
@@ -242,17 +259,66 @@ def _origin_of_tower(path):
     return origin
 
 
+def _check_chain(path):
+    """Raises UserError if records of towers name each other in a circle."""
+    seen, at = [], path
+    while os.path.isdir(at) and is_complete(at) and "tower" in read_record(at):
+        if at in seen:
+            raise UserError(
+                f"checkpoint {path}: the record of {seen[-1]} names {at} for its "
+                f"tower, whose record leads back to it. {_ADVICE}"
+            )
+        seen.append(at)
+        at = read_record(at)["tower"]["checkpoint"]
+
+
 def _arrays_in(path):
     """Shape and dtype of the arrays that lie in `path`, no tower from elsewhere."""
     if legacy.is_legacy(path):
         return legacy.saved_arrays(path)
+    return flatten(metadata(os.path.join(path, "state")))
+
+
+def metadata(path: str) -> Tree:
+    """Nested dicts of what Orbax says of the arrays in a directory, unread.
+
+    Raises:
+      UserError: if it is damaged, or has chunks that the files cannot.
+    """
+    for name in ("_METADATA", "_sharding"):
+        file = os.path.join(path, name)
+        if os.path.isfile(file):
+            json_files.read_object(file, advice=_ADVICE, limit=_METADATA_BYTES)
     # Not a Checkpointer: it warns that `state` alone is not a whole checkpoint.
     handler = ocp.PyTreeCheckpointHandler()
     try:
-        metadata = handler.metadata(pathlib.Path(path) / "state")
+        with _reading(path, Exception):
+            tree = handler.metadata(pathlib.Path(path)).tree
+            stored = stored_sizes.of_directory(path)
+            for name, leaf in flatten(tree).items():
+                storage = getattr(leaf, "storage", None)
+                if storage is not None and storage.chunk_shape is not None:
+                    with file_errors.naming(f"{path}: {name}"):
+                        stored_sizes.check_chunk(
+                            leaf.shape, storage.chunk_shape, leaf.dtype.itemsize, stored
+                        )
     finally:
         handler.close()
-    return flatten(metadata.tree)
+    return tree
+
+
+@contextlib.contextmanager
+def _reading(path, kinds):
+    # Of several arrays that Orbax opens at a time it raises one error, and Python logs
+    # the others with their tracebacks.
+    log = logging.getLogger("asyncio")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with file_errors.damaged(f"checkpoint {path}", _ADVICE, kinds):
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -261,12 +327,15 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def read_record(path: str) -> dict[str, Any]:
-    """The JSON record of a checkpoint; empty if another program wrote it."""
+    """The JSON record of a checkpoint; empty if another program wrote it.
+
+    Raises:
+      UserError: if it is damaged.
+    """
     file = record_file(resolve(path))
     if not os.path.isfile(file):
         return {}
-    with open(file, encoding="utf-8") as stream:
-        return json.load(stream)
+    return run_records.read(file, _ADVICE)
 
 
 def is_ours(path: str) -> bool:

@@ -121,20 +121,24 @@ def _import(args: argparse.Namespace) -> None:
 
 def _open_tensors(source: str):
     """The tensors of a source, in whichever format."""
-    from vit22b_transfer.checkpoints import legacy
-    from vit22b_transfer.weights.files import tensor_files
-    from vit22b_transfer.weights.files.stored_tensors import StoredTensor
+    from vit22b_transfer.checkpoints import legacy, stored_sizes
+    from vit22b_transfer.weights.files import stored_tensors, tensor_files
 
     path = os.path.abspath(os.path.expanduser(source))
     if not legacy.is_legacy(path):
         return tensor_files.open_tensors(source)
-    read = legacy.read_array
-    return {
-        name: StoredTensor(
-            tuple(array.shape), array.dtype, path, functools.partial(read, path, name)
+    tensors = {
+        name: stored_tensors.StoredTensor(
+            tuple(array.shape),
+            array.dtype,
+            path,
+            functools.partial(legacy.read_array, path, name),
         )
         for name, array in legacy.saved_arrays(path).items()
     }
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    stored_tensors.check_inflated(path, stored_sizes.of_directory(path), needed)
+    return tensors
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from vit22b_transfer import UserError
 from vit22b_transfer.host import memory_limit
+from vit22b_transfer.host.file_errors import naming
 from vit22b_transfer.host.progress import Progress, console
 from vit22b_transfer.weights import sources
 from vit22b_transfer.weights.adapters import peft_adapters
@@ -121,7 +122,7 @@ def _write(part: Part, output: CheckpointOutput, progress: Progress) -> None:
 
     def run(step: Step) -> None:
         size = _step_bytes(part, step)
-        with limit.holding(size):
+        with limit.holding(size), naming(part.source.name):
             _convert(part, step, output)
         progress.add(size)
 

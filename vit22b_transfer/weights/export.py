@@ -16,13 +16,23 @@ import numpy as np
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.host import whole_files
+from vit22b_transfer.host.file_errors import brief, naming
 from vit22b_transfer.host.progress import Progress, console
 from vit22b_transfer.models import int8
-from vit22b_transfer.weights import mapping, sources, transforms
+from vit22b_transfer.weights import mapping, model_sizes, sources, transforms
 from vit22b_transfer.weights.adapters import merging, peft_adapters
 from vit22b_transfer.weights.companions import CARRIED, RECORD
-from vit22b_transfer.weights.files import blocks, tensor_files, tensor_writing
-from vit22b_transfer.weights.files.stored_tensors import StoredTensor
+from vit22b_transfer.weights.files import (
+    blocks,
+    config_values,
+    tensor_files,
+    tensor_writing,
+)
+from vit22b_transfer.weights.files.stored_tensors import (
+    StoredTensor,
+    check_name,
+    is_shape,
+)
 from vit22b_transfer.weights.files.tensor_writing import LazyTensor
 from vit22b_transfer.weights.mapping import SHOWN, Family, Model, Slot, Step
 
@@ -68,7 +78,9 @@ def export_weights(
     folder = _config_folder(checkpoint, config_folder, family)
     config = sources.read_config(folder)
     theirs = _recorded(folder, family)
-    model = found.read(config, theirs)
+    with naming(folder):
+        model = found.read(config, theirs)
+        model_sizes.check(model, theirs or params)
     plan = _plan(found, model, theirs, params, checkpoint)
     lines = []
     if alpha is not None:
@@ -135,13 +147,25 @@ def _config_folder(checkpoint: str, given: str | None, family: str) -> str:
 
 def _recorded(folder: str, family: str) -> dict[str, Any]:
     """Names and shapes of the tensors that the import read; empty without a record."""
-    record = tensor_files.read_json(folder, RECORD)
-    if record and record["family"] != family:
+    record = config_values.read_json(folder, RECORD)
+    if not record:
+        return {}
+    path = os.path.join(folder, RECORD)
+    with naming(path):
+        said = config_values.text(record, "family")
+        shapes = config_values.part(record, "tensors")
+    if said != family:
         raise UserError(
-            f"{folder} was imported from {record['family']}, not from {family}; export "
-            f"with --format {record['family']}, or name another --config."
+            f"{folder} was imported from {said}, not from {family}; export "
+            f"with --format {said}, or name another --config."
         )
-    shapes = record.get("tensors", {})
+    for name, shape in shapes.items():
+        check_name(path, name)
+        if not is_shape(shape):
+            raise UserError(
+                f"{path} says that {name} has the shape {brief(shape)}. Import the "
+                "model again."
+            )
     return {name: transforms.abstract(shape) for name, shape in shapes.items()}
 
 
@@ -272,8 +296,7 @@ def _copy_companions(folder: str, to: str, dtype: np.dtype) -> None:
             shutil.copyfile(os.path.join(folder, name), os.path.join(to, name))
     path = os.path.join(to, sources.CONFIG)
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
+        config = config_values.read_json(folder, sources.CONFIG)
         for name in ("dtype", "torch_dtype"):
             if name in config:
                 config[name] = dtype.name

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vit22b_transfer import UserError
+from vit22b_transfer.host.file_errors import naming
 from vit22b_transfer.models import towers
 from vit22b_transfer.weights import mapping
 from vit22b_transfer.weights.adapters import peft_adapters
@@ -64,6 +65,11 @@ def plan_part(source: Source, options: ImportOptions) -> Part:
       UserError: naming the tensors that are missing, left over or of another shape or
         dtype than its config says.
     """
+    with naming(source.name):
+        return _plan_part(source, options)
+
+
+def _plan_part(source: Source, options: ImportOptions) -> Part:
     family, model = source.family, source.model
     source.check_companions()
     shapes = family.shapes(model.tower, model.text)

@@ -36,6 +36,8 @@ from vit22b_transfer.weights.transforms import SAME, Transform, abstract
 Shape = tuple[int, ...]
 # Lines of an error that lists names.
 SHOWN = 20
+# Names that another is compared with, and how long they may be.
+_COMPARED, _COMPARED_LENGTH = 500, 200
 
 
 # --- Tables ---
@@ -299,7 +301,11 @@ def misfits(
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """`nearest: a, b`, or that there is nothing like it."""
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
+    names = [other for other in names if len(other) <= _COMPARED_LENGTH]
+    if len(names) > _COMPARED:  # it would take minutes
+        last = re.split(r"[/.]", name)[-1]
+        names = [other for other in names if other.endswith(last)][:_COMPARED]
+    near = difflib.get_close_matches(name[:_COMPARED_LENGTH], names, n=3, cutoff=0.6)
     return f"nearest: {', '.join(near)}" if near else "nothing is called similarly"
 
 

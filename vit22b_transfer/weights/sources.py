@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vit22b_transfer import UserError
-from vit22b_transfer.weights.files import tensor_files
+from vit22b_transfer.host.file_errors import naming, quoted
+from vit22b_transfer.weights import model_sizes
+from vit22b_transfer.weights.files import config_values, tensor_files
 from vit22b_transfer.weights.files.stored_tensors import (
     StoredTensor,
     refuse_other_content,
@@ -53,7 +55,12 @@ class Source:
         if self.folder is None:
             return []
         names = sorted(os.listdir(self.folder))
-        return [n for n in names if n in _COMPANIONS or n.endswith(_TOKENIZER)]
+        return [
+            name
+            for name in names
+            if (name in _COMPANIONS or name.endswith(_TOKENIZER))
+            and os.path.isfile(os.path.join(self.folder, name))
+        ]
 
     def tokenizer(self) -> str | None:
         """The name of the SentencePiece file, if there is one."""
@@ -94,19 +101,29 @@ def open_source(
     if path.endswith(".npz"):
         folder, config = None, {}
     found = choose(families, config, tensors, family, name)
-    return Source(name, folder, config, tensors, found, found.read(config, tensors))
+    with naming(name):
+        model = found.read(config, tensors)
+        model_sizes.check(model, tensors)
+    return Source(name, folder, config, tensors, found, model)
 
 
 def read_config(folder: str) -> dict[str, Any]:
     """config.json of a directory, with its image processor as `preprocessor`.
 
     transformers 5 writes that into processor_config.json if there is a tokenizer too.
+
+    Raises:
+      UserError: if one of them is damaged.
     """
-    config = tensor_files.read_json(folder, CONFIG)
-    found = tensor_files.read_json(folder, "preprocessor_config.json")
+    config = config_values.read_json(folder, CONFIG)
+    config.pop("preprocessor", None)
+    found: Mapping[str, Any] = config_values.read_json(
+        folder, "preprocessor_config.json"
+    )
     if not found:
-        whole = tensor_files.read_json(folder, "processor_config.json")
-        found = whole.get("image_processor")
+        whole = config_values.read_json(folder, "processor_config.json")
+        with naming(os.path.join(folder, "processor_config.json")):
+            found = config_values.part(whole, "image_processor")
     if found:
         config["preprocessor"] = found
     return config
@@ -126,15 +143,15 @@ def write_sizes(folder: str, old: Model, new: Model) -> None:
             sizes[name] = rows * columns
         sizes |= dict(height=height, width=width)
         shape = read_config(folder).get("preprocessor", {}).get("size", {})
-        if isinstance(shape, dict) and "shortest_edge" in shape:
+        if isinstance(shape, dict) and shape.get("shortest_edge") is not None:
             # As much larger than what is cut from the centre as it was.
-            edge = shape["shortest_edge"] * max(height, width)
+            with naming(folder):
+                edge = config_values.size(shape, "shortest_edge") * max(height, width)
             sizes["shortest_edge"] = edge // min(old.tower.image_size)
     for name in (CONFIG, "preprocessor_config.json", "processor_config.json"):
         path = os.path.join(folder, name)
         if sizes and os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                config = json.load(file)
+            config = config_values.read_json(folder, name)
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(_replaced(config, sizes), file, indent=2)
 
@@ -184,7 +201,11 @@ def choose(
     kind = config.get("model_type")
     raise UserError(
         f"{source} is of no family that can be imported: "
-        + (f"its config.json says model_type {kind!r}" if kind else "no config.json")
+        + (
+            f"its config.json says model_type {quoted(kind)}"
+            if kind
+            else "no config.json"
+        )
         + f", its tensors are called {first}, ... Families: "
         f"{', '.join(sorted(each.name for each in families))}; say which with --family."
     )

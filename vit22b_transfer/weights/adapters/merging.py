@@ -13,7 +13,7 @@ from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.models import lora
 from vit22b_transfer.weights.files import tensor_files
-from vit22b_transfer.weights.files.stored_tensors import StoredTensor, json_object
+from vit22b_transfer.weights.files.stored_tensors import StoredTensor
 
 
 def updated_kernels(params: Mapping[str, Any]) -> list[str]:
@@ -39,8 +39,7 @@ def lora_alpha(checkpoint: str, given: float | None) -> float:
       UserError: if neither the checkpoint nor `given` says it, or they differ.
     """
     folder = os.path.dirname(tensor_files.find_weights(checkpoint))
-    file = reading.record_file(folder)
-    record = json_object(file) if os.path.isfile(file) else {}
+    record = reading.read_record(folder) if reading.is_complete(folder) else {}
     recorded = record.get("lora", {}).get("alpha", given)
     if recorded is None:
         raise UserError(

@@ -16,11 +16,16 @@ import numpy as np
 
 from vit22b_transfer import UserError
 from vit22b_transfer.host import whole_files
+from vit22b_transfer.host.file_errors import brief, naming, quoted
 from vit22b_transfer.models.lora import LoraConfig
 from vit22b_transfer.weights import mapping
 from vit22b_transfer.weights.adapters import peft_modules
 from vit22b_transfer.weights.adapters.merging import matrices, updated_kernels
-from vit22b_transfer.weights.files import tensor_files, tensor_writing
+from vit22b_transfer.weights.files import (
+    config_values,
+    tensor_files,
+    tensor_writing,
+)
 from vit22b_transfer.weights.files.stored_tensors import StoredTensor
 from vit22b_transfer.weights.files.tensor_writing import LazyTensor
 from vit22b_transfer.weights.mapping import SHOWN, Shape, Slot, Step
@@ -170,7 +175,11 @@ def open_adapter(path: str) -> Adapter:
       UserError: if it is damaged, or computes what our updates do not.
     """
     folder = os.path.abspath(os.path.expanduser(path))
-    config = tensor_files.read_json(folder, CONFIG)
+    config = config_values.read_json(folder, CONFIG)
+    with naming(os.path.join(path, CONFIG)):
+        rank = config_values.size(config, "r", most=2**16)
+        alpha = config_values.number(config, "lora_alpha")
+        dropout = config_values.number(config, "lora_dropout", 0.0, least=0.0)
     _check_config(path, config)
     file = os.path.join(folder, WEIGHTS)
     tensors = tensor_files.open_tensors(file if os.path.isfile(file) else folder)
@@ -182,8 +191,10 @@ def open_adapter(path: str) -> Adapter:
                 f"{path}: {name} is not a matrix of a low-rank update of a linear "
                 "layer, which is all that can be imported."
             )
-        pairs.setdefault(match[1], {})[match[2]] = tensor
-    rank = config["r"]
+        pair = pairs.setdefault(match[1], {})
+        if match[2] in pair:
+            raise UserError(f"{path}: {match[1]} has lora_{match[2]} twice.")
+        pair[match[2]] = tensor
     for module, pair in pairs.items():
         if len(pair) < 2:
             raise UserError(f"{path}: {module} has lora_{'/'.join(pair)} alone.")
@@ -196,22 +207,18 @@ def open_adapter(path: str) -> Adapter:
             )
     if not pairs:
         raise UserError(f"{path} holds no updates.")
-    alpha, dropout = float(config["lora_alpha"]), float(config.get("lora_dropout") or 0)
     return Adapter(path, rank, alpha, dropout, pairs)
 
 
 def _check_config(path: str, config: Mapping[str, Any]) -> None:
-    for name in ("r", "lora_alpha"):
-        if type(config.get(name)) not in (int, float):
-            raise UserError(f"{path}: {CONFIG} says {name} = {config.get(name)!r}.")
     for name, value in config.items():
         allowed = _ALLOWED.get(name)
         if value not in allowed if allowed else value and name not in _WITHOUT_EFFECT:
             said = f"only {', '.join(map(repr, allowed))}" if allowed else "unset"
             raise UserError(
-                f"{path}: {CONFIG} says {name} = {value!r}, and what that computes "
-                f"models/lora.py does not; it may be {said}. Merge the adapter into "
-                "its model with PEFT (merge_and_unload) and import that."
+                f"{path}: {CONFIG} says {brief(name)} = {quoted(value)}, and what that "
+                f"computes models/lora.py does not; it may be {said}. Merge the "
+                "adapter into its model with PEFT (merge_and_unload) and import that."
             )
 
 
@@ -235,7 +242,8 @@ class Updates:
                 slot = Slot(name, kernel.layer)
                 if not output.has(slot):
                     shown = f"{module}.lora_{letter}"
-                    output.write(slot, pair[letter].read().T, shown)
+                    with naming(self.adapter.source):
+                        output.write(slot, pair[letter].read().T, shown)
         output.write_record({"lora": {"alpha": self.config.alpha}})
 
     def gin_fields(self, fresh: str | None) -> dict[str, Any]:

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from vit22b_transfer import UserError
+from vit22b_transfer.host.file_errors import brief
 from vit22b_transfer.models import gemma, prefix_lm, vit
 from vit22b_transfer.weights.families import tower_rows as tr
+from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import (
     Family,
     Model,
@@ -94,7 +96,7 @@ def text_config(config: Config) -> gemma.GemmaConfig:
     Raises:
       UserError: for what models/gemma.py cannot compute.
     """
-    kind = config.get("model_type", "gemma")
+    kind = config_values.text(config, "model_type", "gemma")
     if kind not in _DEFAULTS:
         raise UserError(
             f"config.json says model_type {kind!r} of the text; known are "
@@ -121,12 +123,21 @@ def text_config(config: Config) -> gemma.GemmaConfig:
     return gemma.GemmaConfig(**fields)
 
 
+_NULLABLE = ("final_logit_softcapping", "attn_logit_softcapping")
+# Compared with the only value there is, or null in some classes.
+_UNTYPED = (*_NULLABLE, "use_bidirectional_attention")
+
+
 def _completed(config: Config, kind: str) -> dict[str, Any]:
     """The config with its class's defaults; null is a value where the class has it."""
     defaults = _DEFAULTS[kind]
-    nullable = ("final_logit_softcapping", "attn_logit_softcapping")
-    said = {k: v for k, v in config.items() if v is not None or k in nullable}
-    return dict(defaults) | said
+    said = {k: v for k, v in config.items() if v is not None or k in _NULLABLE}
+    said = dict(defaults) | said
+    of_class = {k: v for k, v in defaults.items() if k not in _UNTYPED}
+    for name in _NULLABLE:
+        if said.get(name) is not None:
+            said[name] = config_values.number(said, name, least=1e-6)
+    return said | config_values.like(said, of_class)
 
 
 def _later_fields(said: Config, kind: str, base: float) -> dict[str, Any]:
@@ -157,18 +168,20 @@ def _later_fields(said: Config, kind: str, base: float) -> dict[str, Any]:
 
 def _period(said: Config, kind: str) -> int:
     """`GemmaConfig.global_period`."""
-    usual = said.get("_sliding_window_pattern", _PERIODS[kind])
-    usual = said.get("sliding_window_pattern", usual)
-    depth, kinds = said["num_hidden_layers"], said.get("layer_types")
-    if kinds is None:
+    usual = config_values.size(said, "_sliding_window_pattern", _PERIODS[kind])
+    usual = config_values.size(said, "sliding_window_pattern", usual)
+    depth = said["num_hidden_layers"]
+    if said.get("layer_types") is None:
         return usual
+    kinds = config_values.texts(said, "layer_types", depth)
     is_local = [one == "sliding_attention" for one in kinds]
     for period in (usual, *range(1, depth + 2)):
         if is_local == [(i + 1) % period != 0 for i in range(depth)]:
             return period
     raise UserError(
-        f"config.json says layer_types {', '.join(kinds)}; models/gemma.py has {depth} "
-        "layers of which every n-th is full_attention, the others sliding_attention."
+        f"config.json says layer_types {brief(', '.join(kinds))}; models/gemma.py has "
+        f"{depth} layers of which every n-th is full_attention, the others "
+        "sliding_attention."
     )
 
 
@@ -180,20 +193,27 @@ def _rotary(said: Config, kind: str, layers: str) -> tuple[float, float]:
     old_base = "rope_theta"
     if kind == "gemma3_text" and layers == "sliding_attention":
         old_base = "rope_local_base_freq"
-    scaling = said.get("rope_scaling") or {}
+    scaling = config_values.part(said, "rope_scaling")
     if kind == "gemma3_text" and layers == "sliding_attention":
         scaling = {}
-    given = said.get("rope_parameters") or {}
-    given = given.get(layers, {} if "full_attention" in given else given)
+    given = config_values.part(said, "rope_parameters")
+    if layers in given:
+        given = config_values.part(given, layers)
+    elif "full_attention" in given:
+        given = {}
     given = dict(scaling) | dict(given)
-    base = given.get("rope_theta", said.get(old_base, _ROPE_BASES[kind][layers]))
-    method = given.get("rope_type", given.get("type", "default"))
+    base = config_values.number(said, old_base, _ROPE_BASES[kind][layers], least=1e-6)
+    base = config_values.number(given, "rope_theta", base, least=1e-6)
+    method = config_values.text(given, "type", "default")
+    method = config_values.text(given, "rope_type", method)
     if method not in ("default", "linear"):
         raise UserError(
             f"config.json says rope_type {method!r}; models/gemma.py has default and "
             "linear."
         )
-    return float(base), float(given["factor"]) if method == "linear" else 1.0
+    if method == "default":
+        return base, 1.0
+    return base, config_values.number(given, "factor", least=1e-6)
 
 
 # --- Tables ---
@@ -256,7 +276,8 @@ def shapes(tower: vit.ViTConfig | None, text: gemma.GemmaConfig) -> dict[str, Sh
 
 def framing(config: Config, separator_id: int | None) -> dict[str, int]:
     """What gin binds to frame prompts as the source's own model has them."""
-    bindings = {"prefix_lm.PrefixLMModule.bos_id": config.get("bos_token_id", 2)}
+    bos_id = config_values.size(config, "bos_token_id", 2, least=0)
+    bindings = {"prefix_lm.PrefixLMModule.bos_id": bos_id}
     if separator_id is not None:
         bindings["prefix_lm.PrefixLMModule.separator_id"] = separator_id
     return bindings
@@ -266,7 +287,8 @@ def _read(config: Config, tensors: Config) -> Model:
     whole = config["model_type"] == "gemma3"
     said = config
     if whole:
-        said = {"model_type": "gemma3_text"} | dict(config.get("text_config") or {})
+        said = dict(config_values.part(config, "text_config"))
+        said = {"model_type": "gemma3_text"} | said
     if said.get("use_bidirectional_attention"):
         raise UserError(
             "config.json says use_bidirectional_attention = True: this is an encoder, "

@@ -16,6 +16,7 @@ from vit22b_transfer.models import gemma as models
 from vit22b_transfer.weights.families import gemma, towers_big_vision
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
+from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
 from vit22b_transfer.weights.transforms import (
     Transform,
@@ -49,7 +50,7 @@ def _read(config: Config, tensors: Config) -> Model:
     for part in ("text_config", "vision_config"):
         if part not in config:
             raise UserError(f"config.json lacks {part}; fetch it again.")
-    text = gemma.text_config(config["text_config"])
+    text = gemma.text_config(config_values.part(config, "text_config"))
     tower = dataclasses.replace(hf.siglip_tower(config), pooling="none")
     prefix = tr.find_prefix(
         tensors,
@@ -98,7 +99,8 @@ def _read(config: Config, tensors: Config) -> Model:
 
 
 def _image_token(config: Config) -> int:
-    return config.get("image_token_id", config.get("image_token_index", 256_000))
+    old = config_values.size(config, "image_token_index", 256_000, least=0)
+    return config_values.size(config, "image_token_id", old, least=0)
 
 
 # --- big_vision ---
@@ -154,23 +156,23 @@ def _npz_text(tensors: Config, llm: str) -> models.GemmaConfig:
     big_vision has neither local layers nor, where it trains, a bound of the logits.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, axes: int) -> tuple[int, ...]:
         if name not in tensors:
             raise UserError(
                 f"{name} is missing: only files with stacked layers and fewer keys "
                 "than queries are read, as they are published."
             )
-        return tuple(tensors[name].shape)
+        return tr.shape(tensors, name, axes)
 
     layers = f"{llm}/layers"
-    vocab_size, width = shape(f"{llm}/embedder/input_embedding")
-    depth, num_heads, head_dim, _ = shape(f"{layers}/attn/attn_vec_einsum/w")
+    vocab_size, width = shape(f"{llm}/embedder/input_embedding", 2)
+    depth, num_heads, head_dim, _ = shape(f"{layers}/attn/attn_vec_einsum/w", 4)
     fields: dict[str, Any] = dict(
         width=width,
         depth=depth,
-        mlp_dim=shape(f"{layers}/mlp/linear")[1],
+        mlp_dim=shape(f"{layers}/mlp/linear", 3)[1],
         num_heads=num_heads,
-        num_kv_heads=shape(f"{layers}/attn/kv_einsum/w")[2],
+        num_kv_heads=shape(f"{layers}/attn/kv_einsum/w", 5)[2],
         head_dim=head_dim,
     )
     if f"{layers}/post_ffw_norm/scale" in tensors:

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from vit22b_transfer import UserError
+from vit22b_transfer.host.file_errors import brief
 from vit22b_transfer.models import encoder_decoder, t5
+from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import (
     Family,
     Model,
@@ -52,6 +54,7 @@ _ACTIVATIONS: dict[str, tuple[Any, bool]] = {
     "gated-gelu_new": ("gelu", True),
     "gated-silu": ("silu", True),
 }
+_MOST = {"num_layers": config_values.MOST_LAYERS}
 _SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 
 
@@ -67,25 +70,32 @@ def _config(config: Mapping[str, Any], tied: bool) -> t5.T5Config:
         )
     if missing := [name for name in _SIZES if name not in config]:
         raise UserError(f"config.json lacks {', '.join(missing)}; fetch it again.")
+    sizes = {
+        name: config_values.size(config, name, most=_MOST.get(name, config_values.MOST))
+        for name in _SIZES
+    }
     for name, value in _FIXED.items():
         if config.get(name, value) != value:
-            raise UserError(f"{name} is {config[name]}, but models/t5.py has {value}.")
-    said = config.get("feed_forward_proj", "relu")
+            got = brief(config[name])
+            raise UserError(f"{name} is {got}, but models/t5.py has {value}.")
+    said = config_values.text(config, "feed_forward_proj", "relu")
     if said not in _ACTIVATIONS:
         raise UserError(
             f"feed_forward_proj is {said!r}, which models/t5.py has not; "
             f"{nearest(said, _ACTIVATIONS)}; it has {', '.join(_ACTIVATIONS)}."
         )
     activation, gated = _ACTIVATIONS[said]
-    depth = config["num_layers"]
+    depth, most = sizes["num_layers"], config_values.MOST_LAYERS
     return t5.T5Config(
-        vocab_size=config["vocab_size"],
-        width=config["d_model"],
+        vocab_size=sizes["vocab_size"],
+        width=sizes["d_model"],
         num_encoder_layers=depth,
-        num_decoder_layers=config.get("num_decoder_layers") or depth,
-        num_heads=config["num_heads"],
-        head_dim=config["d_kv"],
-        mlp_dim=config["d_ff"],
+        num_decoder_layers=config_values.size(
+            config, "num_decoder_layers", depth, most=most
+        ),
+        num_heads=sizes["num_heads"],
+        head_dim=sizes["d_kv"],
+        mlp_dim=sizes["d_ff"],
         tied_logits=tied,
         activation=activation,
         gated_mlp=gated,
@@ -100,8 +110,8 @@ def _is_tied(config: Mapping[str, Any]) -> bool:
     """
     if config["model_type"] == "mt5":
         return False
-    tied = config.get("tie_word_embeddings", True)
-    return bool(config.get("scale_decoder_outputs", tied))
+    tied = config_values.flag(config, "tie_word_embeddings", True)
+    return config_values.flag(config, "scale_decoder_outputs", tied)
 
 
 def _read(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Model:

@@ -13,6 +13,7 @@ from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import t5
+from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families.t5 import shapes
 from vit22b_transfer.weights.mapping import Family, Model, Row
 
@@ -33,6 +34,7 @@ def _read(gate: Any, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> M
     for name in (table, _QUERY, _BIAS, hidden):
         if name not in tensors or len(tensors[name].shape) != 2:
             raise UserError(f"{name} is missing or no matrix: this is no T5 of T5X.")
+        tr.shape(tensors, name, 2)
     (vocab_size, width), (heads, buckets) = (tensors[n].shape for n in (table, _BIAS))
     if buckets != 32:
         raise UserError(f"{_BIAS} has {buckets} buckets, but models/t5.py has 32.")

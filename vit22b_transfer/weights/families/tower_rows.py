@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit22b_transfer import UserError
+from vit22b_transfer.host.file_errors import brief, quoted
 from vit22b_transfer.models import vit, vit_positions
+from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import Row, Shape, unrolled_shapes
 from vit22b_transfer.weights.transforms import TRANSPOSE
 
@@ -94,31 +96,51 @@ def attention(ours: str, theirs: Sequence[str], tower: vit.ViTConfig) -> list[Ro
 
 def pixels(config: Mapping[str, Any], usual: tuple) -> dict[str, Any]:
     """Mean and deviation: those of the source's image processor, or the usual ones."""
-    processor = config.get("preprocessor", {})
-    mean = processor.get("image_mean", usual[0])
-    deviation = processor.get("image_std", usual[1])
-    return dict(pixel_mean=tuple(mean), pixel_std=tuple(deviation))
+    processor = config_values.part(config, "preprocessor")
+    return pixels_of(processor, "image_mean", "image_std", usual)
+
+
+def pixels_of(
+    config: Mapping[str, Any], mean: str, deviation: str, usual: tuple
+) -> dict[str, Any]:
+    """`pixels` by other names."""
+    return dict(
+        pixel_mean=config_values.numbers(config, mean, usual[0]),
+        pixel_std=config_values.numbers(config, deviation, usual[1], least=1e-6),
+    )
 
 
 def resizing(config: Mapping[str, Any], usual: str, tower: vit.ViTConfig) -> tuple:
     """Facts on how the source's images are resized."""
-    processor = config.get("preprocessor", {})
+    processor = config_values.part(config, "preprocessor")
     said = usual
     if "size" in processor:
-        said = f"to {processor['size']}"
-        if processor.get("resample") in FILTERS:
-            said += f", {FILTERS[processor['resample']]}"
-        if processor.get("do_center_crop"):
-            said += f", then the centre {processor.get('crop_size')}"
+        said = f"to {_said_size(processor, 'size')}"
+        filter_ = config_values.size(processor, "resample", -1, least=-1)
+        if filter_ in FILTERS:
+            said += f", {FILTERS[filter_]}"
+        if config_values.flag(processor, "do_center_crop", False):
+            said += f", then the centre {_said_size(processor, 'crop_size')}"
     facts = [f"images were resized {said}"]
     if "image_size" in config:
-        full = pair(config["image_size"])
+        full = config_values.pair(config, "image_size")
         if full != tower.image_size:
             facts.append(
                 f"its images are {full[0]}x{full[1]}, of which the tower sees the top "
                 f"left {tower.image_size[0]}x{tower.image_size[1]}: crop, do not resize"
             )
     return tuple(facts)
+
+
+def _said_size(processor: Mapping[str, Any], name: str) -> Any:
+    """The size as a processor says it: a number, a list of two, or named numbers."""
+    value = processor.get(name)
+    if not isinstance(value, Mapping):
+        return None if value is None else config_values.pair(processor, name)
+    sides = [side for side in value if value[side] is not None]
+    if len(sides) > 8 or not all(side.isidentifier() for side in sides):
+        raise UserError(f"the image processor says {name} = {brief(value)}.")
+    return {side: config_values.size(value, side) for side in sides}
 
 
 def square(positions: int, source: str) -> int:
@@ -134,16 +156,12 @@ def square(positions: int, source: str) -> int:
 
 def whole_patches(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     """The part of an image that whole patches cover: a convolution drops the rest."""
-    height, width = pair(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < patch_size:
+        raise UserError(
+            f"the images are {height}x{width}, smaller than a patch of {patch_size}."
+        )
     return height // patch_size * patch_size, width // patch_size * patch_size
-
-
-def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size that may be given as one number."""
-    if isinstance(value, int):
-        return value, value
-    height, width = value
-    return int(height), int(width)
 
 
 def refuse(config: Mapping[str, Any], **computed: Any) -> None:
@@ -154,8 +172,8 @@ def refuse(config: Mapping[str, Any], **computed: Any) -> None:
     for name, value in computed.items():
         if (got := config.get(name, value)) != value:
             raise UserError(
-                f"config.json says {name} = {got!r}; this tower can only be computed "
-                f"with {value!r}."
+                f"config.json says {name} = {quoted(got)}; this tower can "
+                f"only be computed with {value!r}."
             )
 
 
@@ -169,14 +187,26 @@ def need_tensors(tensors: Mapping[str, Any], what: str) -> None:
 
 
 def choose(config: Mapping[str, Any], name: str, values: Mapping[Any, Any]) -> Any:
-    """What stands for `config[name]` in `values`."""
-    got = config[name]
+    """What stands for the text `config[name]` in `values`."""
+    got = config_values.text(config, name)
     if got not in values:
         raise UserError(
             f"config.json says {name} = {got!r}; known are "
             f"{', '.join(map(repr, values))}."
         )
     return values[got]
+
+
+def shape(tensors: Mapping[str, Any], name: str, axes: int) -> tuple[int, ...]:
+    """The shape of a tensor that must be there, with that many axes, none empty."""
+    if name not in tensors:
+        raise UserError(f"{name} is missing. Fetch the files again.")
+    found = tuple(tensors[name].shape)
+    if len(found) != axes or 0 in found:
+        raise UserError(
+            f"{name} has the shape {found}; expected are {axes} axes, none of size 0."
+        )
+    return found
 
 
 def find_prefix(names: Mapping[str, Any], anchor: str, prefixes: Sequence[str]) -> str:

@@ -42,7 +42,8 @@ def _blocks(tensors: Tensors, prefix: str) -> tuple[str, int, bool]:
     name = f"{prefix}Transformer/encoderblock"
     stacked = tensors.get(f"{name}/LayerNorm_0/scale")
     if stacked is not None:
-        return f"{name}_{{i}}", stacked.shape[0], True
+        depth, _ = tr.shape(tensors, f"{name}/LayerNorm_0/scale", 2)
+        return f"{name}_{{i}}", depth, True
     pattern = re.compile(re.escape(name) + r"_(\d+)/LayerNorm_0/scale")
     depth = sum(pattern.fullmatch(x) is not None for x in tensors)
     return f"{name}_{{i}}", depth, False
@@ -92,17 +93,18 @@ def _read(config: Mapping[str, Any], tensors: Tensors) -> Model:
     mlp = _part(tensors, block, ("MlpBlock_0", "MlpBlock_3"))
     first = block.replace("_{i}", "" if stacked else "_0")
 
-    def shape(name: str) -> tuple[int, ...]:
-        return tensors[f"{first}/{name}"].shape[int(stacked) :]
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        return tr.shape(tensors, f"{first}/{name}", axes + stacked)[int(stacked) :]
 
-    kernel = tensors[f"{prefix}embedding/kernel"].shape
-    naflex = len(kernel) == 2
+    kernel = f"{prefix}embedding/kernel"
+    naflex = kernel in tensors and len(tensors[kernel].shape) == 2
+    kernel = tr.shape(tensors, kernel, 2 if naflex else 4)
     patch_size = tr.square(kernel[0] // 3, "embedding/kernel") if naflex else kernel[0]
     has_cls, positions = f"{prefix}cls" in tensors, _positions(tensors, prefix)
     if positions is None:
         count, class_position = (_SINE_IMAGE_SIZE // patch_size) ** 2, False
     else:
-        table = tensors[positions].shape
+        table = tr.shape(tensors, positions, 3)
         count = table[0] * table[1] if naflex else table[1]
         class_position = has_cls and math.isqrt(count) ** 2 == count - 1
     side = tr.square(count - class_position, f"{positions}")
@@ -111,8 +113,8 @@ def _read(config: Mapping[str, Any], tensors: Tensors) -> Model:
     tower = vit.ViTConfig(
         width=kernel[-1],
         depth=depth,
-        mlp_dim=shape(f"{mlp}/Dense_0/bias")[0],
-        num_heads=shape(f"{attention}/query/bias")[0],
+        mlp_dim=shape(f"{mlp}/Dense_0/bias", 1)[0],
+        num_heads=shape(f"{attention}/query/bias", 2)[0],
         patch_size=patch_size,
         image_size=(side * patch_size, side * patch_size),
         class_token=has_cls,

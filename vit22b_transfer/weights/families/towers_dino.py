@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import vit, vit_positions
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
+from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
 from vit22b_transfer.weights.transforms import TRANSPOSE, split, then
 
@@ -21,7 +23,7 @@ _SIZES = dict(
 )
 DINOV2_DEFAULTS = _SIZES | dict(
     patch_size=14,
-    mlp_ratio=4,
+    mlp_ratio=4.0,
     layer_norm_eps=1e-6,
     qkv_bias=True,
     use_swiglu_ffn=False,
@@ -69,6 +71,11 @@ def _read_dinov2(config: Config, tensors: Config) -> Model:
     registers = config["model_type"] == "dinov2_with_registers"
     config = hf.completed(config, REGISTERS_DEFAULTS if registers else DINOV2_DEFAULTS)
     hidden = int(config["hidden_size"] * config["mlp_ratio"])
+    if not 1 <= hidden <= config_values.MOST:
+        raise UserError(
+            f"config.json says mlp_ratio = {config['mlp_ratio']}: that makes an MLP "
+            f"of {hidden}; expected are 1 to {config_values.MOST}."
+        )
     gated = config["use_swiglu_ffn"]
     if gated:  # two thirds of it, in whole groups of 8
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8

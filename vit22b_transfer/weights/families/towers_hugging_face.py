@@ -11,6 +11,7 @@ from typing import Any
 from vit22b_transfer import UserError
 from vit22b_transfer.models import vit
 from vit22b_transfer.weights.families import tower_rows as tr
+from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
 from vit22b_transfer.weights.transforms import (
     TRANSPOSE,
@@ -62,22 +63,22 @@ _OTHER_PARTS = {
 
 
 def completed(config: Config, defaults: Config) -> dict[str, Any]:
-    """The image tower's part of a config, what it leaves unsaid from the defaults."""
-    part = config.get("vision_config", config)
+    """The image tower's part of a config, what it leaves unsaid from the defaults.
+
+    What has a default is of its type; `image_size` and `patch_size` are pairs.
+    """
+    part = config
+    if "vision_config" in config:
+        part = config_values.part(config, "vision_config")
     said = {name: value for name, value in part.items() if value is not None}
-    processor = config.get("preprocessor", {})
-    return dict(defaults) | said | {"preprocessor": processor}
+    processor = config_values.part(config, "preprocessor")
+    return said | config_values.like(said, defaults) | {"preprocessor": processor}
 
 
 def tower_config(config: Config, **fields: Any) -> vit.ViTConfig:
     """The tower that a completed config describes; `fields` are the family's own."""
     tr.refuse(config, num_channels=3)
-    patch_size = config["patch_size"]
-    if not isinstance(patch_size, int):
-        height, width = patch_size
-        if height != width:
-            raise UserError(f"patches of {height}x{width}; they must be square.")
-        patch_size = height
+    patch_size = side_of_patches(config)
     usual: dict[str, Any] = tr.SEQUENTIAL | dict(
         width=config["hidden_size"],
         depth=config["num_hidden_layers"],
@@ -89,6 +90,14 @@ def tower_config(config: Config, **fields: Any) -> vit.ViTConfig:
         activation=tr.choose(config, "hidden_act", ACTIVATIONS),
     )
     return vit.ViTConfig(**(usual | fields))
+
+
+def side_of_patches(config: Config) -> int:
+    """The side of the square patches of a completed config."""
+    height, width = config["patch_size"]
+    if height != width:
+        raise UserError(f"patches of {height}x{width}; they must be square.")
+    return height
 
 
 def patch_rows(tower: vit.ViTConfig, theirs: str) -> list[Row]:
@@ -254,7 +263,7 @@ def _read_naflex(config: Config, tensors: Config) -> Model:
     config = completed(config, NAFLEX_DEFAULTS)
     side = tr.square(config["num_patches"], "config.json")
     tower = tower_config(
-        config | {"image_size": side * config["patch_size"]},
+        config | {"image_size": side * side_of_patches(config)},
         pooling="map" if config["vision_use_head"] else "none",
         position_resampling="bilinear_antialiased",
         **tr.pixels(config, tr.HALF),

@@ -11,6 +11,7 @@ from vit22b_transfer import UserError
 from vit22b_transfer.models import vit
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
+from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
 from vit22b_transfer.weights.transforms import TRANSPOSE, leading_ones, split, then
 
@@ -19,21 +20,20 @@ Config = Mapping[str, Any]
 
 def _tower(config: Config, tensors: Config) -> vit.ViTConfig:
     tr.need_tensors(tensors, "timm's towers")
-    width, _, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    width, _, patch_size, _ = tr.shape(tensors, "patch_embed.proj.weight", 4)
     if "blocks.0.q_norm.weight" not in tensors:
         raise UserError(
             "blocks.0.q_norm.weight is missing; without it the tensors do not say how "
             "many heads there are, so only towers with QK-norm can be imported."
         )
-    head_dim = tensors["blocks.0.q_norm.weight"].shape[0]
-    side = tr.square(tensors["pos_embed"].shape[1], "pos_embed")
+    (head_dim,) = tr.shape(tensors, "blocks.0.q_norm.weight", 1)
+    side = tr.square(tr.shape(tensors, "pos_embed", 3)[1], "pos_embed")
     pooled = config.get("global_pool", "token")
-    processor = config.get("pretrained_cfg", {})
-    usual = processor.get("mean", tr.HALF[0]), processor.get("std", tr.HALF[1])
+    processor = config_values.part(config, "pretrained_cfg")
     return vit.ViTConfig(
         width=width,
         depth=sum(name.endswith(".in_proj.weight") for name in tensors),
-        mlp_dim=tensors["blocks.0.in_proj.weight"].shape[0] - 3 * width,
+        mlp_dim=_mlp_dim(tensors, width),
         num_heads=width // head_dim,
         patch_size=patch_size,
         image_size=(side * patch_size, side * patch_size),
@@ -48,8 +48,18 @@ def _tower(config: Config, tensors: Config) -> vit.ViTConfig:
             {"token": "cls", "avg": "gap", "": "none"},
         ),
         position_resampling="bicubic_antialiased",
-        **tr.pixels({}, usual),
+        **tr.pixels_of(processor, "mean", "std", tr.HALF),
     )
+
+
+def _mlp_dim(tensors: Config, width: int) -> int:
+    rows = tr.shape(tensors, "blocks.0.in_proj.weight", 2)[0]
+    if rows <= 3 * width:
+        raise UserError(
+            f"blocks.0.in_proj.weight has {rows} rows; expected are more than 3 times "
+            f"the width of {width}: query, key, value and the MLP."
+        )
+    return rows - 3 * width
 
 
 def _read(config: Config, tensors: Config) -> Model:
@@ -80,7 +90,9 @@ def _read(config: Config, tensors: Config) -> Model:
         rows.append(Row(f"{tr.TOWER}/cls/embedding", "cls_token"))
     if tower.stem_norm:
         rows += tr.norm(f"{tr.TOWER}/stem_norm", "norm_pre", bias=False)
-    how = config.get("pretrained_cfg", {})
+    how = config_values.part(config, "pretrained_cfg")
+    interpolation = config_values.text(how, "interpolation", "bicubic")
+    crop = config_values.number(how, "crop_pct", 0.9)
     return Model(
         tuple(rows),
         tower,
@@ -89,8 +101,8 @@ def _read(config: Config, tensors: Config) -> Model:
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic_antialiased"),
         facts=(
-            f"images were resized {how.get('interpolation', 'bicubic')}, then the "
-            f"centre cut out, {how.get('crop_pct', 0.9)} of each side",
+            f"images were resized {interpolation}, then the centre cut out, {crop} "
+            "of each side",
         ),
     )
 

@@ -6,6 +6,7 @@ and both our runtime and T5X restore the result.
 """
 
 import json
+import logging
 import os
 import shutil
 import threading
@@ -20,11 +21,24 @@ from flax import traverse_util
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
-from vit22b_transfer.host import whole_files
+from vit22b_transfer.host import json_files, whole_files
+from vit22b_transfer.host.file_errors import damaged
 from vit22b_transfer.weights.files import blocks
 from vit22b_transfer.weights.mapping import Shape, Slot
 
 _RECORD = "import_progress.jsonl"
+_LOG = logging.getLogger(__name__)
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether a line of the record is [array, layer or null, checksum]."""
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and isinstance(value[0], str)
+        and (value[1] is None or type(value[1]) is int)
+        and type(value[2]) is int
+    )
 
 
 class CheckpointOutput:
@@ -54,12 +68,28 @@ class CheckpointOutput:
         """What an interrupted import of the same origin had written."""
         if not os.path.isfile(self._record):
             return {}
-        with open(self._record, encoding="utf-8") as file:
-            lines = file.read().split("\n")[:-1]  # a line without an end is unfinished
-        if not lines or json.loads(lines[0]) != origin:
+        with open(self._record, "rb") as file:
+            first, *lines = file.read().split(b"\n")[:-1] or [b""]
+        # A line without an end is unfinished. A power cut leaves zeros, and worse.
+        if first != json.dumps(origin).encode():
             return {}
-        found = (json.loads(line) for line in lines[1:])
-        return {Slot(name, layer): checksum for name, layer, checksum in found}
+        found, bad = {}, 0
+        for number, line in enumerate(lines, 2):
+            try:
+                entry: Any = json_files.parse(line, self._record, line=number)
+            except UserError:
+                entry = None
+            if _is_entry(entry):
+                found[Slot(entry[0], entry[1])] = entry[2]
+            else:
+                bad += 1
+        if bad:
+            _LOG.warning(
+                "%s has %d damaged lines; what they tell of is written again",
+                self._record,
+                bad,
+            )
+        return found
 
     def _create(self, origin: str) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -117,9 +147,13 @@ class CheckpointOutput:
 
     def _store(self, slot: Slot) -> tuple[Any, Shape]:
         """The array of a slot and the shape of its chunks."""
-        store: Any = tensorstore.open(
-            self._spec(slot.name), context=self._context
-        ).result()
+        with damaged(self.path, f"Remove {self.path} and start the import again."):
+            store: Any = tensorstore.open(
+                self._spec(slot.name), context=self._context
+            ).result()
+            shape, dtype = self._arrays[slot.name]
+            if tuple(store.shape) != tuple(shape) or store.dtype.name != dtype.name:
+                raise ValueError(f"{slot.name} is of {store.dtype.name} {store.shape}")
         chunks = self._chunks(slot.name)
         return (
             (store, chunks) if slot.layer is None else (store[slot.layer], chunks[1:])
@@ -132,7 +166,10 @@ class CheckpointOutput:
         store, chunks = self._store(slot)
         checksum = 0
         for region in blocks.regions(tuple(store.shape), chunks):
-            block = np.ascontiguousarray(store[region].read().result())
+            try:
+                block = np.ascontiguousarray(store[region].read().result())
+            except ValueError:  # of tensorstore: it was not written to its end
+                return False
             checksum = blocks.checksum(block, checksum)
         return checksum == self._checksums[slot]
 

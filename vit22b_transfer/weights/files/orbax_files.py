@@ -2,46 +2,51 @@
 
 import functools
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import reading
-from vit22b_transfer.weights.files.stored_tensors import StoredTensor, json_object
+from vit22b_transfer.checkpoints import reading, stored_sizes
+from vit22b_transfer.host.file_errors import damaged
+from vit22b_transfer.weights.files import config_values
+from vit22b_transfer.weights.files.stored_tensors import (
+    StoredTensor,
+    check_inflated,
+    check_name,
+)
+
+_METADATA = "_METADATA"
+_ADVICE = "Copy the checkpoint again."
 
 
 def orbax_directory(path: str) -> str | None:
     """The directory of the arrays: `path`, its `state`, or its latest checkpoint's."""
     for candidate in (path, os.path.join(path, "state")):
-        if os.path.isfile(os.path.join(candidate, "_METADATA")):
+        if os.path.isfile(os.path.join(candidate, _METADATA)):
             return candidate
     for step in reversed(reading.complete_steps(path)):
         state = os.path.join(reading.checkpoint_path(path, step), "state")
-        if os.path.isfile(os.path.join(state, "_METADATA")):
+        if os.path.isfile(os.path.join(state, _METADATA)):
             return state
     return None
 
 
 def open_orbax(path: str) -> dict[str, StoredTensor]:
     """The arrays of a checkpoint, unread; their names are '/'-joined paths."""
-    import orbax.checkpoint as ocp
     import tensorstore
 
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        # type: Orbax declares its own Path, which this is.
-        metadata = handler.metadata(pathlib.Path(path))  # type: ignore[arg-type]
-    finally:
-        handler.close()
-    settings = json_object(os.path.join(path, "_METADATA"))
+    # Before Orbax reads it: it would say less of what is wrong.
+    settings = config_values.read_json(path, _METADATA)
     tensors, context = {}, tensorstore.Context()
-    for name, leaf in _leaves(metadata.tree, ()):
+    for name, leaf in _leaves(reading.metadata(path), ()):
+        joined = "/".join(name)
+        check_name(path, joined)
         shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
         reader = functools.partial(_read_zarr, path, name, settings, context)
-        tensors["/".join(name)] = StoredTensor(shape, dtype, path, reader)
+        tensors[joined] = StoredTensor(shape, dtype, path, reader)
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    check_inflated(path, stored_sizes.of_directory(path), needed)
     return tensors
 
 
@@ -71,13 +76,8 @@ def _read_zarr(
         kvstore = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{joined}/"}
     else:
         kvstore = {"driver": "file", "path": f"{path}/{joined}/"}
-    try:
+    with damaged(f"{path}: {'/'.join(name)}", _ADVICE):
         array: Any = tensorstore.open(
             {"driver": driver, "kvstore": kvstore}, context=context
         ).result()
         return np.asarray((array if layer is None else array[layer]).read().result())
-    except ValueError as error:
-        raise UserError(
-            f"{path}: {'/'.join(name)} cannot be read: {error}. Copy the checkpoint "
-            "again."
-        ) from error

@@ -1,6 +1,5 @@
 """safetensors, single or in shards, read header first."""
 
-import json
 import os
 import struct
 from typing import Any
@@ -9,10 +8,15 @@ import ml_dtypes
 import numpy as np
 
 from vit22b_transfer import UserError
+from vit22b_transfer.host import json_files
+from vit22b_transfer.host.file_errors import brief, quoted
+from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.files.stored_tensors import (
     GET_AGAIN,
     StoredTensor,
-    json_object,
+    check_name,
+    is_shape,
+    listed,
     plain_reader,
     refuse_other_content,
 )
@@ -35,12 +39,20 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-# The format's own limit; a larger header is a file of another kind.
-_MAX_HEADER = 100_000_000
+# A tensor takes about 150 bytes of a header: its name, dtype, shape and two offsets. So
+# this is room for 50,000; the largest published model has 92,000, in 163 files. The
+# format's own limit is 100 MB, which take 2.2 GiB and a minute to read.
+_MAX_HEADER = 8 << 20
+# In all shards; half as many again as the largest published model has.
+_MAX_TENSORS = 150_000
+# Of weights, a header is a thousandth. Where tensors are tiny it may be more than they,
+# but from here on a header that is larger than all of its tensors is none of weights.
+_LARGE_HEADER = 1 << 20
 
 
 def open_safetensors(path: str) -> dict[str, StoredTensor]:
     """The tensors of one file, unread; see `tensor_files.open_tensors`."""
+    refuse_other_content(path)
     header, start = _safetensors_header(path)
     size = os.path.getsize(path) - start
     tensors, spans = {}, []
@@ -84,71 +96,73 @@ def _safetensors_header(path: str) -> tuple[dict[str, Any], int]:
         if length > min(size - 8, _MAX_HEADER):
             raise UserError(
                 f"{path} is no safetensors file, or truncated: it announces a header "
-                f"of {length} bytes and has {size} in all. {GET_AGAIN}"
+                f"of {length} bytes and has {size} in all; a header has at most "
+                f"{_MAX_HEADER}. {GET_AGAIN}"
+            )
+        if length > max(_LARGE_HEADER, size - 8 - length):
+            raise UserError(
+                f"{path} has a header of {length} bytes, more than the "
+                f"{size - 8 - length} bytes of all its tensors: it holds no weights. "
+                + GET_AGAIN
             )
         text = file.read(length)
-
-    def unique(pairs):
-        found = {}
-        for name, value in pairs:
-            if name in found:
-                raise UserError(f"{name} is there twice")
-            found[name] = value
-        return found
-
-    try:
-        header = json.loads(text, object_pairs_hook=unique)
-    except ValueError as error:
-        raise UserError(f"{path}: unreadable header: {error}. {GET_AGAIN}") from error
+    place = f"{path}, its header"
+    header = json_files.parse(text, place, advice=GET_AGAIN, unique_names=True)
     if not isinstance(header, dict):
         raise UserError(f"{path}: the header is not a JSON object. {GET_AGAIN}")
+    config_values.check_text(header, path)
     return header, 8 + length
 
 
 def _safetensors_entry(path: str, name: str, entry: Any):
     """(shape, dtype, (begin, end)) of one line of a header."""
 
-    def is_sizes(value):
-        return isinstance(value, list) and all(
-            type(number) is int and number >= 0 for number in value
-        )
-
+    check_name(path, name)
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     if (
-        not isinstance(entry, dict)
-        or not is_sizes(entry.get("shape"))
-        or not is_sizes(entry.get("data_offsets"))
-        or len(entry["data_offsets"]) != 2
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(at) is int and 0 <= at < 2**63 for at in offsets)
+        or not is_shape(entry.get("shape"))
     ):
-        raise UserError(f"{path}: the header's line for {name} is broken: {entry!r}.")
-    dtype = SAFETENSORS_DTYPES.get(str(entry.get("dtype")))
+        raise UserError(
+            f"{path}: the header's line for {name} is broken: {brief(entry)}. "
+            + GET_AGAIN
+        )
+    said = entry.get("dtype")
+    dtype = SAFETENSORS_DTYPES.get(said) if isinstance(said, str) else None
     if dtype is None:
         raise UserError(
-            f"{path}: {name} has the unknown dtype {entry.get('dtype')!r}; known are "
-            f"{', '.join(SAFETENSORS_DTYPES)}."
+            f"{path}: {name} has the unknown dtype {quoted(said)}; "
+            f"known are {', '.join(SAFETENSORS_DTYPES)}."
         )
-    return tuple(entry["shape"]), dtype, tuple(entry["data_offsets"])
+    return tuple(entry["shape"]), dtype, tuple(offsets)
 
 
 def open_shards(index: str) -> dict[str, StoredTensor]:
     """The tensors of all files that a shard index names, unread."""
-    folder = os.path.dirname(index)
-    places = json_object(index).get("weight_map")
+    folder, name = os.path.split(index)
+    places = config_values.read_json(folder, name).get("weight_map")
     if not isinstance(places, dict) or not all(
         isinstance(shard, str) and shard == os.path.basename(shard)
         for shard in places.values()
     ):
         raise UserError(f"{index} has no weight_map of tensors to files beside it.")
+    if len(places) > _MAX_TENSORS:
+        raise UserError(
+            f"{index} names {len(places)} tensors, more than the {_MAX_TENSORS} that a "
+            "model may have."
+        )
     shards = sorted(set(places.values()))
     gone = [name for name in shards if not os.path.isfile(os.path.join(folder, name))]
     if gone:
         raise UserError(
-            f"{folder} lacks {len(gone)} of {len(shards)} shards: {', '.join(gone)}. "
+            f"{folder} lacks {len(gone)} of {len(shards)} shards: {listed(gone)}. "
             + GET_AGAIN
         )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         path = os.path.join(folder, shard)
-        refuse_other_content(path)
         for name, tensor in open_safetensors(path).items():
             if name in tensors:
                 raise UserError(

@@ -1,19 +1,22 @@
 """A tensor in a file, and how its bytes are brought into memory."""
 
 import dataclasses
-import json
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from vit22b_transfer import UserError
-from vit22b_transfer.weights.mapping import num_bytes
+from vit22b_transfer.host.file_errors import brief, quoted
+from vit22b_transfer.weights.mapping import SHOWN, num_bytes
 
 GET_AGAIN = (
     "The download was gated or cut off: accept the model's terms where it is "
     "published, and fetch the file again."
 )
+_MAX_FOLD = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +34,50 @@ class StoredTensor:
         return num_bytes(self.shape, self.dtype)
 
 
-def json_object(path: str) -> dict[str, Any]:
-    """The JSON object in a file; anything else is a UserError."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read()
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}). {GET_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object. {GET_AGAIN}")
-    return value
+def is_shape(value: Any) -> bool:
+    """Whether a list or tuple from outside is the shape of an array of NumPy's.
+
+    That has at most 32 axes here, and less than 2^56 elements even without its axes of
+    size zero, so that NumPy can count their bytes.
+    """
+    return (
+        isinstance(value, list | tuple)
+        and len(value) <= 32
+        and all(type(size) is int and 0 <= size < 2**56 for size in value)
+        and math.prod(size or 1 for size in value) < 2**56
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of files as a message lists them: the first, and how many more."""
+    shown = ", ".join(map(brief, names[:SHOWN]))
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
+
+
+def check_name(path: str, name: str) -> None:
+    """Raises UserError for what is no name of a tensor: it is printed and compared."""
+    if not name.isprintable() or len(name) > 1000:
+        raise UserError(
+            f"{path}: a tensor is called {quoted(name)}, {len(name)} "
+            "characters; expected are at most 1000 that can be printed."
+        )
+
+
+def check_inflated(path: str, stored: int, needed: int) -> None:
+    """Raises UserError if what is compressed takes far more memory than its files.
+
+    Weights hardly compress: float32 of bfloat16 numbers is halved. Zeros do, such as
+    the optimizer's state at the first step, which is up to four times as large as the
+    parameters. So all arrays may take 16 times the bytes of all files, beyond the first
+    64 MiB.
+
+    stored: bytes of all files. needed: of all arrays in memory.
+    """
+    if needed > _MAX_FOLD * stored + (64 << 20):
+        raise UserError(
+            f"{path} has {stored} bytes, but its arrays would take {needed} in memory, "
+            f"more than {_MAX_FOLD} times as many: it holds no weights. {GET_AGAIN}"
+        )
 
 
 def read_bytes(file: Any, path: str, count: int) -> np.ndarray:
@@ -76,6 +112,8 @@ def plain_reader(
 
 def refuse_other_content(path: str) -> None:
     """Raises UserError for what is downloaded in place of weights."""
+    if not os.path.isfile(path):  # a pipe would be waited for without end
+        raise UserError(f"{path} is no plain file. {GET_AGAIN}")
     with open(path, "rb") as file:
         start = file.read(512)
     text = start.lstrip().lower()

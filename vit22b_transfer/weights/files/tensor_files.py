@@ -7,17 +7,14 @@ run code on loading, a pickle, is ever opened.
 
 import os
 import re
-from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.weights.files import npz_files, orbax_files, safetensors_files
 from vit22b_transfer.weights.files.stored_tensors import (
     GET_AGAIN,
     StoredTensor,
-    json_object,
-    refuse_other_content,
+    listed,
 )
-from vit22b_transfer.weights.mapping import SHOWN
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _WEIGHTS = (".safetensors", ".npz")
@@ -39,7 +36,6 @@ def open_tensors(source: str) -> dict[str, StoredTensor]:
         return orbax_files.open_orbax(path)
     if path.endswith(_INDEX):
         return safetensors_files.open_shards(path)
-    refuse_other_content(path)
     return (
         npz_files.open_npz(path)
         if path.endswith(".npz")
@@ -78,27 +74,15 @@ def find_weights(source: str) -> str:
             raise UserError(
                 f"{source} holds shards but no *{_INDEX}. {GET_AGAIN}"
                 if shards
-                else f"{source} holds several files of weights: {', '.join(found)}. "
+                else f"{source} holds several files of weights: {listed(found)}. "
                 "Name the file instead of the directory."
             )
     for name in names:
         _refuse_pickle(os.path.join(path, name))
     raise UserError(
         f"{source} holds no weights (*.safetensors, *.npz or a finished checkpoint); "
-        f"it holds: {', '.join(names[:SHOWN]) or 'nothing'}. {GET_AGAIN}"
+        f"it holds: {listed(names) or 'nothing'}. {GET_AGAIN}"
     )
-
-
-def read_json(directory: str, name: str) -> dict[str, Any]:
-    """A JSON file of a source's directory; empty if there is none.
-
-    Raises:
-      UserError: if it is not a JSON object.
-    """
-    path = os.path.join(directory, name)
-    if not os.path.isfile(path):
-        return {}
-    return json_object(path)
 
 
 # --- What is refused unread ---
