@@ -12,12 +12,12 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from vit22b_transfer import NotFiniteError, UserError
+from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import identity, reading, restoring, writing
 from vit22b_transfer.host import whole_files
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import optimizers, steps
+from vit22b_transfer.training import finite, optimizers, steps
 from vit22b_transfer.training.eval_loss import evaluate_loss, make_eval_step
 from vit22b_transfer.training.logs import RunLog, StepTimer
 from vit22b_transfer.training.state import (
@@ -96,8 +96,8 @@ def fine_tune(
 
     Raises:
       UserError: for inputs that do not fit together, before anything is written over.
-      NotFiniteError: if the loss or the gradients stop being finite; the last
-        checkpoint is from before.
+      NotFiniteError: if the loss, the gradients or what is to be saved stop being
+        finite; the last checkpoint is from before.
     """
     # 1. Check the inputs.
     periods = periods or Periods()
@@ -165,7 +165,8 @@ def fine_tune(
 
         def save():
             fetched = jax.device_get(window)
-            _check_finite(fetched, step, writer)
+            finite.check_window(fetched, step, writer)
+            finite.check_state(state, step, writer)
             record = _record(model, fetched) | origin
             writer.save(step, to_checkpoint_tree(state), record)
 
@@ -191,7 +192,7 @@ def fine_tune(
 
             if step % periods.log == 0 or is_last:
                 fetched = jax.device_get(window)
-                _check_finite(fetched, step, writer)
+                finite.check_window(fetched, step, writer)
                 metrics = _computed(fetched)
                 speed = timer.steps_per_second(step)
                 timing = {"timing/examples_per_second": rows * speed}
@@ -324,24 +325,6 @@ def _record(model, window):
         "lora": identity.lora_record(model),
         "window": {jax.tree_util.keystr(key): leaf.tolist() for key, leaf in leaves},
     }
-
-
-def _check_finite(window, step, writer):
-    for name in ("loss", "grad_norm"):
-        value = float(window[name].compute())
-        if not math.isfinite(value):
-            writer.wait()
-            good = reading.latest_step(writer.model_dir)
-            kept = (
-                "there is no checkpoint yet"
-                if good is None
-                else f"checkpoint_{good} is untouched"
-            )
-            raise NotFiniteError(
-                f"the mean {name} since the last log is {value} at step {step}; "
-                f"{kept}. Try a lower learning rate or a longer warmup, or look for "
-                "broken examples among the batches before this step."
-            )
 
 
 def _computed(window):
