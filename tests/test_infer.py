@@ -1,5 +1,7 @@
 """Prediction files: order, resuming, refusing, several hosts; and whole inferences."""
 
+import collections
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -8,6 +10,8 @@ import json
 import os
 import pathlib
 import shutil
+import threading
+import time
 
 import jax
 import numpy as np
@@ -17,6 +21,7 @@ import seqio
 import tiny_captions
 from tiny_captions import BAD_IMAGE, BATCH_SIZE, LENGTHS, NUM_IMAGES, ONE_DEVICE
 
+from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import fingerprints
 from vit22b_transfer.host.progress import Progress
 from vit22b_transfer.inference import decoding, infer
@@ -190,16 +195,59 @@ def test_a_complete_file_that_was_edited_is_not_reused(tmp_path):
 
 def test_two_processes_cannot_write_one_file(tmp_path):
     output = files(tmp_path)
-    output.recover(2)
-    with output.writer() as writer:
-        writer.write([line(0)])
-        with pytest.raises(ValueError, match="another process is writing"):
-            files(tmp_path).recover(2)
-        with pytest.raises(ValueError, match="another process is writing"):
-            with files(tmp_path).writer():
-                pass
-        writer.write([line(1)])
-    assert output.merge()["num_examples"] == 2
+    with output.lock():
+        output.recover(2)
+        with output.writer() as writer:
+            writer.write([line(0)])
+            with pytest.raises(ValueError, match="out.jsonl is in use: process"):
+                files(tmp_path).lock().__enter__()
+            writer.write([line(1)])
+        assert output.merge()["num_examples"] == 2
+    assert names(tmp_path) == ["out.jsonl", "out.jsonl.run.json"]
+
+
+def test_of_many_that_start_at_once_one_writes_and_all_others_get_a_line(tmp_path):
+    """Whoever comes late finds the file complete, and takes it as it is."""
+
+    def infer_once(folder, together):
+        output = files(folder)
+        together.wait()
+        with output.lock():
+            if output.is_complete():
+                return "reused"
+            output.recover(2)
+            with output.writer() as writer:
+                for index in range(output.num_begun(), 6):
+                    writer.write([line(index)])
+                    time.sleep(0)
+            output.merge()
+        return "made"
+
+    outcomes = collections.Counter()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for number in range(30):
+            folder, together = tmp_path / str(number), threading.Barrier(4)
+            folder.mkdir()
+            runs = [pool.submit(infer_once, folder, together) for _ in range(4)]
+            for made in runs:
+                try:
+                    outcomes[made.result()] += 1
+                except UserError as error:
+                    assert "out.jsonl is in use" in str(error)
+                    assert "\n" not in str(error)
+                    outcomes["refused"] += 1
+            assert names(folder) == ["out.jsonl", "out.jsonl.run.json"]
+            assert indices(folder / "out.jsonl") == list(range(6))
+    assert outcomes["made"] == 30 and outcomes["refused"] > 30
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 9, b"[]", b"{}", b'{"summary": 1}'])
+def test_a_damaged_record_is_named_and_nothing_is_touched(content, tmp_path):
+    (tmp_path / "out.jsonl.run.json").write_bytes(content)
+    output = files(tmp_path)
+    with output.lock(), pytest.raises(UserError, match="run.json.* remove .*out.jsonl"):
+        output.is_complete()
+    assert names(tmp_path) == ["out.jsonl.run.json"]
 
 
 def test_empty_predictions_and_unread_images_are_counted_apart(tmp_path):

@@ -36,6 +36,7 @@ class RunLog:
         if not self._is_writer:
             return
         path = os.path.join(self._model_dir, METRICS_FILE)
+        whole_files.remove_unfinished(path)
         _drop_lines_after(path, step)
         self._metrics = self._open.enter_context(open(path, "a", encoding="utf-8"))
         self._events = _TensorBoardFile(self._model_dir, step)

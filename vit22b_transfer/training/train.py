@@ -14,8 +14,9 @@ from flax import traverse_util
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import identity, reading, restoring, writing
-from vit22b_transfer.host import whole_files
+from vit22b_transfer.host import locks, whole_files
 from vit22b_transfer.models import freezing
+from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import finite, optimizers, steps
 from vit22b_transfer.training.eval_loss import evaluate_loss, make_eval_step
@@ -95,7 +96,8 @@ def fine_tune(
     checkpoints are kept (None: all).
 
     Raises:
-      UserError: for inputs that do not fit together, before anything is written over.
+      UserError: for inputs that do not fit together, before anything is written over;
+        if another run writes into model_dir.
       NotFiniteError: if the loss, the gradients or what is to be saved stop being
         finite; the last checkpoint is from before.
     """
@@ -103,16 +105,19 @@ def fine_tune(
     periods = periods or Periods()
     model_dir = whole_files.writable_directory(model_dir, "model_dir")
     _check_inputs(model, total_steps, num_microbatches)
-    start_step = reading.latest_step(model_dir) or 0
-    if start_step > total_steps:
-        raise UserError(
-            f"{model_dir} is already at step {start_step}, beyond total_steps="
-            f"{total_steps}. Choose more steps or another model_dir."
-        )
 
     with contextlib.ExitStack() as stack:
-        # 2. Open the log and the checkpoints.
+        # 2. Keep others out; open the log and the checkpoints.
         is_writer = jax.process_index() == 0
+        if is_writer:
+            stack.enter_context(locks.held(model_dir))
+        processes.wait_for_all("model_dir locked")
+        start_step = reading.latest_step(model_dir) or 0
+        if start_step > total_steps:
+            raise UserError(
+                f"{model_dir} is already at step {start_step}, beyond total_steps="
+                f"{total_steps}. Choose more steps or another model_dir."
+            )
         log = RunLog(model_dir, total_steps=total_steps, is_writer=is_writer)
         stack.callback(log.close)
         writer = writing.CheckpointWriter(model_dir, keep)
@@ -174,6 +179,7 @@ def fine_tune(
         stack.enter_context(partitioning.activate())
         signals = stack.enter_context(StopSignals())
         log.start(start_step)
+        writer.sweep()
         step = saved_step = start_step
         metrics = {}
         in_flight = collections.deque()

@@ -5,6 +5,7 @@ then puts the real arrays in their places. So all but the arrays is Orbax's own 
 and both our runtime and T5X restore the result.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from flax import traverse_util
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
-from vit22b_transfer.host import whole_files
+from vit22b_transfer.host import json_files, whole_files
 from vit22b_transfer.weights.files import blocks
 from vit22b_transfer.weights.mapping import Shape, Slot
 
@@ -29,6 +30,8 @@ _RECORD = "import_progress.jsonl"
 
 class CheckpointOutput:
     """`OUT/checkpoint_0`, under another name until `finish` renames it.
+
+    Whoever makes one holds the lock of OUT.
 
     arrays: parameter -> (shape, dtype).
     origin: a text that is equal if and only if the same import is started again. Then
@@ -45,6 +48,7 @@ class CheckpointOutput:
         # synced at the end: to wait for the disk after each block halves the rate.
         self._context: Any = tensorstore.Context({"file_io_sync": False})
         self._record = os.path.join(self.path, _RECORD)
+        self._remove_left()
         self._checksums = self._checksums_of(origin)
         self._lock = threading.Lock()
         if not self._checksums:
@@ -54,12 +58,23 @@ class CheckpointOutput:
         """What an interrupted import of the same origin had written."""
         if not os.path.isfile(self._record):
             return {}
-        with open(self._record, encoding="utf-8") as file:
-            lines = file.read().split("\n")[:-1]  # a line without an end is unfinished
-        if not lines or json.loads(lines[0]) != origin:
+        with open(self._record, "rb") as file:
+            first, *lines = file.read().split(b"\n")[:-1] or [b""]
+        if _parsed(first) != origin:
             return {}
-        found = (json.loads(line) for line in lines[1:])
+        # What a power cut or a kill left of other lines is written again.
+        found = [line for line in map(_parsed, lines) if _is_entry(line)]
+        with whole_files.replacing(self._record) as file:
+            file.writelines(json.dumps(line) + "\n" for line in [origin, *found])
         return {Slot(name, layer): checksum for name, layer, checksum in found}
+
+    def _remove_left(self) -> None:
+        """Removes what killed imports left, but for what this one goes on with."""
+        folder, name = os.path.split(self.path)
+        for left in glob.glob(f"{glob.escape(name)}?*", root_dir=folder):
+            shutil.rmtree(os.path.join(folder, left))
+        for file in (os.path.join(folder, "model.gin"), self._record):
+            whole_files.remove_unfinished(file)
 
     def _create(self, origin: str) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -131,9 +146,12 @@ class CheckpointOutput:
             return False
         store, chunks = self._store(slot)
         checksum = 0
-        for region in blocks.regions(tuple(store.shape), chunks):
-            block = np.ascontiguousarray(store[region].read().result())
-            checksum = blocks.checksum(block, checksum)
+        try:
+            for region in blocks.regions(tuple(store.shape), chunks):
+                block = np.ascontiguousarray(store[region].read().result())
+                checksum = blocks.checksum(block, checksum)
+        except ValueError:  # a power cut left its files cut
+            return False
         return checksum == self._checksums[slot]
 
     def write(self, slot: Slot, array: np.ndarray, name: str) -> None:
@@ -196,3 +214,19 @@ class CheckpointOutput:
     def discard(self) -> None:
         """Removes what was written: the source turned out not to be usable."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _parsed(line: bytes) -> Any:
+    """The JSON value of a line, None if it is none."""
+    try:
+        return json_files.parse(line, _RECORD)
+    except UserError:
+        return None
+
+
+def _is_entry(line: Any) -> bool:
+    """Whether it is the name, layer and checksum of an array."""
+    if not (isinstance(line, list) and len(line) == 3):
+        return False
+    name, layer, checksum = map(type, line)
+    return name is str and layer in (int, type(None)) and checksum is int
