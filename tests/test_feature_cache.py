@@ -22,11 +22,13 @@ from flax.traverse_util import flatten_dict
 from tiny_captions import BATCH_SIZE, LENGTHS, ONE_DEVICE
 from tiny_models import assert_within
 
+from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.data import batches, feature_cache, sources
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
 from vit22b_transfer.data.feature_shards import STORAGES, Shard, TokenFormat
 from vit22b_transfer.demo import scenes
+from vit22b_transfer.host import locks
 from vit22b_transfer.inference import cache_features, infer
 from vit22b_transfer.models import lora, multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -267,6 +269,18 @@ def test_a_shard_that_was_cut_off_is_refused_and_made_anew(copied):
             reading_from(cache)
     assert write(cache)[0].num_kept == 3
     assert contents(directory) == before
+
+
+def test_a_second_start_on_a_split_is_refused_and_deletes_nothing(copied):
+    cache, directory = copied
+    left = directory / "00001-of-00004.array_record.unfinished"
+    left.write_bytes(b"as if the first were writing it")
+    with locks.held(str(directory)):
+        with pytest.raises(UserError, match=f"{directory} is in use: process"):
+            write(cache)
+        assert left.exists()
+    assert write(cache)[0].num_kept == 4
+    assert not left.exists()
 
 
 def test_a_changed_byte_is_an_error_that_names_the_file(copied):

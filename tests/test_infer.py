@@ -237,7 +237,7 @@ def test_of_many_that_start_at_once_one_writes_and_all_others_get_a_line(tmp_pat
                     assert "\n" not in str(error)
                     outcomes["refused"] += 1
             assert names(folder) == ["out.jsonl", "out.jsonl.run.json"]
-            assert indices(folder / "out.jsonl") == list(range(6))
+            assert indices(str(folder / "out.jsonl")) == list(range(6))
     assert outcomes["made"] == 30 and outcomes["refused"] > 30
 
 

@@ -51,7 +51,8 @@ class CheckpointOutput:
         self._remove_left()
         self._checksums = self._checksums_of(origin)
         self._lock = threading.Lock()
-        if not self._checksums:
+        if not self._checksums or not self._opens():
+            self._checksums = {}
             self._create(origin)
 
     def _checksums_of(self, origin: str) -> dict[Slot, int]:
@@ -140,6 +141,15 @@ class CheckpointOutput:
             (store, chunks) if slot.layer is None else (store[slot.layer], chunks[1:])
         )
 
+    def _opens(self) -> bool:
+        """Whether what is there can be gone on with, be it without some arrays."""
+        try:
+            for name in self._arrays:
+                self._store(Slot(name))
+        except ValueError:  # after a power cut
+            return False
+        return True
+
     def has(self, slot: Slot) -> bool:
         """Whether an earlier run wrote this array, and it is what it was."""
         if slot not in self._checksums:
@@ -150,7 +160,7 @@ class CheckpointOutput:
             for region in blocks.regions(tuple(store.shape), chunks):
                 block = np.ascontiguousarray(store[region].read().result())
                 checksum = blocks.checksum(block, checksum)
-        except ValueError:  # a power cut left its files cut
+        except ValueError:
             return False
         return checksum == self._checksums[slot]
 
