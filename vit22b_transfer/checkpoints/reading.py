@@ -7,9 +7,9 @@ vocabularies and the metrics of an unfinished logging window. The older format o
 (see `legacy`) is read wherever a checkpoint is, and never written.
 """
 
+import contextlib
 import difflib
 import functools
-import json
 import os
 import pathlib
 import re
@@ -23,7 +23,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import fingerprints, legacy
+from vit22b_transfer.checkpoints import damage, fingerprints, legacy
 
 Tree = Any
 
@@ -196,7 +196,12 @@ def _read_from(path, abstract):
         ),
         abstract,
     )
-    with ocp.PyTreeCheckpointer() as orbax:
+    damage.check_index(path)
+    with (
+        damage.said(path),
+        damage.without_leftovers(),
+        ocp.PyTreeCheckpointer() as orbax,
+    ):
         return orbax.restore(
             os.path.join(path, "state"),
             args=ocp.args.PyTreeRestore(
@@ -248,11 +253,9 @@ def _arrays_in(path):
         return legacy.saved_arrays(path)
     # Not a Checkpointer: it warns that `state` alone is not a whole checkpoint.
     handler = ocp.PyTreeCheckpointHandler()
-    try:
+    with damage.said(path), contextlib.closing(handler):
         metadata = handler.metadata(pathlib.Path(path) / "state")
-    finally:
-        handler.close()
-    return flatten(metadata.tree)
+        return flatten(metadata.tree)
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -261,18 +264,26 @@ def flatten(tree: Tree) -> dict[str, Any]:
 
 
 def read_record(path: str) -> dict[str, Any]:
-    """The JSON record of a checkpoint; empty if another program wrote it."""
-    file = record_file(resolve(path))
-    if not os.path.isfile(file):
-        return {}
-    with open(file, encoding="utf-8") as stream:
-        return json.load(stream)
+    """The JSON record of a checkpoint; empty if another program wrote it.
+
+    Raises:
+      UnreadableCheckpointError: if it is damaged.
+    """
+    path = resolve(path)
+    return damage.read_record(record_file(path), path)
 
 
 def is_ours(path: str) -> bool:
-    """Whether a run of ours wrote a checkpoint; neither T5X nor an import did."""
-    is_recorded = os.path.isfile(record_file(path))
-    return is_recorded and not read_record(path).get("imported")
+    """Whether a run of ours wrote a checkpoint; neither T5X nor an import did.
+
+    Of a damaged one that is not known, and so it is not.
+    """
+    if not os.path.isfile(record_file(path)):
+        return False
+    try:
+        return not read_record(path).get("imported")
+    except damage.UnreadableCheckpointError:
+        return False
 
 
 def record_file(path: str) -> str:

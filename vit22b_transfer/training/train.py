@@ -9,23 +9,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import traverse_util
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import identity, reading, restoring, writing
+from vit22b_transfer.checkpoints import reading, restoring, writing
 from vit22b_transfer.host import locks, whole_files
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import finite, optimizers, steps
+from vit22b_transfer.training import finite, optimizers, resuming, steps
 from vit22b_transfer.training.eval_loss import evaluate_loss, make_eval_step
 from vit22b_transfer.training.logs import RunLog, StepTimer
 from vit22b_transfer.training.state import (
     abstract_state,
     abstract_variables,
     fresh_state,
-    from_checkpoint_tree,
     init_params,
     to_checkpoint_tree,
 )
@@ -143,7 +141,8 @@ def fine_tune(
         window = steps.empty_window(update, abstract, batch, step_rng, partitioning)
         if start_step:
             path = reading.checkpoint_path(model_dir, start_step)
-            state, window = _resume(path, model, abstract, window)
+            with resuming.explained(model_dir, start_step):
+                state, window = resuming.resume(path, model, abstract, window)
             log.message(f"resumed from {path}")
         else:
             params = _initial_params(
@@ -172,7 +171,7 @@ def fine_tune(
             fetched = jax.device_get(window)
             finite.check_window(fetched, step, writer)
             finite.check_state(state, step, writer)
-            record = _record(model, fetched) | origin
+            record = resuming.record(model, fetched) | origin
             writer.save(step, to_checkpoint_tree(state), record)
 
         # 7. The loop: batch, step, log, evaluate, save.
@@ -229,7 +228,8 @@ def fine_tune(
         path = reading.checkpoint_path(model_dir, step)
         counters = batches.counters.counts()
         log.message(f"this session read {_counted(counters)}")
-        log.message(f"{'stopped' if step < total_steps else 'done'}: {path}")
+        ending = "stopped" if step < total_steps else "done"
+        log.message(f"{ending}: {path}, {log.summary()}")
     return TrainResult(step, step < total_steps, path, metrics, counters)
 
 
@@ -304,33 +304,6 @@ def _initial_params(model, initial, rng, batch, abstract, partitioning, log):
     )
     fresh = init_params(model, rng, batch, missing, partitioning)
     return freezing.merge_frozen(fresh, restored.params)
-
-
-def _resume(path, model, abstract, window):
-    """The state of a checkpoint, and the metrics of its unfinished window."""
-    identity.check_vocabularies(path, model)
-    identity.check_lora(path, model)
-    tree = reading.restore_tree(path, to_checkpoint_tree(abstract))
-    saved = reading.read_record(path).get("window", {})
-
-    def restore(key, leaf):
-        value = saved.get(jax.tree_util.keystr(key))
-        if value is None:
-            return leaf
-        return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
-
-    window = jax.tree_util.tree_map_with_path(restore, window)
-    return from_checkpoint_tree(tree, abstract), window
-
-
-def _record(model, window):
-    """What a checkpoint holds beside the state; float32 survives JSON exactly."""
-    leaves = jax.tree_util.tree_leaves_with_path(window)
-    return {
-        "vocabularies": identity.vocabulary_record(model),
-        "lora": identity.lora_record(model),
-        "window": {jax.tree_util.keystr(key): leaf.tolist() for key, leaf in leaves},
-    }
 
 
 def _computed(window):
