@@ -229,7 +229,7 @@ def test_damaged_lines_of_a_log_are_left_out_and_counted(two, uninterrupted, cap
 
 
 def test_the_last_line_says_the_best_and_the_last_loss_over_restarts(tmp_path, capsys):
-    model = LinearModel(turned(11, 50.0))  # a spike in the last steps
+    model = LinearModel(turned(11, -1e4))  # a spike in the last steps
     periods = Periods(log=1, evaluate=99, checkpoint=5)
     with pytest.raises(tiny_runs.Killed):
         run(tmp_path, model, periods=periods, data=Data(dies_at=10))
