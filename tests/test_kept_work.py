@@ -1,21 +1,24 @@
 """What a run does so that no work is lost: what it saves, keeps, and goes on from."""
 
+import dataclasses
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import jax.numpy as jnp
 import optax
 import pytest
 import tiny_runs
-from tiny_runs import Data, LinearModel, logged, run
+from tiny_runs import Data, EvalData, LinearModel, logged, run
 
 from vit22b_transfer import NotFiniteError, UserError
 from vit22b_transfer.checkpoints import damage, reading, writing
 from vit22b_transfer.partitioning.rules import Partitioning
+from vit22b_transfer.training import steps
 from vit22b_transfer.training.state import (
     abstract_state,
     from_checkpoint_tree,
@@ -242,3 +245,100 @@ def test_the_last_line_says_the_best_and_the_last_loss_over_restarts(tmp_path, c
         f"done: {tmp_path}/checkpoint_13, best loss {losses[best]:.4f} at step {best}, "
         f"last loss {losses[13]:.4f} at step 13"
     )
+
+
+# --- Signals ---
+
+
+@pytest.fixture
+def ordinary_signals():
+    """SIGHUP as it is on a terminal, also under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@dataclasses.dataclass(frozen=True)
+class SignalledEvalData(EvalData):
+    """Sends a signal when a batch of the evaluation of a step is asked for.
+
+    given: the numbers of the batches that were asked for.
+    """
+
+    number: int = signal.SIGTERM
+    at: tuple[int, int] = (0, 0)
+    given: list = dataclasses.field(default_factory=list)
+
+    def batches(self, task, model, partitioning):
+        evaluation = self.given.count(0)
+        for number, batch in enumerate(super().batches(task, model, partitioning)):
+            self.given.append(number)
+            if (evaluation, number) == self.at:
+                os.kill(os.getpid(), self.number)
+            yield batch
+
+
+@pytest.mark.parametrize(
+    ("number", "evaluation", "step"),
+    [
+        (signal.SIGTERM, 0, 3),
+        (signal.SIGINT, 1, 6),
+        (signal.SIGHUP, 3, 12),
+    ],
+)
+def test_a_signal_stops_an_evaluation_which_is_done_again(
+    number, evaluation, step, tmp_path, uninterrupted, ordinary_signals
+):
+    handler = signal.getsignal(number)
+    data = SignalledEvalData(number=number, at=(evaluation, 1))
+    result = run(tmp_path, eval_data=data)
+    assert result.interrupted and result.step == step
+    assert data.given[-2:] == [0, 1], "it has three batches"
+    assert reading.latest_step(str(tmp_path)) == step
+    assert signal.getsignal(number) is handler
+    # Stopped before the first batch, then killed before that was recorded.
+    again = SignalledEvalData(number=number, at=(0, 0))
+    assert run(tmp_path, eval_data=again).interrupted
+    with open(tmp_path / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"step": step, "eval/tiny/loss": 1.0}) + "\n")
+    assert not run(tmp_path).interrupted
+    assert logged(tmp_path) == logged(uninterrupted)
+    tiny_runs.assert_same_bits(
+        tiny_runs.saved_params(tmp_path), tiny_runs.saved_params(uninterrupted)
+    )
+    assert not run(tmp_path).interrupted
+    assert logged(tmp_path) == logged(uninterrupted)
+
+
+def test_a_signal_before_an_evaluation_starts_none(tmp_path, ordinary_signals):
+    data = SignalledEvalData()
+    stop = Data(events={2: lambda: os.kill(os.getpid(), signal.SIGHUP)})
+    assert run(tmp_path, data=stop, eval_data=data).step == 3
+    assert data.given == []
+
+
+def test_under_nohup_the_end_of_the_terminal_stops_nothing(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hang_up = Data(events={2: lambda: os.kill(os.getpid(), signal.SIGHUP)})
+        assert not run(tmp_path, data=hang_up, eval_data=None).interrupted
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ahead"), [(0.1, 2), (2.0, 1), (9.0, 0)], ids=["fast", "slow", "slower"]
+)
+def test_few_slow_steps_are_to_be_waited_for_when_a_run_is_stopped(
+    seconds, ahead, monkeypatch
+):
+    """No longer than ten seconds, if a step takes less."""
+    clock, waited = iter(range(1000)), []
+    monkeypatch.setattr(steps.time, "monotonic", lambda: seconds * next(clock))
+    monkeypatch.setattr(steps.jax, "block_until_ready", waited.append)
+    in_flight = steps.StepsInFlight()
+    windows = [{} for _ in range(6)]
+    for window in windows:
+        in_flight.add(window)
+    assert list(map(id, waited)) == list(map(id, windows[: 6 - ahead]))
+    assert ahead * seconds + seconds < 10

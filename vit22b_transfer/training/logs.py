@@ -29,8 +29,8 @@ class RunLog:
         self._open = contextlib.ExitStack()
         self._losses: list[tuple[float, int]] = []  # with their steps
 
-    def start(self, step: int) -> None:
-        """Opens the files, to go on after `step`.
+    def start(self, step: int, *, to_evaluate: bool = False) -> None:
+        """Opens the files, to go on after `step`, or with the evaluation of that step.
 
         What an earlier, killed run logged beyond it is removed: those steps are taken
         again. So are lines that cannot be read, which are counted. So call it when
@@ -40,7 +40,7 @@ class RunLog:
             return
         path = os.path.join(self._model_dir, METRICS_FILE)
         whole_files.remove_unfinished(path)
-        self._losses, damaged = _drop_lines_after(path, step)
+        self._losses, damaged = _drop_lines_after(path, step, to_evaluate)
         if damaged:
             self.message(
                 f"{path}: {damaged} lines were cut off or damaged, as by a power cut; "
@@ -154,8 +154,8 @@ class _TensorBoardFile:
         self._records.flush()
 
 
-def _drop_lines_after(path, step):
-    """Keeps the whole lines of steps up to `step`.
+def _drop_lines_after(path, step, to_evaluate):
+    """Keeps the whole lines of steps up to `step`, but not the evaluation to be done.
 
     Returns their losses, and how many lines could not be read.
     """
@@ -167,7 +167,7 @@ def _drop_lines_after(path, step):
             values = _values(line)
             if values is None:
                 damaged += 1
-            elif values["step"] <= step:
+            elif values["step"] <= step - (to_evaluate and _is_evaluation(values)):
                 kept.write(line)
                 losses += _losses(values)
     return losses, damaged
@@ -183,6 +183,10 @@ def _values(line):
         return None
     is_ours = isinstance(values, dict) and type(values.get("step")) is int
     return values if is_ours else None
+
+
+def _is_evaluation(values):
+    return any(name.startswith("eval/") for name in values)
 
 
 def _losses(values):

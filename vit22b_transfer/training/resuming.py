@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from vit22b_transfer.checkpoints import damage, identity, reading
+from vit22b_transfer.host import whole_files
 from vit22b_transfer.training import finite
 from vit22b_transfer.training.state import (
     TrainState,
@@ -18,15 +19,21 @@ from vit22b_transfer.training.state import (
     to_checkpoint_tree,
 )
 
+# In the record of a checkpoint whose step's evaluation was stopped.
+_UNFINISHED = "evaluation_unfinished"
 
-def record(model: Any, window: Any) -> dict[str, Any]:
-    """What a checkpoint holds beside the state; float32 survives JSON exactly."""
+
+def record(model: Any, window: Any, *, to_evaluate: bool) -> dict[str, Any]:
+    """What a checkpoint holds beside the state; float32 survives JSON exactly.
+
+    to_evaluate: whether the evaluation of its step is still to be done.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(window)
     return {
         "vocabularies": identity.vocabulary_record(model),
         "lora": identity.lora_record(model),
         "window": {jax.tree_util.keystr(key): leaf.tolist() for key, leaf in leaves},
-    }
+    } | ({_UNFINISHED: True} if to_evaluate else {})
 
 
 def resume(
@@ -62,6 +69,19 @@ def _restored(value: Any, leaf: Any, path: str) -> Any:
         if array.shape != leaf.shape:
             raise ValueError("the metrics in its run/metadata have another shape")
         return jax.device_put(array, leaf.sharding)
+
+
+def has_to_evaluate(path: str) -> bool:
+    """Whether the evaluation of a checkpoint's step was stopped: it is done again."""
+    return bool(reading.read_record(path).get(_UNFINISHED))
+
+
+def mark_as_evaluated(path: str) -> None:
+    """Records that the evaluation of a checkpoint's step is done and logged."""
+    saved = reading.read_record(path)
+    del saved[_UNFINISHED]
+    with whole_files.replacing(reading.record_file(path)) as file:
+        json.dump(saved, file)
 
 
 @contextlib.contextmanager

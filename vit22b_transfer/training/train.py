@@ -1,6 +1,5 @@
 """Fine-tuning: one loop, from checked inputs to the last checkpoint."""
 
-import collections
 import contextlib
 import dataclasses
 import math
@@ -18,7 +17,11 @@ from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import finite, optimizers, resuming, steps
-from vit22b_transfer.training.eval_loss import evaluate_loss, make_eval_step
+from vit22b_transfer.training.eval_loss import (
+    EvaluationStopped,
+    evaluate_loss,
+    make_eval_step,
+)
 from vit22b_transfer.training.logs import RunLog, StepTimer
 from vit22b_transfer.training.state import (
     abstract_state,
@@ -28,10 +31,6 @@ from vit22b_transfer.training.state import (
     to_checkpoint_tree,
 )
 from vit22b_transfer.training.stop_signals import StopSignals
-
-# Steps handed to the device beyond the one known to be finished: enough to keep it
-# busy, few enough that batches and memory do not pile up.
-_STEPS_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +89,9 @@ def fine_tune(
 
     A run that was killed and is started again ends bit for bit where it would have
     ended. `data` and `eval_data` are `TrainData` and `EvalData`, or anything with their
-    `batches`. SIGTERM and SIGINT finish the step, save and return. `keep` newest
-    checkpoints are kept (None: all).
+    `batches`. SIGTERM, SIGINT and SIGHUP finish the step, save and return; an
+    evaluation is stopped after a batch, and done again as a whole when the run is
+    started again. `keep` newest checkpoints are kept (None: all).
 
     Raises:
       UserError: for inputs that do not fit together, before anything is written over;
@@ -110,7 +110,7 @@ def fine_tune(
         if is_writer:
             stack.enter_context(locks.held(model_dir))
         processes.wait_for_all("model_dir locked")
-        start_step = reading.latest_step(model_dir) or 0
+        start_step, to_evaluate = reading.latest_step(model_dir) or 0, False
         if start_step > total_steps:
             raise UserError(
                 f"{model_dir} is already at step {start_step}, beyond total_steps="
@@ -143,6 +143,7 @@ def fine_tune(
             path = reading.checkpoint_path(model_dir, start_step)
             with resuming.explained(model_dir, start_step):
                 state, window = resuming.resume(path, model, abstract, window)
+                to_evaluate = resuming.has_to_evaluate(path) and eval_data is not None
             log.message(f"resumed from {path}")
         else:
             params = _initial_params(
@@ -171,27 +172,50 @@ def fine_tune(
             fetched = jax.device_get(window)
             finite.check_window(fetched, step, writer)
             finite.check_state(state, step, writer)
-            record = resuming.record(model, fetched) | origin
-            writer.save(step, to_checkpoint_tree(state), record)
+            record = resuming.record(model, fetched, to_evaluate=to_evaluate)
+            writer.save(step, to_checkpoint_tree(state), record | origin)
+
+        def evaluate():
+            """The logged metrics of this step, or None if a signal stopped it."""
+            try:
+                results = evaluate_loss(
+                    eval_data,
+                    model,
+                    eval_step,
+                    state.params,
+                    partitioning,
+                    stop=signals.asked,
+                )
+            except EvaluationStopped:
+                log.message(f"step {step}/{total_steps}  the evaluation was stopped")
+                return None
+            log.scalars(step, results)
+            log.message(f"step {step}/{total_steps}  {_line(results)}")
+            return results
 
         # 7. The loop: batch, step, log, evaluate, save.
         stack.enter_context(partitioning.activate())
         signals = stack.enter_context(StopSignals())
-        log.start(start_step)
+        log.start(start_step, to_evaluate=to_evaluate)
         writer.sweep()
         step = saved_step = start_step
-        metrics = {}
-        in_flight = collections.deque()
+        metrics, stopping = {}, False
+        if to_evaluate:
+            results = evaluate()
+            to_evaluate = stopping = results is None
+            if results is not None:
+                metrics = results
+                if is_writer:
+                    resuming.mark_as_evaluated(path)
+        in_flight = steps.StepsInFlight()
         timer = StepTimer(step)
-        while step < total_steps:
+        while step < total_steps and not stopping:
             if step > start_step:
                 batch = next(batches)
             with jax.transfer_guard_device_to_host("disallow"):
                 state, window = train_step(state, window, batch, step_rng)
             step += 1
-            in_flight.append(window)
-            if len(in_flight) > _STEPS_AHEAD:
-                jax.block_until_ready(in_flight.popleft())
+            in_flight.add(window)
             log.advance(step)
             is_last = step == total_steps
 
@@ -206,20 +230,16 @@ def fine_tune(
                 log.report(step, metrics["train/loss"], rows * speed, eta)
 
             if eval_data is not None and (step % periods.evaluate == 0 or is_last):
-                results = evaluate_loss(
-                    eval_data, model, eval_step, state.params, partitioning
-                )
-                metrics = metrics | results
-                log.scalars(step, results)
-                log.message(f"step {step}/{total_steps}  {_line(results)}")
+                results = evaluate()
+                to_evaluate = results is None
+                metrics = metrics | (results or {})
                 timer.restart(step)
 
             if step % periods.checkpoint == 0:
                 save()
                 saved_step = step
                 timer.restart(step)
-            if signals.stop_after(step):
-                break
+            stopping = to_evaluate or signals.asked()
 
         # 8. The last checkpoint.
         if step > saved_step:
@@ -228,9 +248,10 @@ def fine_tune(
         path = reading.checkpoint_path(model_dir, step)
         counters = batches.counters.counts()
         log.message(f"this session read {_counted(counters)}")
-        ending = "stopped" if step < total_steps else "done"
+        interrupted = step < total_steps or to_evaluate
+        ending = "stopped" if interrupted else "done"
         log.message(f"{ending}: {path}, {log.summary()}")
-    return TrainResult(step, step < total_steps, path, metrics, counters)
+    return TrainResult(step, interrupted, path, metrics, counters)
 
 
 def _check_inputs(model, total_steps, num_microbatches):
