@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import full_disks
 import gin
 import jax
 import numpy as np
@@ -281,6 +282,21 @@ def test_a_second_start_on_a_split_is_refused_and_deletes_nothing(copied):
         assert left.exists()
     assert write(cache)[0].num_kept == 4
     assert not left.exists()
+
+
+def test_a_full_disk_keeps_the_shards_and_the_same_command_goes_on(copied, capfd):
+    cache, directory = copied
+    before = contents(directory)
+    for number in (1, 2, 3):
+        (directory / f"0000{number}-of-00004.array_record").unlink()
+    with full_disks.full_disk() as fill:
+        fill(1000)
+        kept = "1 of 4 shards are kept"
+        with full_disks.refused(capfd, str(directory), full_disks.FULL, kept):
+            write(cache)
+    [result] = write(cache)
+    assert result.num_kept == 1
+    assert contents(directory) == before
 
 
 def test_a_changed_byte_is_an_error_that_names_the_file(copied):

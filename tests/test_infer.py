@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 
+import full_disks
 import jax
 import numpy as np
 import pytest
@@ -241,6 +242,15 @@ def test_of_many_that_start_at_once_one_writes_and_all_others_get_a_line(tmp_pat
     assert outcomes["made"] == 30 and outcomes["refused"] > 30
 
 
+def test_lines_for_a_file_that_was_removed_are_an_error(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError), files(folder).writer() as writer:
+        writer.write([line(0)])
+        shutil.rmtree(folder)
+        writer.write([line(1)])
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 9, b"[]", b"{}", b'{"summary": 1}'])
 def test_a_damaged_record_is_named_and_nothing_is_touched(content, tmp_path):
     (tmp_path / "out.jsonl.run.json").write_bytes(content)
@@ -422,6 +432,22 @@ def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(
     assert path.read_bytes() == whole
     assert result.num_resumed == min(batches_written, 2) * BATCH_SIZE
     assert names(tmp_path) == ["out.jsonl", "out.jsonl.run.json"]
+
+
+def test_a_full_disk_keeps_the_lines_and_the_same_command_goes_on(
+    restored, complete, tmp_path, capfd
+):
+    whole = pathlib.Path(complete.path).read_bytes()
+    lines = whole.splitlines(keepends=True)
+    num_kept = BATCH_SIZE + 1
+    with full_disks.full_disk() as fill:
+        fill(len(b"".join(lines[:num_kept])) + 3)
+        kept = f"{num_kept} lines of out.jsonl are kept"
+        with full_disks.refused(capfd, str(tmp_path), full_disks.FULL, kept):
+            infer.predict_split(restored, DATA, output=str(tmp_path / "out.jsonl"))
+    result = infer.predict_split(restored, DATA, output=str(tmp_path / "out.jsonl"))
+    assert result.num_resumed == BATCH_SIZE
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(restored, complete, tmp_path):

@@ -1,6 +1,7 @@
 """What a run does so that no work is lost: what it saves, keeps, and goes on from."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import full_disks
 import jax.numpy as jnp
 import optax
 import pytest
@@ -17,6 +19,7 @@ from tiny_runs import Data, EvalData, LinearModel, logged, run
 
 from vit22b_transfer import NotFiniteError, UserError
 from vit22b_transfer.checkpoints import damage, reading, writing
+from vit22b_transfer.host import whole_files
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import steps
 from vit22b_transfer.training.state import (
@@ -342,3 +345,51 @@ def test_few_slow_steps_are_to_be_waited_for_when_a_run_is_stopped(
         in_flight.add(window)
     assert list(map(id, waited)) == list(map(id, windows[: 6 - ahead]))
     assert ahead * seconds + seconds < 10
+
+
+# --- Full disks ---
+
+
+@pytest.mark.parametrize("num_bytes", [300, 20_000], ids=["the log", "a checkpoint"])
+def test_training_on_a_full_disk_ends_in_a_line_and_goes_on(
+    num_bytes, tmp_path, uninterrupted, capfd
+):
+    with pytest.raises(tiny_runs.Killed):
+        run(tmp_path, data=Data(dies_at=6))
+    with full_disks.full_disk() as fill:
+        events = {6: lambda: fill(num_bytes)}
+        with full_disks.refused(
+            capfd, str(tmp_path), full_disks.FULL, "Checkpoint_5 is untouched"
+        ):
+            run(tmp_path, data=Data(events=events))
+    run(tmp_path)
+    assert logged(tmp_path) == logged(uninterrupted)
+    tiny_runs.assert_same_bits(
+        tiny_runs.saved_params(tmp_path), tiny_runs.saved_params(uninterrupted)
+    )
+    assert not [name for name in os.listdir(tmp_path) if "tmp" in name]
+
+
+def test_training_in_a_directory_that_is_removed_ends_in_a_line(tmp_path, capfd):
+    gone = {8: lambda: shutil.rmtree(tmp_path / "run")}
+    with full_disks.refused(
+        capfd, str(tmp_path / "run"), "No such file", "no checkpoint yet"
+    ):
+        run(tmp_path / "run", data=Data(events=gone))
+
+
+def test_training_on_a_disk_that_became_read_only_ends_in_a_line(
+    tmp_path, capfd, monkeypatch
+):
+    run(tmp_path, total_steps=5)
+
+    def mkstemp(**arguments):
+        name = os.path.join(arguments["dir"], arguments["prefix"])
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)
+
+    monkeypatch.setattr(whole_files.tempfile, "mkstemp", mkstemp)
+    with full_disks.refused(
+        capfd, "metrics.jsonl", "Read-only file", "Checkpoint_5 is untouched"
+    ):
+        run(tmp_path)
+    assert reading.complete_steps(str(tmp_path)) == [5]

@@ -4,8 +4,10 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import types
 
+import full_disks
 import ml_dtypes
 import numpy as np
 import pytest
@@ -444,6 +446,40 @@ def test_what_a_power_cut_left_of_an_import_is_made_again(damage, tmp_path):
     expected = values(whole)
     for name, array in values(out).items():
         np.testing.assert_array_equal(array, expected[name])
+
+
+def test_a_full_disk_keeps_the_arrays_and_the_same_command_goes_on(tmp_path, capfd):
+    source, out = interrupt(tmp_path)
+    family, state = interrupting(99)
+    with full_disks.full_disk() as fill:
+        fill(1200)
+        with full_disks.refused(capfd, str(out), full_disks.FULL, "arrays in"):
+            convert.import_weights(source, str(out), (family,))
+    assert os.listdir(out) == ["checkpoint_0.importing"]
+    first = state.converted
+    convert.import_weights(source, str(out), (family,))
+    assert sorted(os.listdir(out)) == ["checkpoint_0", "model.gin", "test-tower"]
+    whole = tmp_path / "whole"
+    convert.import_weights(source, str(whole), (family,))
+    expected = values(whole)
+    for name, array in values(out).items():
+        np.testing.assert_array_equal(array, expected[name])
+    assert first < DEPTH
+
+
+def test_an_import_whose_directory_is_removed_ends_in_a_line(tmp_path, capfd):
+    write_tower(tmp_path / "tower.npz")
+    plain, out = transforms.unstack(), tmp_path / "out"
+
+    def to_ours(arrays):
+        if arrays[0].any() and out.exists():
+            shutil.rmtree(out, ignore_errors=True)
+        return plain.to_ours(arrays)
+
+    family = tower_family(transforms.Transform(to_ours, plain.to_theirs))
+    with full_disks.refused(capfd, str(out), "No such file"):
+        convert.import_weights([str(tmp_path / "tower.npz")], str(out), (family,))
+    assert not (out / "checkpoint_0").exists()
 
 
 @pytest.mark.parametrize("change", ["options", "file"])

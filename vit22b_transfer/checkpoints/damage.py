@@ -1,9 +1,7 @@
 """Checkpoints that cannot be read: one error for whatever their readers raise."""
 
 import contextlib
-import inspect
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,31 +35,6 @@ def said(path: str) -> Iterator[None]:
             f"checkpoint {path} cannot be read; it is damaged or not whole: "
             f"{_reason(error)}"
         ) from error
-
-
-@contextlib.contextmanager
-def without_leftovers() -> Iterator[None]:
-    """Orbax's coroutines and threads print nothing after the error that is raised.
-
-    What they do not finish would be shown in screens of tracebacks, some of them only
-    when Python ends: so after an error their hooks stay.
-    """
-    hooks = sys.excepthook, sys.unraisablehook
-
-    closed = "Event loop is closed"
-
-    def excepthook(kind, error, trace):
-        if str(error) != closed:
-            hooks[0](kind, error, trace)
-
-    def unraisablehook(unraisable):
-        is_coroutine = inspect.iscoroutine(unraisable.object)
-        if not is_coroutine and str(unraisable.exc_value) != closed:
-            hooks[1](unraisable)
-
-    sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
-    yield
-    sys.excepthook, sys.unraisablehook = hooks
 
 
 def check_index(path: str) -> None:

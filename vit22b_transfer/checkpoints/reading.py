@@ -23,7 +23,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import damage, fingerprints, legacy
+from vit22b_transfer.checkpoints import damage, fingerprints, legacy, orbax_noise
 
 Tree = Any
 
@@ -197,11 +197,8 @@ def _read_from(path, abstract):
         abstract,
     )
     damage.check_index(path)
-    with (
-        damage.said(path),
-        damage.without_leftovers(),
-        ocp.PyTreeCheckpointer() as orbax,
-    ):
+    orbax_noise.hush()
+    with damage.said(path), ocp.PyTreeCheckpointer() as orbax:
         return orbax.restore(
             os.path.join(path, "state"),
             args=ocp.args.PyTreeRestore(

@@ -9,7 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.checkpoints import orbax_noise, reading
 from vit22b_transfer.host import whole_files
 
 
@@ -28,6 +28,7 @@ class CheckpointWriter:
             raise UserError(f"keep={keep} must be at least 1, or None to keep all.")
         self.model_dir = model_dir
         self.keep = keep
+        orbax_noise.hush()
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.AsyncOptions(timeout_secs=3600),
@@ -43,12 +44,19 @@ class CheckpointWriter:
         pattern = f"{reading.STEP_NAME.pattern}({left})"
         self._remove(n for n in os.listdir(self.model_dir) if re.fullmatch(pattern, n))
 
+    def check(self) -> None:
+        """Raises what went wrong in the background; to be called now and then."""
+        self._orbax.check_for_errors()
+
     def save(self, step: int, tree: reading.Tree, record: Mapping[str, Any]) -> None:
         """Starts writing `tree` (see `to_checkpoint_tree`) and a JSON `record`."""
         self.wait()
         if not self._began:
             self.sweep()
         self._began = True
+        os.stat(
+            self.model_dir
+        )  # Orbax would make it anew, without the log and the lock
         path = self._path(step)
         if os.path.isdir(path) and not reading.is_complete(path):
             self._remove([os.path.basename(path)])
@@ -73,8 +81,10 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Finishes the last save."""
-        self.wait()
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
 
     def _path(self, step):
         return reading.checkpoint_path(self.model_dir, step)

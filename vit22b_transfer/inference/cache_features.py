@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading, restoring
-from vit22b_transfer.host import locks, progress
+from vit22b_transfer.host import disk_errors, locks, progress
 from vit22b_transfer.models import int8
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -84,6 +84,8 @@ def cache_features(
         if batch not in towers:
             towers[batch] = FrozenTower.restore(model, partitioning, data.cache, *batch)
         with contextlib.ExitStack() as stack:
+            kept = functools.partial(_kept, key.directory)
+            stack.enter_context(disk_errors.said(key.directory, kept))
             if jax.process_index() == 0:
                 os.makedirs(key.directory, exist_ok=True)
                 stack.enter_context(locks.held(key.directory))
@@ -221,6 +223,16 @@ def _cache_split(key: Any, tower: FrozenTower, examples_per_shard: int) -> Cache
     return CachedSplit(
         key.directory, layout.num_examples, work.num_encoded, len(paths), num_kept
     )
+
+
+def _kept(directory: str) -> str:
+    """Half a sentence on what a run that starts now goes on from."""
+    from vit22b_transfer.data import feature_cache
+
+    layout = feature_cache.Layout.read(directory)
+    paths = [] if layout is None else layout.paths(directory)
+    count = sum(map(os.path.exists, paths))
+    return f"{count} of {len(paths)} shards are kept"
 
 
 def _remove_damaged(paths: Sequence[str]) -> None:

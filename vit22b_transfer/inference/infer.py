@@ -15,7 +15,7 @@ import numpy as np
 import rich.console
 
 from vit22b_transfer.checkpoints import fingerprints, reading, restoring
-from vit22b_transfer.host import progress, whole_files
+from vit22b_transfer.host import disk_errors, progress, whole_files
 from vit22b_transfer.inference import prediction_lines
 from vit22b_transfer.inference.prediction_files import LineWriter, PredictionFiles
 from vit22b_transfer.partitioning import processes
@@ -173,6 +173,8 @@ def predict_split(
     left_out = registered.skipped_text(data.task, data.split)
     left_out = f"; left out of the split: {left_out}" if left_out else ""
     with contextlib.ExitStack() as stack:
+        folder = os.path.dirname(files.path)
+        stack.enter_context(disk_errors.said(folder, files.kept))
         if jax.process_index() == 0:
             stack.enter_context(files.lock())
         processes.wait_for_all("predictions locked")

@@ -129,6 +129,11 @@ class PredictionFiles:
             os.remove(path)
         return Recovered(num_kept, len(all_lines) - num_kept + cut)
 
+    def kept(self) -> str:
+        """Half a sentence on the lines that a run which starts now goes on from."""
+        num_lines = sum(1 for _ in _contiguous(_merged(self._parts())))
+        return f"{num_lines} lines of {os.path.basename(self.path)} are kept"
+
     def num_begun(self) -> int:
         """Number of lines that `recover` gathered: where every host goes on."""
         return sum(1 for _ in _lines(self._begun_path))
@@ -222,6 +227,7 @@ class LineWriter:
         for line in lines:
             assert line["index"] > self._last, "lines out of order"
             self._last = line["index"]
+        os.stat(self._file.name)  # a removed file can be written, and is lost
         self._file.write(b"".join(map(_encoded, lines)))
         _flush(self._file)
 

@@ -54,9 +54,10 @@ def check_state(state: TrainState, step: int, writer: writing.CheckpointWriter) 
       NotFiniteError: naming the first few arrays and the last good checkpoint.
     """
     if names := not_finite(state):
+        writer.wait()
         raise NotFiniteError(
             f"after step {step} there are NaN or infinite values in {names}; nothing "
-            f"is saved and {last_good(writer)}. {_ADVICE}"
+            f"is saved and {last_good(writer.model_dir)}. {_ADVICE}"
         )
 
 
@@ -67,16 +68,16 @@ def check_window(
     for name in ("loss", "grad_norm"):
         value = float(window[name].compute())
         if not math.isfinite(value):
+            writer.wait()
             raise NotFiniteError(
                 f"the mean {name} since the last log is {value} at step {step}; "
-                f"{last_good(writer)}. {_ADVICE}"
+                f"{last_good(writer.model_dir)}. {_ADVICE}"
             )
 
 
-def last_good(writer: writing.CheckpointWriter) -> str:
-    """Half a sentence on the newest checkpoint, once it is written."""
-    writer.wait()
-    good = reading.latest_step(writer.model_dir)
+def last_good(model_dir: str) -> str:
+    """Half a sentence on the newest checkpoint."""
+    good = reading.latest_step(model_dir)
     if good is None:
         return "there is no checkpoint yet"
     return f"checkpoint_{good} is untouched"

@@ -28,6 +28,7 @@ class RunLog:
         self._metrics = self._events = self._bar = None
         self._open = contextlib.ExitStack()
         self._losses: list[tuple[float, int]] = []  # with their steps
+        self._has_failed = False
 
     def start(self, step: int, *, to_evaluate: bool = False) -> None:
         """Opens the files, to go on after `step`, or with the evaluation of that step.
@@ -64,9 +65,14 @@ class RunLog:
         """Appends one line and one event; on disk when this returns."""
         if self._metrics is None or self._events is None:
             return
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._metrics.flush()
-        self._events.write(step, values)
+        try:
+            os.stat(self._metrics.name)  # a removed file can be written, and is lost
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.flush()
+            self._events.write(step, values)
+        except OSError:
+            self._has_failed = True
+            raise
         self._losses += _losses({"step": step, **values})
 
     def summary(self) -> str:
@@ -102,7 +108,10 @@ class RunLog:
 
     def close(self) -> None:
         """Stops the bar and closes the files."""
-        self._open.close()
+        # What could not be written would be tried again, and be an error again.
+        failure = (OSError,) if self._has_failed else ()
+        with contextlib.suppress(*failure):
+            self._open.close()
 
 
 class StepTimer:

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading, restoring, writing
-from vit22b_transfer.host import locks, whole_files
+from vit22b_transfer.host import disk_errors, locks, whole_files
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -104,7 +104,10 @@ def fine_tune(
     model_dir = whole_files.writable_directory(model_dir, "model_dir")
     _check_inputs(model, total_steps, num_microbatches)
 
-    with contextlib.ExitStack() as stack:
+    with (
+        disk_errors.said(model_dir, lambda: finite.last_good(model_dir)),
+        contextlib.ExitStack() as stack,
+    ):
         # 2. Keep others out; open the log and the checkpoints.
         is_writer = jax.process_index() == 0
         if is_writer:
@@ -216,6 +219,7 @@ def fine_tune(
                 state, window = train_step(state, window, batch, step_rng)
             step += 1
             in_flight.add(window)
+            writer.check()
             log.advance(step)
             is_last = step == total_steps
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host import locks, memory_limit, whole_files
+from vit22b_transfer.host import disk_errors, locks, memory_limit, whole_files
 from vit22b_transfer.host.progress import Progress, console
 from vit22b_transfer.weights import sources
 from vit22b_transfer.weights.adapters import peft_adapters
@@ -93,13 +93,14 @@ def import_weights(
     fields = updates.gin_fields(fresh_parameters(parts)) if updates else {}
     gin = model_gin(parts, out, fields)
     whole_files.writable_directory(out, "--out")
-    with locks.held(out):
+    with disk_errors.said(out, lambda: "what is written is kept"), locks.held(out):
         _check_is_free(out)  # another import may have ended meanwhile
         checkpoint = _write_all(
             parts,
             updates,
             CheckpointOutput(out, arrays, origin(parts, options, adapter)),
-            lambda: write_companions(parts, out, gin),
+            out,
+            gin,
         )
     lines = _report(parts, out, checkpoint)
     return lines if updates is None else [*lines, *updates.lines()]
@@ -116,21 +117,27 @@ def _write_all(
     parts: Sequence[Part],
     updates: peft_adapters.Updates | None,
     output: CheckpointOutput,
-    write_beside: Callable[[], None],
+    out: str,
+    gin: str,
 ) -> str:
     """Writes the arrays, then what stands beside them; the checkpoint's path."""
     try:
-        with Progress(
-            console(stderr=True),
-            "importing",
-            total=sum(part.nbytes for part in parts),
-            unit="bytes",
-        ) as progress:
+        with (
+            disk_errors.said(out, output.kept),
+            Progress(
+                console(stderr=True),
+                "importing",
+                total=sum(part.nbytes for part in parts),
+                unit="bytes",
+            ) as progress,
+        ):
             for part in parts:
                 _write(part, output, progress)
             if updates is not None:
                 updates.write(output)
-        write_beside()
+            write_companions(parts, out, gin)
+    except disk_errors.DiskError:
+        raise
     except ValueError:
         output.discard()
         raise

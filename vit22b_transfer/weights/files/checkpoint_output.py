@@ -193,8 +193,11 @@ class CheckpointOutput:
             )
         for future in pending:
             future.result()
-        with self._lock, open(self._record, "a", encoding="utf-8") as file:
+        with self._lock, open(self._record, "r+", encoding="utf-8") as file:
+            # Not made anew: TensorStore would go on in a directory that was removed.
+            file.seek(0, os.SEEK_END)
             file.write(json.dumps([slot.name, slot.layer, checksum]) + "\n")
+            self._checksums[slot] = checksum
 
     def _converted(self, block: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -213,10 +216,15 @@ class CheckpointOutput:
         with open(file, "w", encoding="utf-8") as stream:
             json.dump({"imported": True, **record}, stream)
 
+    def kept(self) -> str:
+        """Half a sentence on what the same import, started again, need not write."""
+        return f"{len(self._checksums)} arrays in {self.path} are kept"
+
     def finish(self) -> str:
         """The path of the checkpoint, which now is complete."""
-        os.remove(self._record)
         whole_files.sync_tree(self.path)
+        # Last, and not before what takes long: without it all is written again.
+        os.remove(self._record)
         os.rename(self.path, self.final)
         whole_files.sync_directory(os.path.dirname(self.final))
         return self.final
