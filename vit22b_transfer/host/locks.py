@@ -45,10 +45,12 @@ def held(place: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: who opens it now finds another one at its name.
-        with contextlib.suppress(OSError):
-            os.remove(path)
-        os.close(file)
+        try:
+            # While it is held: who has it open already finds another one at its name.
+            with contextlib.suppress(OSError):
+                os.remove(path)
+        finally:
+            os.close(file)
 
 
 def _locked(path: str, place: str) -> int:
