@@ -16,6 +16,7 @@ row of a table for each storm.
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -28,6 +29,8 @@ import tempfile
 import time
 
 import storm_contents
+
+from vit22b_transfer.commands import arguments as command_arguments
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TASK = "scenes_captioning"
@@ -110,16 +113,18 @@ def _prepare(work, devices):
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     os.chdir(ROOT)
-    import array_record.python.array_record_module
-    import seqio
-    import tensorboard.summary.writer.record_writer  # noqa: F401
-
-    from vit22b_transfer.demo import scenes  # noqa: F401
-    from vit22b_transfer.inference import cache_features, infer  # noqa: F401
-    from vit22b_transfer.training import train  # noqa: F401
-    from vit22b_transfer.weights import convert  # noqa: F401
-
-    del array_record, seqio
+    with command_arguments.without_startup_notes():
+        for module in (
+            "tensorboard.summary.writer.record_writer",
+            "vit22b_transfer.data.batches",
+            "vit22b_transfer.data.feature_cache",
+            "vit22b_transfer.demo.scenes",
+            "vit22b_transfer.inference.cache_features",
+            "vit22b_transfer.inference.infer",
+            "vit22b_transfer.training.train",
+            "vit22b_transfer.weights.convert",
+        ):
+            importlib.import_module(module)
     (work / "recipe.gin").write_text(RECIPE)
     _do(work / "data.txt", lambda: _write_scenes(work))
     _do(work / "source.txt", lambda: _write_source(work / "source"))
@@ -255,7 +260,8 @@ def _storm(work, command, options):
     """The row of one command: runs until it was killed often enough."""
     devices, draw = options.devices, random.Random(options.seed)
     whole = work / "whole"
-    for name in dict.fromkeys(["train", command]):
+    first = [] if command == "import" else ["train"]  # gives the checkpoint
+    for name in dict.fromkeys([*first, command]):
         for _ in range(2):  # the second one compiles nothing any more
             shutil.rmtree(whole / name, ignore_errors=True)
             began = time.monotonic()
