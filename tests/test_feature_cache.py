@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import full_disks
 import gin
 import jax
 import numpy as np
@@ -22,11 +23,13 @@ from flax.traverse_util import flatten_dict
 from tiny_captions import BATCH_SIZE, LENGTHS, ONE_DEVICE
 from tiny_models import assert_within
 
+from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.data import batches, feature_cache, sources
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
 from vit22b_transfer.data.feature_shards import STORAGES, Shard, TokenFormat
 from vit22b_transfer.demo import scenes
+from vit22b_transfer.host import locks
 from vit22b_transfer.inference import cache_features, infer
 from vit22b_transfer.models import lora, multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -266,6 +269,33 @@ def test_a_shard_that_was_cut_off_is_refused_and_made_anew(copied):
         with pytest.raises(ValueError, match=f"{path} .* is cut off or damaged"):
             reading_from(cache)
     assert write(cache)[0].num_kept == 3
+    assert contents(directory) == before
+
+
+def test_a_second_start_on_a_split_is_refused_and_deletes_nothing(copied):
+    cache, directory = copied
+    left = directory / "00001-of-00004.array_record.unfinished"
+    left.write_bytes(b"as if the first were writing it")
+    with locks.held(str(directory)):
+        with pytest.raises(UserError, match=f"{directory} is in use: process"):
+            write(cache)
+        assert left.exists()
+    assert write(cache)[0].num_kept == 4
+    assert not left.exists()
+
+
+def test_a_full_disk_keeps_the_shards_and_the_same_command_goes_on(copied, capfd):
+    cache, directory = copied
+    before = contents(directory)
+    for number in (1, 2, 3):
+        (directory / f"0000{number}-of-00004.array_record").unlink()
+    with full_disks.full_disk() as fill:
+        fill(1000)
+        kept = "1 of 4 shards are kept"
+        with full_disks.refused(capfd, str(directory), full_disks.FULL, kept):
+            write(cache)
+    [result] = write(cache)
+    assert result.num_kept == 1
     assert contents(directory) == before
 
 

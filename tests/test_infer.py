@@ -1,5 +1,7 @@
 """Prediction files: order, resuming, refusing, several hosts; and whole inferences."""
 
+import collections
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -8,7 +10,10 @@ import json
 import os
 import pathlib
 import shutil
+import threading
+import time
 
+import full_disks
 import jax
 import numpy as np
 import pytest
@@ -17,6 +22,7 @@ import seqio
 import tiny_captions
 from tiny_captions import BAD_IMAGE, BATCH_SIZE, LENGTHS, NUM_IMAGES, ONE_DEVICE
 
+from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import fingerprints
 from vit22b_transfer.host.progress import Progress
 from vit22b_transfer.inference import decoding, infer
@@ -190,16 +196,68 @@ def test_a_complete_file_that_was_edited_is_not_reused(tmp_path):
 
 def test_two_processes_cannot_write_one_file(tmp_path):
     output = files(tmp_path)
-    output.recover(2)
-    with output.writer() as writer:
+    with output.lock():
+        output.recover(2)
+        with output.writer() as writer:
+            writer.write([line(0)])
+            with pytest.raises(ValueError, match="out.jsonl is in use: process"):
+                files(tmp_path).lock().__enter__()
+            writer.write([line(1)])
+        assert output.merge()["num_examples"] == 2
+    assert names(tmp_path) == ["out.jsonl", "out.jsonl.run.json"]
+
+
+def test_of_many_that_start_at_once_one_writes_and_all_others_get_a_line(tmp_path):
+    """Whoever comes late finds the file complete, and takes it as it is."""
+
+    def infer_once(folder, together):
+        output = files(folder)
+        together.wait()
+        with output.lock():
+            if output.is_complete():
+                return "reused"
+            output.recover(2)
+            with output.writer() as writer:
+                for index in range(output.num_begun(), 6):
+                    writer.write([line(index)])
+                    time.sleep(0)
+            output.merge()
+        return "made"
+
+    outcomes = collections.Counter()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for number in range(30):
+            folder, together = tmp_path / str(number), threading.Barrier(4)
+            folder.mkdir()
+            runs = [pool.submit(infer_once, folder, together) for _ in range(4)]
+            for made in runs:
+                try:
+                    outcomes[made.result()] += 1
+                except UserError as error:
+                    assert "out.jsonl is in use" in str(error)
+                    assert "\n" not in str(error)
+                    outcomes["refused"] += 1
+            assert names(folder) == ["out.jsonl", "out.jsonl.run.json"]
+            assert indices(str(folder / "out.jsonl")) == list(range(6))
+    assert outcomes["made"] == 30 and outcomes["refused"] > 30
+
+
+def test_lines_for_a_file_that_was_removed_are_an_error(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError), files(folder).writer() as writer:
         writer.write([line(0)])
-        with pytest.raises(ValueError, match="another process is writing"):
-            files(tmp_path).recover(2)
-        with pytest.raises(ValueError, match="another process is writing"):
-            with files(tmp_path).writer():
-                pass
+        shutil.rmtree(folder)
         writer.write([line(1)])
-    assert output.merge()["num_examples"] == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 9, b"[]", b"{}", b'{"summary": 1}'])
+def test_a_damaged_record_is_named_and_nothing_is_touched(content, tmp_path):
+    (tmp_path / "out.jsonl.run.json").write_bytes(content)
+    output = files(tmp_path)
+    with output.lock(), pytest.raises(UserError, match="run.json.* remove .*out.jsonl"):
+        output.is_complete()
+    assert names(tmp_path) == ["out.jsonl.run.json"]
 
 
 def test_empty_predictions_and_unread_images_are_counted_apart(tmp_path):
@@ -374,6 +432,22 @@ def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(
     assert path.read_bytes() == whole
     assert result.num_resumed == min(batches_written, 2) * BATCH_SIZE
     assert names(tmp_path) == ["out.jsonl", "out.jsonl.run.json"]
+
+
+def test_a_full_disk_keeps_the_lines_and_the_same_command_goes_on(
+    restored, complete, tmp_path, capfd
+):
+    whole = pathlib.Path(complete.path).read_bytes()
+    lines = whole.splitlines(keepends=True)
+    num_kept = BATCH_SIZE + 1
+    with full_disks.full_disk() as fill:
+        fill(len(b"".join(lines[:num_kept])) + 3)
+        kept = f"{num_kept} lines of out.jsonl are kept"
+        with full_disks.refused(capfd, str(tmp_path), full_disks.FULL, kept):
+            infer.predict_split(restored, DATA, output=str(tmp_path / "out.jsonl"))
+    result = infer.predict_split(restored, DATA, output=str(tmp_path / "out.jsonl"))
+    assert result.num_resumed == BATCH_SIZE
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(restored, complete, tmp_path):

@@ -335,7 +335,7 @@ def test_a_run_off_a_terminal_reports_in_plain_lines(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     report = next(line for line in lines if line.startswith("step 4/12"))
     assert "loss" in report and "examples/s" in report and "ETA 0:00:0" in report
-    assert lines[-1] == f"done: {result.checkpoint}"
+    assert lines[-1].startswith(f"done: {result.checkpoint}, best loss ")
     assert result.counters == {"examples": 12 * tiny_runs.BATCH_SIZE}
 
 

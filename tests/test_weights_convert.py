@@ -4,13 +4,16 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import types
 
+import full_disks
 import ml_dtypes
 import numpy as np
 import pytest
 
-from vit22b_transfer import cli
+from vit22b_transfer import UserError, cli
+from vit22b_transfer.host import locks
 from vit22b_transfer.models import vit
 from vit22b_transfer.weights import convert, export, mapping, transforms
 from vit22b_transfer.weights.families import t5
@@ -408,6 +411,75 @@ def test_what_an_interrupted_import_wrote_is_verified(tmp_path):
     family, state = interrupting(99)
     convert.import_weights(source, str(out), (family,))
     assert state.converted == DEPTH - 1
+
+
+def test_a_second_import_is_refused_and_deletes_nothing(tmp_path):
+    source, out = interrupt(tmp_path)
+    left = out / "checkpoint_0.importing.orbax-checkpoint-tmp-1"
+    left.mkdir()
+    before = sorted(out.rglob("*"))
+    family, state = interrupting(99)
+    with locks.held(str(out)):
+        with pytest.raises(UserError, match=f"{out} is in use: process"):
+            convert.import_weights(source, str(out), (family,))
+        assert sorted(out.rglob("*")) == [out / ".lock", *before]
+    convert.import_weights(source, str(out), (family,))
+    assert state.converted == DEPTH - 2 and not left.exists()
+
+
+@pytest.mark.parametrize("damage", ["a cut line", "NULs", "cut arrays"])
+def test_what_a_power_cut_left_of_an_import_is_made_again(damage, tmp_path):
+    source, out = interrupt(tmp_path)
+    folder = out / "checkpoint_0.importing"
+    record = folder / "import_progress.jsonl"
+    if damage == "cut arrays":
+        for file in (folder / "state").rglob("d/*"):
+            os.truncate(file, file.stat().st_size // 2)
+    else:
+        lines = record.read_bytes().splitlines()
+        lines[-1] = b"\0" * 40 if damage == "NULs" else lines[-1][:9]
+        record.write_bytes(b"\n".join(lines) + b"\n")
+    family, _ = interrupting(99)
+    convert.import_weights(source, str(out), (family,))
+    whole = tmp_path / "whole"
+    convert.import_weights(source, str(whole), (family,))
+    expected = values(whole)
+    for name, array in values(out).items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+def test_a_full_disk_keeps_the_arrays_and_the_same_command_goes_on(tmp_path, capfd):
+    source, out = interrupt(tmp_path)
+    family, state = interrupting(99)
+    with full_disks.full_disk() as fill:
+        fill(1200)
+        with full_disks.refused(capfd, str(out), full_disks.FULL, "arrays in"):
+            convert.import_weights(source, str(out), (family,))
+    assert os.listdir(out) == ["checkpoint_0.importing"]
+    first = state.converted
+    convert.import_weights(source, str(out), (family,))
+    assert sorted(os.listdir(out)) == ["checkpoint_0", "model.gin", "test-tower"]
+    whole = tmp_path / "whole"
+    convert.import_weights(source, str(whole), (family,))
+    expected = values(whole)
+    for name, array in values(out).items():
+        np.testing.assert_array_equal(array, expected[name])
+    assert first < DEPTH
+
+
+def test_an_import_whose_directory_is_removed_ends_in_a_line(tmp_path, capfd):
+    write_tower(tmp_path / "tower.npz")
+    plain, out = transforms.unstack(), tmp_path / "out"
+
+    def to_ours(arrays):
+        if arrays[0].any() and out.exists():
+            shutil.rmtree(out, ignore_errors=True)
+        return plain.to_ours(arrays)
+
+    family = tower_family(transforms.Transform(to_ours, plain.to_theirs))
+    with full_disks.refused(capfd, str(out), "No such file"):
+        convert.import_weights([str(tmp_path / "tower.npz")], str(out), (family,))
+    assert not (out / "checkpoint_0").exists()
 
 
 @pytest.mark.parametrize("change", ["options", "file"])

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import os
 import re
+import shutil
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ import tiny_models
 from flax.traverse_util import unflatten_dict
 from tiny_models import assert_within, image_text_model, jit
 
-from vit22b_transfer import cli
+from vit22b_transfer import UserError, cli
 from vit22b_transfer.checkpoints import identity, reading, writing
 from vit22b_transfer.models import lora, vit
 from vit22b_transfer.weights import sources
@@ -349,3 +351,81 @@ def test_an_imported_checkpoint_is_not_removed_by_a_run_in_its_directory(
     assert cli.main(["import", source, path, "--out", str(out)]) == 0
     save(out, {"x": jnp.zeros(2)}, {})
     assert reading.complete_steps(str(out)) == [0, 1]
+
+
+# --- Kills ---
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: nothing of it runs any more."""
+
+
+RENAMES = [(os, "rename"), (os, "replace"), (os, "remove")]
+CHANGES = [*RENAMES, (os, "mkdir"), (os, "fsync"), (shutil, "rmtree")]
+
+
+class Operations:
+    """Counts operations on files, and dies at one of them; `None` never does.
+
+    Those of Orbax's threads are not counted: with the real process they would die, but
+    here they would wait for each other. `benchmarks/kill_storms.py` kills there too.
+    """
+
+    def __init__(self, monkeypatch, functions, dies_at=None):
+        self.count = 0
+        for module, name in functions:
+            real = getattr(module, name)
+
+            def counted(*args, real=real, **kwargs):
+                if threading.current_thread() is not threading.main_thread():
+                    return real(*args, **kwargs)
+                self.count += 1
+                if dies_at is not None and self.count > dies_at:
+                    raise Killed
+                return real(*args, **kwargs)
+
+            monkeypatch.setattr(module, name, counted)
+
+
+def files(folder):
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        # Arrays lie in files of random names.
+        if path.is_file() and "/d/" not in path.as_posix() and path.name != ".lock"
+    )
+
+
+@pytest.mark.parametrize(
+    ("functions", "last"),
+    [(RENAMES, 4), pytest.param(CHANGES, 1000, marks=pytest.mark.slow)],
+    ids=["the last", "all"],
+)
+def test_an_import_killed_anywhere_leaves_nothing_or_all(
+    functions, last, source, tmp_path, monkeypatch
+):
+    path, out = adapter(tmp_path / "adapter"), tmp_path / "out"
+    command = ["import", source, path, "--out", str(out)]
+    with monkeypatch.context() as patched:
+        operations = Operations(patched, functions)
+        assert cli.main(command) == 0
+        total = operations.count
+    gin, expected, listed = (out / "model.gin").read_text(), read(str(out)), files(out)
+    assert total >= 4
+    for dies_at in range(max(0, total - last), total):
+        shutil.rmtree(out)
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            Operations(patched, functions, dies_at)
+            cli.main(command)
+        if (out / "checkpoint_0").exists():
+            assert (out / "model.gin").read_text() == gin
+            assert files(out) == listed, dies_at
+            continue
+        with pytest.raises(UserError):
+            reading.resolve(str(out))
+        assert cli.main(command) == 0
+        assert (out / "model.gin").read_text() == gin
+        assert files(out) == listed
+        again = read(str(out))
+        for name, array in expected.items():
+            np.testing.assert_array_equal(again[name], array)

@@ -14,7 +14,7 @@ def readers() -> list[Reader]:
         "raw": lambda path: {}[path],
         "unnamed": _refuse,
         "memory": lambda path: bytearray((1 << 30) + (200 << 20)),
-        "slow": lambda path: time.sleep(60),
+        "slow": lambda path: time.sleep(600),
         "died": lambda path: os.abort(),
     }
     return [

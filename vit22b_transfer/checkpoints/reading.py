@@ -25,8 +25,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import (
+    damage,
     fingerprints,
     legacy,
+    orbax_noise,
     run_records,
     stored_sizes,
 )
@@ -40,7 +42,10 @@ _COMPARED = 5_000
 # What Orbax says of an array takes 400 bytes: this is room for 40,000.
 _METADATA_BYTES = 16 << 20
 _TOWER = "target/encoder/tower/"
-_ADVICE = "It is damaged: copy the checkpoint again, or take an older one."
+_RECORD_ADVICE = (
+    "Restore it, or remove that file: the arrays are then read for themselves, and "
+    "what the checkpoint was trained with is not compared."
+)
 
 
 def complete_steps(model_dir: str) -> list[int]:
@@ -212,7 +217,8 @@ def _read_from(path, abstract):
         ),
         abstract,
     )
-    with _reading(path, legacy.UNREADABLE), ocp.PyTreeCheckpointer() as orbax:
+    damage.check_index(path)
+    with _reading(path), ocp.PyTreeCheckpointer() as orbax:
         return orbax.restore(
             os.path.join(path, "state"),
             args=ocp.args.PyTreeRestore(
@@ -266,7 +272,7 @@ def _check_chain(path):
         if at in seen:
             raise UserError(
                 f"checkpoint {path}: the record of {seen[-1]} names {at} for its "
-                f"tower, whose record leads back to it. {_ADVICE}"
+                f"tower, whose record leads back to it. {damage.ADVICE}"
             )
         seen.append(at)
         at = read_record(at)["tower"]["checkpoint"]
@@ -285,37 +291,35 @@ def metadata(path: str) -> Tree:
     Raises:
       UserError: if it is damaged, or has chunks that the files cannot.
     """
-    for name in ("_METADATA", "_sharding"):
-        file = os.path.join(path, name)
-        if os.path.isfile(file):
-            json_files.read_object(file, advice=_ADVICE, limit=_METADATA_BYTES)
     # Not a Checkpointer: it warns that `state` alone is not a whole checkpoint.
     handler = ocp.PyTreeCheckpointHandler()
-    try:
-        with _reading(path, Exception):
-            tree = handler.metadata(pathlib.Path(path)).tree
-            stored = stored_sizes.of_directory(path)
-            for name, leaf in flatten(tree).items():
-                storage = getattr(leaf, "storage", None)
-                if storage is not None and storage.chunk_shape is not None:
-                    with file_errors.naming(f"{path}: {name}"):
-                        stored_sizes.check_chunk(
-                            leaf.shape, storage.chunk_shape, leaf.dtype.itemsize, stored
-                        )
-    finally:
-        handler.close()
+    with _reading(path), contextlib.closing(handler):
+        for name in ("_METADATA", "_sharding"):
+            file = os.path.join(path, name)
+            if os.path.isfile(file):
+                json_files.read_object(file, limit=_METADATA_BYTES)
+        tree = handler.metadata(pathlib.Path(path)).tree
+        stored = stored_sizes.of_directory(path)
+        for name, leaf in flatten(tree).items():
+            storage = getattr(leaf, "storage", None)
+            if storage is not None and storage.chunk_shape is not None:
+                with file_errors.naming(f"{path}: {name}"):
+                    stored_sizes.check_chunk(
+                        leaf.shape, storage.chunk_shape, leaf.dtype.itemsize, stored
+                    )
     return tree
 
 
 @contextlib.contextmanager
-def _reading(path, kinds):
+def _reading(path):
     # Of several arrays that Orbax opens at a time it raises one error, and Python logs
     # the others with their tracebacks.
+    orbax_noise.hush()
     log = logging.getLogger("asyncio")
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with file_errors.damaged(f"checkpoint {path}", _ADVICE, kinds):
+        with damage.said(path):
             yield
     finally:
         log.setLevel(level)
@@ -330,18 +334,27 @@ def read_record(path: str) -> dict[str, Any]:
     """The JSON record of a checkpoint; empty if another program wrote it.
 
     Raises:
-      UserError: if it is damaged.
+      UnreadableCheckpointError: if it is damaged.
     """
-    file = record_file(resolve(path))
+    path = resolve(path)
+    file = record_file(path)
     if not os.path.isfile(file):
         return {}
-    return run_records.read(file, _ADVICE)
+    with damage.said(path):
+        return run_records.read(file, _RECORD_ADVICE)
 
 
 def is_ours(path: str) -> bool:
-    """Whether a run of ours wrote a checkpoint; neither T5X nor an import did."""
-    is_recorded = os.path.isfile(record_file(path))
-    return is_recorded and not read_record(path).get("imported")
+    """Whether a run of ours wrote a checkpoint; neither T5X nor an import did.
+
+    Of a damaged one that is not known, and so it is not.
+    """
+    if not os.path.isfile(record_file(path)):
+        return False
+    try:
+        return not read_record(path).get("imported")
+    except damage.UnreadableCheckpointError:
+        return False
 
 
 def record_file(path: str) -> str:

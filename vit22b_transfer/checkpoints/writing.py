@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.checkpoints import orbax_noise, reading
+from vit22b_transfer.host import whole_files
 
 
 class CheckpointWriter:
@@ -19,7 +19,8 @@ class CheckpointWriter:
     `save` returns as soon as the arrays are safe from later steps, and waits only for
     the save before it. After a save has finished, all but the newest `keep` checkpoints
     in `model_dir` are removed (None keeps all), of those that this class wrote: what
-    T5X left there stays.
+    T5X left there stays. Before the first save nothing is removed: a run that does not
+    get so far leaves all as it was. Whoever writes holds the lock of `model_dir`.
     """
 
     def __init__(self, model_dir: str, keep: int | None = 1):
@@ -27,22 +28,36 @@ class CheckpointWriter:
             raise UserError(f"keep={keep} must be at least 1, or None to keep all.")
         self.model_dir = model_dir
         self.keep = keep
+        orbax_noise.hush()
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.AsyncOptions(timeout_secs=3600),
         )
-        self._remove(
-            name
-            for name in os.listdir(model_dir)
-            if re.fullmatch(
-                reading.STEP_NAME.pattern + r"\.orbax-checkpoint-tmp.*", name
-            )
-        )
+        self._began = False
+
+    def sweep(self) -> None:
+        """Removes what killed processes left of writing and of removing checkpoints.
+
+        To be called when a run is about to go on, and nothing can fail any more.
+        """
+        left = r"\.orbax-checkpoint-tmp.*|" + re.escape(whole_files.DELETED)
+        pattern = f"{reading.STEP_NAME.pattern}({left})"
+        self._remove(n for n in os.listdir(self.model_dir) if re.fullmatch(pattern, n))
+
+    def check(self) -> None:
+        """Raises what went wrong in the background; to be called now and then."""
+        self._orbax.check_for_errors()
 
     def save(self, step: int, tree: reading.Tree, record: Mapping[str, Any]) -> None:
         """Starts writing `tree` (see `to_checkpoint_tree`) and a JSON `record`."""
         self.wait()
-        path = reading.checkpoint_path(self.model_dir, step)
+        if not self._began:
+            self.sweep()
+        self._began = True
+        os.stat(
+            self.model_dir
+        )  # Orbax would make it anew, without the log and the lock
+        path = self._path(step)
         if os.path.isdir(path) and not reading.is_complete(path):
             self._remove([os.path.basename(path)])
         self._orbax.save(
@@ -55,20 +70,26 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Returns when nothing is being written any more; raises what went wrong."""
         self._orbax.wait_until_finished()
-        if self.keep is not None:
-            steps = reading.complete_steps(self.model_dir)
-            paths = {
-                step: reading.checkpoint_path(self.model_dir, step) for step in steps
-            }
-            own = [step for step in steps if reading.is_ours(paths[step])]
-            self._remove(f"checkpoint_{step}" for step in own[: -self.keep])
+        if self.keep is None or not self._began:
+            return
+        steps = reading.complete_steps(self.model_dir)
+        own = [s for s in steps if reading.is_ours(self._path(s))]
+        if (old := own[: -self.keep]) and jax.process_index() == 0:
+            # Orbax leaves it to the system when the files reach the disk.
+            whole_files.sync_tree(self._path(own[-1]))
+            self._remove(f"checkpoint_{step}" for step in old)
 
     def close(self) -> None:
         """Finishes the last save."""
-        self.wait()
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def _path(self, step):
+        return reading.checkpoint_path(self.model_dir, step)
 
     def _remove(self, names):
         if jax.process_index() == 0:
             for name in names:
-                shutil.rmtree(os.path.join(self.model_dir, name))
+                whole_files.remove_tree(os.path.join(self.model_dir, name))

@@ -6,6 +6,7 @@ the task's records and preprocessing, the shapes, the storage. What does not mat
 refused, not read.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -36,6 +37,7 @@ from vit22b_transfer.data.feature_shards import (
     ShardsSource,
     TokenFormat,
     pack,
+    unfinished,
 )
 from vit22b_transfer.data.indexed_source import IndexedSource
 from vit22b_transfer.data.numbered_examples import count_examples, numbered_examples
@@ -189,6 +191,13 @@ class Layout:
         path = _layout_path(key.directory)
         with whole_files.replacing(path) as file:
             json.dump(content, file, indent=1)
+
+    def remove_unfinished(self, directory: str) -> None:
+        """Removes what killed processes left; hold the lock of the directory."""
+        whole_files.remove_unfinished(_layout_path(directory))
+        for path in self.paths(directory):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(unfinished(path))
 
     @classmethod
     def read(cls, directory: str) -> "Layout | None":

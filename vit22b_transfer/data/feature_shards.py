@@ -63,11 +63,16 @@ class TokenFormat:
         return tf.cast(values * scales[:, tf.newaxis], dtype)
 
 
+def unfinished(path: str) -> str:
+    """The name of a shard while it is written."""
+    return f"{path}.unfinished"
+
+
 class ShardWriter:
     """Writes one shard; `path` is there when `finish` returns, else nothing is."""
 
     def __init__(self, path: str):
-        self._path, self._unfinished = path, f"{path}.unfinished"
+        self._path, self._unfinished = path, unfinished(path)
         self._writer = ArrayRecordWriter(self._unfinished, _OPTIONS)
         self._rows: list[str] = []
 

@@ -12,7 +12,7 @@ import rich.table
 
 from vit22b_transfer import UserError
 from vit22b_transfer.host import whole_files
-from vit22b_transfer.inference import infer
+from vit22b_transfer.inference import infer, prediction_lines
 from vit22b_transfer.inference.prediction_files import is_empty, read_lines
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training.eval_loss import evaluate_loss, make_eval_step
@@ -175,9 +175,9 @@ def _scores(path, task_name, prediction):
             continue
         if prediction is not None:
             line |= {"prediction": prediction, "score": 0.0}
-        examples.append(infer.example_features(line))
+        examples.append(prediction_lines.example_features(line))
         predictions.append(line["prediction"])
-        aux.append(infer.example_aux(line))
+        aux.append(prediction_lines.example_aux(line))
         num_empty += is_empty(line)
     if not examples:
         raise UserError(

@@ -56,8 +56,7 @@ def damaged(
     except (UserError, MemoryError):
         raise
     except kinds as error:
-        said = brief(_told(error), _TOLD) or type(error).__name__
-        raise UserError(f"{where} cannot be read: {said}. {advice}") from error
+        raise UserError(f"{where} cannot be read: {told(error)}. {advice}") from error
 
 
 @contextlib.contextmanager
@@ -71,13 +70,13 @@ def naming(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from error
 
 
-def _told(error: Exception) -> str:
-    """An exception's own words, without what tensorstore adds of its specification."""
+def told(error: BaseException) -> str:
+    """An exception's own words in a line, without tensorstore's specification."""
     if isinstance(error, KeyError):
-        return f"{error} is missing"
+        return f"{brief(str(error))} is missing"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     text = str(error)
     for mark in (" [tensorstore_spec=", " [source locations=", "\n"):
         text = text.split(mark)[0]
-    return text.rstrip(".")
+    return brief(text.rstrip("."), _TOLD) or type(error).__name__

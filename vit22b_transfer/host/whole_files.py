@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, whenever the machine stops."""
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -8,6 +9,11 @@ from collections.abc import Iterator
 from typing import IO
 
 from vit22b_transfer import UserError
+
+# The end of a name that `replacing` writes under: of what a killed process left.
+_UNFINISHED = ".unfinished"
+# That of a directory that is being removed.
+DELETED = ".being-deleted"
 
 
 @contextlib.contextmanager
@@ -20,7 +26,9 @@ def replacing(path: str, mode: str = "w") -> Iterator[IO]:
     """
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     directory, name = os.path.split(os.path.abspath(path))
-    descriptor, written = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
+    descriptor, written = tempfile.mkstemp(
+        prefix=f".{name}.", suffix=_UNFINISHED, dir=directory
+    )
     try:
         with open(descriptor, mode, encoding=encoding, newline=newline) as file:
             yield file
@@ -33,6 +41,31 @@ def replacing(path: str, mode: str = "w") -> Iterator[IO]:
             os.remove(written)
         raise
     sync_directory(directory)
+
+
+def remove_unfinished(path: str) -> None:
+    """Removes what killed processes left of `replacing(path)`; hold its lock."""
+    directory, name = os.path.split(os.path.abspath(path))
+    pattern = f".{glob.escape(name)}.????????{_UNFINISHED}"
+    for left in glob.glob(pattern, root_dir=directory):
+        os.remove(os.path.join(directory, left))
+
+
+def remove_tree(path: str) -> None:
+    """Removes a directory, which is never seen in part: its name goes first.
+
+    A process that is killed meanwhile leaves it with `DELETED` behind its name. Of a
+    link to a directory only the link is removed.
+    """
+    gone = path if path.endswith(DELETED) else f"{path}{DELETED}"
+    if gone != path:
+        if os.path.lexists(gone):
+            remove_tree(gone)
+        os.rename(path, gone)
+    if os.path.islink(gone):
+        os.remove(gone)
+    else:
+        shutil.rmtree(gone)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A frozen tower run once over the splits of a training, its tokens kept on disk."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading, restoring
-from vit22b_transfer.host import progress
+from vit22b_transfer.host import disk_errors, locks, progress
 from vit22b_transfer.models import int8
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -55,7 +56,8 @@ def cache_features(
     number of hosts. Each distinct image is encoded and stored once by each host.
 
     Raises:
-      UserError: if a task draws random numbers, or something does not fit together.
+      UserError: if a task draws random numbers, something does not fit together, or
+        another process is caching the same split.
     """
     if examples_per_shard < 1:
         raise UserError(f"examples_per_shard={examples_per_shard} must be positive.")
@@ -81,7 +83,14 @@ def cache_features(
         batch = (image_shape, batch_size)
         if batch not in towers:
             towers[batch] = FrozenTower.restore(model, partitioning, data.cache, *batch)
-        results.append(_cache_split(key, towers[batch], examples_per_shard))
+        with contextlib.ExitStack() as stack:
+            kept = functools.partial(_kept, key.directory)
+            stack.enter_context(disk_errors.said(key.directory, kept))
+            if jax.process_index() == 0:
+                os.makedirs(key.directory, exist_ok=True)
+                stack.enter_context(locks.held(key.directory))
+            processes.wait_for_all("features locked")
+            results.append(_cache_split(key, towers[batch], examples_per_shard))
     return results
 
 
@@ -182,6 +191,7 @@ def _cache_split(key: Any, tower: FrozenTower, examples_per_shard: int) -> Cache
             layout.write(key)
     paths = layout.paths(key.directory)
     if jax.process_index() == 0:
+        layout.remove_unfinished(key.directory)
         _remove_damaged(paths)
     processes.wait_for_all("features began")
     known, missing = _scan_shards(paths)
@@ -213,6 +223,16 @@ def _cache_split(key: Any, tower: FrozenTower, examples_per_shard: int) -> Cache
     return CachedSplit(
         key.directory, layout.num_examples, work.num_encoded, len(paths), num_kept
     )
+
+
+def _kept(directory: str) -> str:
+    """Half a sentence on what a run that starts now goes on from."""
+    from vit22b_transfer.data import feature_cache
+
+    layout = feature_cache.Layout.read(directory)
+    paths = [] if layout is None else layout.paths(directory)
+    count = sum(map(os.path.exists, paths))
+    return f"{count} of {len(paths)} shards are kept"
 
 
 def _remove_damaged(paths: Sequence[str]) -> None:

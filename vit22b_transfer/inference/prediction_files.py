@@ -13,7 +13,6 @@ line.
 
 import contextlib
 import dataclasses
-import fcntl
 import glob
 import hashlib
 import heapq
@@ -23,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host import whole_files
+from vit22b_transfer.host import json_files, locks, whole_files
 
 Fingerprint = Mapping[str, Any]
 
@@ -43,8 +42,9 @@ class Recovered:
 class PredictionFiles:
     """The file `path` and what stands beside it until it is complete.
 
-    Every host calls `is_complete`, process 0 alone `recover`; then every host appends
-    its own lines in the order of their indices, and process 0 alone calls `merge`.
+    Process 0 alone enters `lock`, as long as any host writes. Every host calls
+    `is_complete`, process 0 alone `recover`; then every host appends its own lines in
+    the order of their indices, and process 0 alone calls `merge`.
     """
 
     def __init__(
@@ -63,6 +63,19 @@ class PredictionFiles:
             f"{path}.host-{i:05d}-of-{num_hosts:05d}" for i in range(num_hosts)
         ]
         self._host_path = self._host_paths[host]
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps others from writing while it is entered; what is complete needs none.
+
+        Raises:
+          UserError: if another process is writing; it names it.
+        """
+        try:
+            if self.is_complete():
+                return contextlib.nullcontext()
+        except (UserError, OSError):
+            pass  # said once nobody else can be changing what is looked at
+        return locks.held(self.path)
 
     def is_complete(self) -> bool:
         """Whether `path` is there already, made in the very way the fingerprint says.
@@ -96,30 +109,30 @@ class PredictionFiles:
         return record["summary"]
 
     def recover(self, block: int) -> Recovered:
-        """Gathers the lines of stopped runs, as many as make whole blocks.
-
-        Raises:
-          UserError: if another process is writing them.
-        """
+        """Gathers the lines of stopped runs, as many as make whole blocks."""
+        for path in (self.path, self._record_path, self._begun_path):
+            whole_files.remove_unfinished(path)
         if self._record() is None:
             _write_json(self._record_path, {"fingerprint": self.fingerprint})
         parts = self._parts()
         num_lines = num_kept = kept_size = 0
-        with contextlib.ExitStack() as stack:
-            for path in parts:
-                _lock(stack.enter_context(open(path, "ab")))
-            with whole_files.replacing(self._begun_path, "wb") as out:
-                for line in _contiguous(_merged(parts)):
-                    out.write(line)
-                    num_lines += 1
-                    if num_lines % block == 0:
-                        num_kept, kept_size = num_lines, out.tell()
-                out.truncate(kept_size)
-                all_lines = {index for path in parts for index, _ in _lines(path)}
-                cut = sum(_has_rest(path) for path in parts)
-            for path in set(parts) - {self._begun_path}:
-                os.remove(path)
+        with whole_files.replacing(self._begun_path, "wb") as out:
+            for line in _contiguous(_merged(parts)):
+                out.write(line)
+                num_lines += 1
+                if num_lines % block == 0:
+                    num_kept, kept_size = num_lines, out.tell()
+            out.truncate(kept_size)
+            all_lines = {index for path in parts for index, _ in _lines(path)}
+            cut = sum(_has_rest(path) for path in parts)
+        for path in set(parts) - {self._begun_path}:
+            os.remove(path)
         return Recovered(num_kept, len(all_lines) - num_kept + cut)
+
+    def kept(self) -> str:
+        """Half a sentence on the lines that a run which starts now goes on from."""
+        num_lines = sum(1 for _ in _contiguous(_merged(self._parts())))
+        return f"{num_lines} lines of {os.path.basename(self.path)} are kept"
 
     def num_begun(self) -> int:
         """Number of lines that `recover` gathered: where every host goes on."""
@@ -128,10 +141,7 @@ class PredictionFiles:
     @contextlib.contextmanager
     def writer(self) -> Iterator["LineWriter"]:
         """A writer of this host's lines."""
-        # Emptied only once it is known that no other process is writing it.
-        with open(self._host_path, "ab") as file:
-            _lock(file)
-            file.truncate(0)
+        with open(self._host_path, "wb") as file:
             yield LineWriter(file)
 
     def merge(self) -> dict[str, int]:
@@ -174,8 +184,17 @@ class PredictionFiles:
     def _record(self) -> dict[str, Any] | None:
         if not os.path.exists(self._record_path):
             return None
-        with open(self._record_path, encoding="utf-8") as file:
-            return json.load(file)
+        advice = f"Restore it, or remove {self.path}* and start again."
+        record = json_files.read_object(self._record_path, advice=advice)
+        is_whole = "summary" not in record or (
+            isinstance(record["summary"], dict) and "sha256" in record
+        )
+        if not (isinstance(record.get("fingerprint"), dict) and is_whole):
+            raise UserError(
+                f"{self._record_path} is no record of predictions: it lacks its "
+                f"fingerprint, or the sum of what it describes. {advice}"
+            )
+        return record
 
     def _parts(self) -> list[str]:
         begun = [self._begun_path] if os.path.exists(self._begun_path) else []
@@ -208,6 +227,7 @@ class LineWriter:
         for line in lines:
             assert line["index"] > self._last, "lines out of order"
             self._last = line["index"]
+        os.stat(self._file.name)  # a removed file can be written, and is lost
         self._file.write(b"".join(map(_encoded, lines)))
         _flush(self._file)
 
@@ -282,18 +302,6 @@ def _contiguous(lines: Iterable[tuple[int, bytes]]) -> Iterator[bytes]:
         if index == expected:
             yield line
             expected += 1
-
-
-def _lock(file: BinaryIO) -> None:
-    """Held until the file is closed, be it by the end of the process."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"another process is writing {file.name}; wait for it or stop it."
-        ) from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def _flush(file: BinaryIO) -> None:

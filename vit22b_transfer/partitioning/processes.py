@@ -8,6 +8,10 @@ from jax.experimental import multihost_utils
 
 from vit22b_transfer import UserError
 
+# After so many seconds without a sign of life of a process the others end. A thread of
+# its own gives them, so that a process may be busy for as long as it likes.
+_HEARTBEAT_SECONDS = 30
+
 # Where process 0 listens (host:port), how many processes there are, which one this is.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -27,7 +31,7 @@ def join() -> None:
     values = {name: os.environ.get(name, "") for name in VARIABLES}
     if not any(values.values()):
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
         except ValueError as error:
             raise UserError(
                 f"JAX knows no cluster here ({error}). Set {', '.join(VARIABLES)} in "
@@ -49,7 +53,11 @@ def join() -> None:
         flush=True,
     )
     jax.distributed.initialize(
-        address, int(count), int(number), cluster_detection_method="deactivate"
+        address,
+        int(count),
+        int(number),
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
 
 

@@ -18,6 +18,10 @@ Metrics = Mapping[str, clu_metrics.Metric]
 _BATCHES_AHEAD = 2
 
 
+class EvaluationStopped(Exception):
+    """An evaluation was asked to stop; it has no result."""
+
+
 def make_eval_step(
     model: Any, partitioning: Partitioning
 ) -> Callable[[Any, Mapping[str, Any]], Metrics]:
@@ -36,20 +40,30 @@ def evaluate_loss(
     eval_step: Callable[[Any, Mapping[str, Any]], Metrics],
     params: Any,
     partitioning: Partitioning,
+    *,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """`eval/<task>/<metric>` of each task of `eval_data` (see `inputs.EvalData`).
 
     Exact over the examples, whatever the batch size: rows that fill up a batch have no
     weight, and the batches' sums are added up in float64 on the host.
+
+    stop: whether to stop; asked before each task and after each batch.
+
+    Raises:
+      EvaluationStopped: if `stop` said so.
+      UserError: if no example has a target.
     """
     results = {}
     for task in eval_data.tasks:
+        _check(stop)
         total, in_flight = None, collections.deque()
         with contextlib.closing(eval_data.batches(task, model, partitioning)) as rows:
             for batch in rows:
                 in_flight.append(eval_step(params, batch.features))
                 if len(in_flight) > _BATCHES_AHEAD:
                     total = _added(total, in_flight.popleft())
+                _check(stop)
         for metrics in in_flight:
             total = _added(total, metrics)
         if total is None or not total["loss"].count:
@@ -60,6 +74,11 @@ def evaluate_loss(
         for name, metric in total.items():
             results[f"eval/{task}/{name}"] = float(metric.compute())
     return results
+
+
+def _check(stop):
+    if stop():
+        raise EvaluationStopped
 
 
 def _added(total, metrics):

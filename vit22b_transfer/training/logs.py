@@ -8,7 +8,8 @@ import socket
 import time
 from collections.abc import Mapping
 
-from vit22b_transfer.host import progress, whole_files
+from vit22b_transfer import UserError
+from vit22b_transfer.host import json_files, progress, whole_files
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -26,17 +27,26 @@ class RunLog:
         self._console = progress.console()
         self._metrics = self._events = self._bar = None
         self._open = contextlib.ExitStack()
+        self._losses: list[tuple[float, int]] = []  # with their steps
+        self._has_failed = False
 
-    def start(self, step: int) -> None:
-        """Opens the files, to go on after `step`.
+    def start(self, step: int, *, to_evaluate: bool = False) -> None:
+        """Opens the files, to go on after `step`, or with the evaluation of that step.
 
         What an earlier, killed run logged beyond it is removed: those steps are taken
-        again. So call it when nothing can fail any more.
+        again. So are lines that cannot be read, which are counted. So call it when
+        nothing can fail any more.
         """
         if not self._is_writer:
             return
         path = os.path.join(self._model_dir, METRICS_FILE)
-        _drop_lines_after(path, step)
+        whole_files.remove_unfinished(path)
+        self._losses, damaged = _drop_lines_after(path, step, to_evaluate)
+        if damaged:
+            self.message(
+                f"{path}: {damaged} lines were cut off or damaged, as by a power cut; "
+                "they are left out"
+            )
         self._metrics = self._open.enter_context(open(path, "a", encoding="utf-8"))
         self._events = _TensorBoardFile(self._model_dir, step)
         self._open.callback(self._events.close)
@@ -55,9 +65,25 @@ class RunLog:
         """Appends one line and one event; on disk when this returns."""
         if self._metrics is None or self._events is None:
             return
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._metrics.flush()
-        self._events.write(step, values)
+        try:
+            os.stat(self._metrics.name)  # a removed file can be written, and is lost
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.flush()
+            self._events.write(step, values)
+        except OSError:
+            self._has_failed = True
+            raise
+        self._losses += _losses({"step": step, **values})
+
+    def summary(self) -> str:
+        """The best of the run's training losses and the last, with their steps."""
+        if not self._losses:
+            return "no loss was logged"
+        (best, best_step), (last, last_step) = min(self._losses), self._losses[-1]
+        return (
+            f"best loss {best:.4f} at step {best_step}, last loss {last:.4f} at step "
+            f"{last_step}"
+        )
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
@@ -82,7 +108,10 @@ class RunLog:
 
     def close(self) -> None:
         """Stops the bar and closes the files."""
-        self._open.close()
+        # What could not be written would be tried again, and be an error again.
+        failure = (OSError,) if self._has_failed else ()
+        with contextlib.suppress(*failure):
+            self._open.close()
 
 
 class StepTimer:
@@ -134,15 +163,42 @@ class _TensorBoardFile:
         self._records.flush()
 
 
-def _drop_lines_after(path, step):
-    """Keeps the complete lines of steps up to `step`."""
+def _drop_lines_after(path, step, to_evaluate):
+    """Keeps the whole lines of steps up to `step`, but not the evaluation to be done.
+
+    Returns their losses, and how many lines could not be read.
+    """
+    losses, damaged = [], 0
     if not os.path.isfile(path):
-        return
-    kept = []
-    with open(path, encoding="utf-8") as lines:
+        return losses, damaged
+    with open(path, "rb") as lines, whole_files.replacing(path, "wb") as kept:
         for line in lines:
-            # A line without its end was being written when the run was killed.
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-    with whole_files.replacing(path) as file:
-        file.writelines(kept)
+            values = _values(line)
+            if values is None:
+                damaged += 1
+            elif values["step"] <= step - (to_evaluate and _is_evaluation(values)):
+                kept.write(line)
+                losses += _losses(values)
+    return losses, damaged
+
+
+def _values(line):
+    """The values of a line; None if it is cut off, or no line of ours."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        values = json_files.parse(line, METRICS_FILE)
+    except UserError:
+        return None
+    is_ours = isinstance(values, dict) and type(values.get("step")) is int
+    return values if is_ours else None
+
+
+def _is_evaluation(values):
+    return any(name.startswith("eval/") for name in values)
+
+
+def _losses(values):
+    """[(training loss, step)] of a line that has one."""
+    loss = values.get("train/loss")
+    return [(loss, values["step"])] if isinstance(loss, float) else []

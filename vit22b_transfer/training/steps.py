@@ -4,6 +4,8 @@ Metrics are dicts of `clu.metrics` as the model returns them. They are merged on
 device over a window of steps, so that the loop need not wait for any single step.
 """
 
+import collections
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -163,6 +165,30 @@ def compile_train_step(
     with partitioning.activate():
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
         return jitted.lower(state, window, batch, base_rng).compile()
+
+
+class StepsInFlight:
+    """Steps handed to the device beyond the one that is known to be finished.
+
+    Two keep it busy, and batches and memory do not pile up. Of slow steps there are
+    fewer: a run that is asked to stop has to wait for all of them, which takes no
+    longer than ten seconds as long as a step does not; and what the device is idle in
+    between, some milliseconds, is little beside them.
+    """
+
+    def __init__(self):
+        self._windows = collections.deque()
+        self._time = time.monotonic()
+
+    def add(self, window: Metrics) -> None:
+        """Waits, once the step that gives `window` is handed over, for one before."""
+        self._windows.append(window)
+        # What the last step took; nothing if it was not waited for.
+        now = time.monotonic()
+        seconds, self._time = now - self._time, now
+        ahead = 2 if seconds < 1.0 else 1 if seconds < 5.0 else 0
+        while len(self._windows) > ahead:
+            jax.block_until_ready(self._windows.popleft())
 
 
 def _microbatches(batch, count, partitioning):

@@ -1,5 +1,6 @@
-"""SIGTERM and SIGINT end the loop after the current step."""
+"""SIGTERM, SIGINT and SIGHUP end a run where it can be gone on with."""
 
+import os
 import signal
 import threading
 
@@ -8,26 +9,45 @@ from jax.experimental import multihost_utils
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGINT only set a flag; a second one acts as ever.
+    """While entered, these signals only set a flag; a second one acts as ever.
 
-    With several processes JAX notes SIGTERM (one is enough) and they agree on a step.
+    SIGHUP, of a terminal that is closed, is left alone where it is ignored, as under
+    `nohup`. With several processes JAX notes SIGTERM, and SIGHUP is passed on as one:
+    one process is enough, and all agree on a point to stop at.
     """
 
     def __init__(self):
-        self._received = False
+        self._received = self._agreed = False
+        self._points = 0
         self._previous = {}
 
-    def stop_after(self, step: int) -> bool:
-        """Whether to end the run after `step`; to be asked once for every step."""
+    def asked(self) -> bool:
+        """Whether to stop at this point of the run; once true, it stays true.
+
+        Every process asks at the same points in the same order.
+        """
+        if self._agreed:
+            return True
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._received
+            # JAX's points have to be numbered without a gap.
+            self._points += 1
+            reached = multihost_utils.reached_preemption_sync_point(self._points)
+            self._agreed = bool(reached)
+        else:
+            self._agreed = self._received
+        return self._agreed
 
     def __enter__(self):
-        is_main_thread = threading.current_thread() is threading.main_thread()
-        if is_main_thread and jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._receive)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        handlers = {signal.SIGHUP: self._pass_on}
+        if jax.process_count() == 1:
+            numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            handlers = dict.fromkeys(numbers, self._receive)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            del handlers[signal.SIGHUP]
+        for number, handler in handlers.items():
+            self._previous[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *error):
@@ -37,3 +57,7 @@ class StopSignals:
     def _receive(self, number, frame):
         self._received = True
         self.__exit__()
+
+    def _pass_on(self, number, frame):
+        self.__exit__()
+        os.kill(os.getpid(), signal.SIGTERM)

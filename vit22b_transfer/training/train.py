@@ -1,6 +1,5 @@
 """Fine-tuning: one loop, from checked inputs to the last checkpoint."""
 
-import collections
 import contextlib
 import dataclasses
 import math
@@ -9,30 +8,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import traverse_util
 
-from vit22b_transfer import NotFiniteError, UserError
-from vit22b_transfer.checkpoints import identity, reading, restoring, writing
-from vit22b_transfer.host import whole_files
+from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import reading, restoring, writing
+from vit22b_transfer.host import disk_errors, locks, whole_files
 from vit22b_transfer.models import freezing
+from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import optimizers, steps
-from vit22b_transfer.training.eval_loss import evaluate_loss, make_eval_step
+from vit22b_transfer.training import finite, optimizers, resuming, steps
+from vit22b_transfer.training.eval_loss import (
+    EvaluationStopped,
+    evaluate_loss,
+    make_eval_step,
+)
 from vit22b_transfer.training.logs import RunLog, StepTimer
 from vit22b_transfer.training.state import (
     abstract_state,
     abstract_variables,
     fresh_state,
-    from_checkpoint_tree,
     init_params,
     to_checkpoint_tree,
 )
 from vit22b_transfer.training.stop_signals import StopSignals
-
-# Steps handed to the device beyond the one known to be finished: enough to keep it
-# busy, few enough that batches and memory do not pile up.
-_STEPS_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,28 +89,36 @@ def fine_tune(
 
     A run that was killed and is started again ends bit for bit where it would have
     ended. `data` and `eval_data` are `TrainData` and `EvalData`, or anything with their
-    `batches`. SIGTERM and SIGINT finish the step, save and return. `keep` newest
-    checkpoints are kept (None: all).
+    `batches`. SIGTERM, SIGINT and SIGHUP finish the step, save and return; an
+    evaluation is stopped after a batch, and done again as a whole when the run is
+    started again. `keep` newest checkpoints are kept (None: all).
 
     Raises:
-      UserError: for inputs that do not fit together, before anything is written over.
-      NotFiniteError: if the loss or the gradients stop being finite; the last
-        checkpoint is from before.
+      UserError: for inputs that do not fit together, before anything is written over;
+        if another run writes into model_dir.
+      NotFiniteError: if the loss, the gradients or what is to be saved stop being
+        finite; the last checkpoint is from before.
     """
     # 1. Check the inputs.
     periods = periods or Periods()
     model_dir = whole_files.writable_directory(model_dir, "model_dir")
     _check_inputs(model, total_steps, num_microbatches)
-    start_step = reading.latest_step(model_dir) or 0
-    if start_step > total_steps:
-        raise UserError(
-            f"{model_dir} is already at step {start_step}, beyond total_steps="
-            f"{total_steps}. Choose more steps or another model_dir."
-        )
 
-    with contextlib.ExitStack() as stack:
-        # 2. Open the log and the checkpoints.
+    with (
+        disk_errors.said(model_dir, lambda: finite.last_good(model_dir)),
+        contextlib.ExitStack() as stack,
+    ):
+        # 2. Keep others out; open the log and the checkpoints.
         is_writer = jax.process_index() == 0
+        if is_writer:
+            stack.enter_context(locks.held(model_dir))
+        processes.wait_for_all("model_dir locked")
+        start_step, to_evaluate = reading.latest_step(model_dir) or 0, False
+        if start_step > total_steps:
+            raise UserError(
+                f"{model_dir} is already at step {start_step}, beyond total_steps="
+                f"{total_steps}. Choose more steps or another model_dir."
+            )
         log = RunLog(model_dir, total_steps=total_steps, is_writer=is_writer)
         stack.callback(log.close)
         writer = writing.CheckpointWriter(model_dir, keep)
@@ -138,7 +144,9 @@ def fine_tune(
         window = steps.empty_window(update, abstract, batch, step_rng, partitioning)
         if start_step:
             path = reading.checkpoint_path(model_dir, start_step)
-            state, window = _resume(path, model, abstract, window)
+            with resuming.explained(model_dir, start_step):
+                state, window = resuming.resume(path, model, abstract, window)
+                to_evaluate = resuming.has_to_evaluate(path) and eval_data is not None
             log.message(f"resumed from {path}")
         else:
             params = _initial_params(
@@ -165,33 +173,59 @@ def fine_tune(
 
         def save():
             fetched = jax.device_get(window)
-            _check_finite(fetched, step, writer)
-            record = _record(model, fetched) | origin
-            writer.save(step, to_checkpoint_tree(state), record)
+            finite.check_window(fetched, step, writer)
+            finite.check_state(state, step, writer)
+            record = resuming.record(model, fetched, to_evaluate=to_evaluate)
+            writer.save(step, to_checkpoint_tree(state), record | origin)
+
+        def evaluate():
+            """The logged metrics of this step, or None if a signal stopped it."""
+            try:
+                results = evaluate_loss(
+                    eval_data,
+                    model,
+                    eval_step,
+                    state.params,
+                    partitioning,
+                    stop=signals.asked,
+                )
+            except EvaluationStopped:
+                log.message(f"step {step}/{total_steps}  the evaluation was stopped")
+                return None
+            log.scalars(step, results)
+            log.message(f"step {step}/{total_steps}  {_line(results)}")
+            return results
 
         # 7. The loop: batch, step, log, evaluate, save.
         stack.enter_context(partitioning.activate())
         signals = stack.enter_context(StopSignals())
-        log.start(start_step)
+        log.start(start_step, to_evaluate=to_evaluate)
+        writer.sweep()
         step = saved_step = start_step
-        metrics = {}
-        in_flight = collections.deque()
+        metrics, stopping = {}, False
+        if to_evaluate:
+            results = evaluate()
+            to_evaluate = stopping = results is None
+            if results is not None:
+                metrics = results
+                if is_writer:
+                    resuming.mark_as_evaluated(path)
+        in_flight = steps.StepsInFlight()
         timer = StepTimer(step)
-        while step < total_steps:
+        while step < total_steps and not stopping:
             if step > start_step:
                 batch = next(batches)
             with jax.transfer_guard_device_to_host("disallow"):
                 state, window = train_step(state, window, batch, step_rng)
             step += 1
-            in_flight.append(window)
-            if len(in_flight) > _STEPS_AHEAD:
-                jax.block_until_ready(in_flight.popleft())
+            in_flight.add(window)
+            writer.check()
             log.advance(step)
             is_last = step == total_steps
 
             if step % periods.log == 0 or is_last:
                 fetched = jax.device_get(window)
-                _check_finite(fetched, step, writer)
+                finite.check_window(fetched, step, writer)
                 metrics = _computed(fetched)
                 speed = timer.steps_per_second(step)
                 timing = {"timing/examples_per_second": rows * speed}
@@ -200,20 +234,16 @@ def fine_tune(
                 log.report(step, metrics["train/loss"], rows * speed, eta)
 
             if eval_data is not None and (step % periods.evaluate == 0 or is_last):
-                results = evaluate_loss(
-                    eval_data, model, eval_step, state.params, partitioning
-                )
-                metrics = metrics | results
-                log.scalars(step, results)
-                log.message(f"step {step}/{total_steps}  {_line(results)}")
+                results = evaluate()
+                to_evaluate = results is None
+                metrics = metrics | (results or {})
                 timer.restart(step)
 
             if step % periods.checkpoint == 0:
                 save()
                 saved_step = step
                 timer.restart(step)
-            if signals.stop_after(step):
-                break
+            stopping = to_evaluate or signals.asked()
 
         # 8. The last checkpoint.
         if step > saved_step:
@@ -222,8 +252,10 @@ def fine_tune(
         path = reading.checkpoint_path(model_dir, step)
         counters = batches.counters.counts()
         log.message(f"this session read {_counted(counters)}")
-        log.message(f"{'stopped' if step < total_steps else 'done'}: {path}")
-    return TrainResult(step, step < total_steps, path, metrics, counters)
+        interrupted = step < total_steps or to_evaluate
+        ending = "stopped" if interrupted else "done"
+        log.message(f"{ending}: {path}, {log.summary()}")
+    return TrainResult(step, interrupted, path, metrics, counters)
 
 
 def _check_inputs(model, total_steps, num_microbatches):
@@ -297,51 +329,6 @@ def _initial_params(model, initial, rng, batch, abstract, partitioning, log):
     )
     fresh = init_params(model, rng, batch, missing, partitioning)
     return freezing.merge_frozen(fresh, restored.params)
-
-
-def _resume(path, model, abstract, window):
-    """The state of a checkpoint, and the metrics of its unfinished window."""
-    identity.check_vocabularies(path, model)
-    identity.check_lora(path, model)
-    tree = reading.restore_tree(path, to_checkpoint_tree(abstract))
-    saved = reading.read_record(path).get("window", {})
-
-    def restore(key, leaf):
-        value = saved.get(jax.tree_util.keystr(key))
-        if value is None:
-            return leaf
-        return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
-
-    window = jax.tree_util.tree_map_with_path(restore, window)
-    return from_checkpoint_tree(tree, abstract), window
-
-
-def _record(model, window):
-    """What a checkpoint holds beside the state; float32 survives JSON exactly."""
-    leaves = jax.tree_util.tree_leaves_with_path(window)
-    return {
-        "vocabularies": identity.vocabulary_record(model),
-        "lora": identity.lora_record(model),
-        "window": {jax.tree_util.keystr(key): leaf.tolist() for key, leaf in leaves},
-    }
-
-
-def _check_finite(window, step, writer):
-    for name in ("loss", "grad_norm"):
-        value = float(window[name].compute())
-        if not math.isfinite(value):
-            writer.wait()
-            good = reading.latest_step(writer.model_dir)
-            kept = (
-                "there is no checkpoint yet"
-                if good is None
-                else f"checkpoint_{good} is untouched"
-            )
-            raise NotFiniteError(
-                f"the mean {name} since the last log is {value} at step {step}; "
-                f"{kept}. Try a lower learning rate or a longer warmup, or look for "
-                "broken examples among the batches before this step."
-            )
 
 
 def _computed(window):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host import memory_limit
+from vit22b_transfer.host import disk_errors, locks, memory_limit, whole_files
 from vit22b_transfer.host.file_errors import naming
 from vit22b_transfer.host.progress import Progress, console
 from vit22b_transfer.weights import sources
@@ -61,13 +61,11 @@ def import_weights(
     family a directory with the config, preprocessing and tokenizer files.
 
     Raises:
-      UserError: if a source is damaged or does not fit; then OUT has no checkpoint.
+      UserError: if a source is damaged or does not fit; then OUT has no checkpoint. If
+        another import writes into OUT.
     """
     out = os.path.abspath(os.path.expanduser(out))
-    if os.path.exists(os.path.join(out, "checkpoint_0")):
-        raise UserError(
-            f"{out} has a checkpoint_0 already; give another --out, or remove it."
-        )
+    _check_is_free(out)
     options = options or ImportOptions()
     if family_names and len(family_names) != len(names):
         raise UserError(
@@ -95,25 +93,57 @@ def import_weights(
         arrays |= updates.arrays
     fields = updates.gin_fields(fresh_parameters(parts)) if updates else {}
     gin = model_gin(parts, out, fields)
-    output = CheckpointOutput(out, arrays, origin(parts, options, adapter))
+    whole_files.writable_directory(out, "--out")
+    with disk_errors.said(out, lambda: "what is written is kept"), locks.held(out):
+        _check_is_free(out)  # another import may have ended meanwhile
+        checkpoint = _write_all(
+            parts,
+            updates,
+            CheckpointOutput(out, arrays, origin(parts, options, adapter)),
+            out,
+            gin,
+        )
+    lines = _report(parts, out, checkpoint)
+    return lines if updates is None else [*lines, *updates.lines()]
+
+
+def _check_is_free(out: str) -> None:
+    if os.path.lexists(os.path.join(out, "checkpoint_0")):
+        raise UserError(
+            f"{out} has a checkpoint_0 already; give another --out, or remove it."
+        )
+
+
+def _write_all(
+    parts: Sequence[Part],
+    updates: peft_adapters.Updates | None,
+    output: CheckpointOutput,
+    out: str,
+    gin: str,
+) -> str:
+    """Writes the arrays, then what stands beside them; the checkpoint's path."""
     try:
-        with Progress(
-            console(stderr=True),
-            "importing",
-            total=sum(part.nbytes for part in parts),
-            unit="bytes",
-        ) as progress:
+        with (
+            disk_errors.said(out, output.kept),
+            Progress(
+                console(stderr=True),
+                "importing",
+                total=sum(part.nbytes for part in parts),
+                unit="bytes",
+            ) as progress,
+        ):
             for part in parts:
                 _write(part, output, progress)
             if updates is not None:
                 updates.write(output)
-        write_companions(parts, out, gin)
+            write_companions(parts, out, gin)
+    except disk_errors.DiskError:
+        raise
     except ValueError:
         output.discard()
         raise
     # The checkpoint gets its name last: where it is, all beside it is whole.
-    lines = _report(parts, out, output.finish())
-    return lines if updates is None else [*lines, *updates.lines()]
+    return output.finish()
 
 
 def _write(part: Part, output: CheckpointOutput, progress: Progress) -> None:

@@ -5,6 +5,7 @@ then puts the real arrays in their places. So all but the arrays is Orbax's own 
 and both our runtime and T5X restore the result.
 """
 
+import glob
 import json
 import logging
 import os
@@ -30,19 +31,10 @@ _RECORD = "import_progress.jsonl"
 _LOG = logging.getLogger(__name__)
 
 
-def _is_entry(value: Any) -> bool:
-    """Whether a line of the record is [array, layer or null, checksum]."""
-    return (
-        isinstance(value, list)
-        and len(value) == 3
-        and isinstance(value[0], str)
-        and (value[1] is None or type(value[1]) is int)
-        and type(value[2]) is int
-    )
-
-
 class CheckpointOutput:
     """`OUT/checkpoint_0`, under another name until `finish` renames it.
+
+    Whoever makes one holds the lock of OUT.
 
     arrays: parameter -> (shape, dtype).
     origin: a text that is equal if and only if the same import is started again. Then
@@ -59,9 +51,11 @@ class CheckpointOutput:
         # synced at the end: to wait for the disk after each block halves the rate.
         self._context: Any = tensorstore.Context({"file_io_sync": False})
         self._record = os.path.join(self.path, _RECORD)
+        self._remove_left()
         self._checksums = self._checksums_of(origin)
         self._lock = threading.Lock()
-        if not self._checksums:
+        if not self._checksums or not self._opens():
+            self._checksums = {}
             self._create(origin)
 
     def _checksums_of(self, origin: str) -> dict[Slot, int]:
@@ -71,25 +65,26 @@ class CheckpointOutput:
         with open(self._record, "rb") as file:
             first, *lines = file.read().split(b"\n")[:-1] or [b""]
         # A line without an end is unfinished. A power cut leaves zeros, and worse.
-        if first != json.dumps(origin).encode():
+        if _parsed(first) != origin:
             return {}
-        found, bad = {}, 0
-        for number, line in enumerate(lines, 2):
-            try:
-                entry: Any = json_files.parse(line, self._record, line=number)
-            except UserError:
-                entry = None
-            if _is_entry(entry):
-                found[Slot(entry[0], entry[1])] = entry[2]
-            else:
-                bad += 1
-        if bad:
+        found = [line for line in map(_parsed, lines) if _is_entry(line)]
+        if bad := len(lines) - len(found):
             _LOG.warning(
                 "%s has %d damaged lines; what they tell of is written again",
                 self._record,
                 bad,
             )
-        return found
+        with whole_files.replacing(self._record) as file:
+            file.writelines(json.dumps(line) + "\n" for line in [origin, *found])
+        return {Slot(name, layer): checksum for name, layer, checksum in found}
+
+    def _remove_left(self) -> None:
+        """Removes what killed imports left, but for what this one goes on with."""
+        folder, name = os.path.split(self.path)
+        for left in glob.glob(f"{glob.escape(name)}?*", root_dir=folder):
+            shutil.rmtree(os.path.join(folder, left))
+        for file in (os.path.join(folder, "model.gin"), self._record):
+            whole_files.remove_unfinished(file)
 
     def _create(self, origin: str) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -159,18 +154,27 @@ class CheckpointOutput:
             (store, chunks) if slot.layer is None else (store[slot.layer], chunks[1:])
         )
 
+    def _opens(self) -> bool:
+        """Whether what is there can be gone on with, be it without some arrays."""
+        try:
+            for name in self._arrays:
+                self._store(Slot(name))
+        except ValueError:  # after a power cut
+            return False
+        return True
+
     def has(self, slot: Slot) -> bool:
         """Whether an earlier run wrote this array, and it is what it was."""
         if slot not in self._checksums:
             return False
         store, chunks = self._store(slot)
         checksum = 0
-        for region in blocks.regions(tuple(store.shape), chunks):
-            try:
+        try:
+            for region in blocks.regions(tuple(store.shape), chunks):
                 block = np.ascontiguousarray(store[region].read().result())
-            except ValueError:  # of tensorstore: it was not written to its end
-                return False
-            checksum = blocks.checksum(block, checksum)
+                checksum = blocks.checksum(block, checksum)
+        except ValueError:
+            return False
         return checksum == self._checksums[slot]
 
     def write(self, slot: Slot, array: np.ndarray, name: str) -> None:
@@ -202,8 +206,11 @@ class CheckpointOutput:
             )
         for future in pending:
             future.result()
-        with self._lock, open(self._record, "a", encoding="utf-8") as file:
+        with self._lock, open(self._record, "r+", encoding="utf-8") as file:
+            # Not made anew: TensorStore would go on in a directory that was removed.
+            file.seek(0, os.SEEK_END)
             file.write(json.dumps([slot.name, slot.layer, checksum]) + "\n")
+            self._checksums[slot] = checksum
 
     def _converted(self, block: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -222,10 +229,15 @@ class CheckpointOutput:
         with open(file, "w", encoding="utf-8") as stream:
             json.dump({"imported": True, **record}, stream)
 
+    def kept(self) -> str:
+        """Half a sentence on what the same import, started again, need not write."""
+        return f"{len(self._checksums)} arrays in {self.path} are kept"
+
     def finish(self) -> str:
         """The path of the checkpoint, which now is complete."""
-        os.remove(self._record)
         whole_files.sync_tree(self.path)
+        # Last, and not before what takes long: without it all is written again.
+        os.remove(self._record)
         os.rename(self.path, self.final)
         whole_files.sync_directory(os.path.dirname(self.final))
         return self.final
@@ -233,3 +245,19 @@ class CheckpointOutput:
     def discard(self) -> None:
         """Removes what was written: the source turned out not to be usable."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _parsed(line: bytes) -> Any:
+    """The JSON value of a line, None if it is none."""
+    try:
+        return json_files.parse(line, _RECORD)
+    except UserError:
+        return None
+
+
+def _is_entry(line: Any) -> bool:
+    """Whether it is the name, layer and checksum of an array."""
+    if not (isinstance(line, list) and len(line) == 3):
+        return False
+    name, layer, checksum = map(type, line)
+    return name is str and layer in (int, type(None)) and checksum is int

@@ -1,0 +1,118 @@
+"""Going on from a checkpoint: its state, the metrics of its unfinished window."""
+
+import contextlib
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit22b_transfer.checkpoints import damage, identity, reading
+from vit22b_transfer.host import whole_files
+from vit22b_transfer.training import finite
+from vit22b_transfer.training.state import (
+    TrainState,
+    from_checkpoint_tree,
+    to_checkpoint_tree,
+)
+
+# In the record of a checkpoint whose step's evaluation was stopped.
+_UNFINISHED = "evaluation_unfinished"
+
+
+def record(model: Any, window: Any, *, to_evaluate: bool) -> dict[str, Any]:
+    """What a checkpoint holds beside the state; float32 survives JSON exactly.
+
+    to_evaluate: whether the evaluation of its step is still to be done.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(window)
+    return {
+        "vocabularies": identity.vocabulary_record(model),
+        "lora": identity.lora_record(model),
+        "window": {jax.tree_util.keystr(key): leaf.tolist() for key, leaf in leaves},
+    } | ({_UNFINISHED: True} if to_evaluate else {})
+
+
+def resume(
+    path: str, model: Any, abstract: TrainState, window: Any
+) -> tuple[TrainState, Any]:
+    """The state of a checkpoint, and the metrics of its unfinished window.
+
+    Raises:
+      UserError: if it does not fit the model.
+      UnreadableCheckpointError: if it is damaged, or what it holds is not finite.
+    """
+    identity.check_vocabularies(path, model)
+    identity.check_lora(path, model)
+    tree = reading.restore_tree(path, to_checkpoint_tree(abstract))
+    saved = reading.read_record(path).get("window", {})
+    window = jax.tree_util.tree_map_with_path(
+        lambda key, leaf: _restored(saved.get(jax.tree_util.keystr(key)), leaf, path),
+        window,
+    )
+    state = from_checkpoint_tree(tree, abstract)
+    if names := finite.not_finite(state):
+        raise damage.UnreadableCheckpointError(
+            f"checkpoint {path} holds NaN or infinite values in {names}"
+        )
+    return state, window
+
+
+def _restored(value: Any, leaf: Any, path: str) -> Any:
+    if value is None:
+        return leaf
+    with damage.said(path):
+        array = np.asarray(value, leaf.dtype)
+        if array.shape != leaf.shape:
+            raise ValueError("the metrics in its run/metadata have another shape")
+        return jax.device_put(array, leaf.sharding)
+
+
+def has_to_evaluate(path: str) -> bool:
+    """Whether the evaluation of a checkpoint's step was stopped: it is done again."""
+    return bool(reading.read_record(path).get(_UNFINISHED))
+
+
+def mark_as_evaluated(path: str) -> None:
+    """Records that the evaluation of a checkpoint's step is done and logged."""
+    saved = reading.read_record(path)
+    del saved[_UNFINISHED]
+    with whole_files.replacing(reading.record_file(path)) as file:
+        json.dump(saved, file)
+
+
+@contextlib.contextmanager
+def explained(model_dir: str, step: int) -> Iterator[None]:
+    """Says, of a checkpoint that cannot be gone on from, from which one can be."""
+    try:
+        yield
+    except damage.UnreadableCheckpointError as error:
+        raise damage.UnreadableCheckpointError(
+            f"{str(error).rstrip('.')}. Nothing was removed. {_way_on(model_dir, step)}"
+        ) from error
+
+
+def _way_on(model_dir: str, step: int) -> str:
+    path = reading.checkpoint_path(model_dir, step)
+    move = f"mv {shlex.quote(path)} {shlex.quote(path + '.damaged')}"
+    older = [s for s in reading.complete_steps(model_dir) if s < step]
+    if not older:
+        return (
+            f"There is no older checkpoint in {model_dir}: restore this one, or move "
+            f"it away ({move}), and the same command starts from the beginning."
+        )
+    good = reading.checkpoint_path(model_dir, older[-1])
+    values = {"INITIAL_CHECKPOINT": good, "MODEL_DIR": f"{model_dir}_2"}
+    bindings = " ".join(
+        "--gin." + shlex.quote(f"{name}={json.dumps(value)}")
+        for name, value in values.items()
+    )
+    return (
+        f"The older {os.path.basename(good)} is there: move the damaged one away with "
+        f"`{move}`, and the same command goes on from step {older[-1]}. To begin anew "
+        "from its parameters alone, in another directory, add "
+        f"`--gin_file=gin_configs/runs/from_checkpoint.gin {bindings}`."
+    )
