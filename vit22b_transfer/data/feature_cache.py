@@ -36,6 +36,7 @@ from vit22b_transfer.data.feature_shards import (
     ShardsSource,
     TokenFormat,
     pack,
+    read_layout,
 )
 from vit22b_transfer.data.indexed_source import IndexedSource
 from vit22b_transfer.data.numbered_examples import count_examples, numbered_examples
@@ -336,8 +337,7 @@ def _read_layout(directory):
     path = _layout_path(directory)
     if not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return read_layout(path)
 
 
 def _without_images(example: Mapping[str, Any]) -> dict[str, Any]:

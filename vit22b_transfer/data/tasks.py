@@ -12,6 +12,11 @@ from vit22b_transfer import UserError
 from vit22b_transfer.data import vocabularies
 
 
+def names() -> set[str]:
+    """Those of all registered tasks and mixtures."""
+    return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+
+
 def describe() -> Iterator[str]:
     """Lines: each task with splits, features and metrics, then each mixture."""
     for name in sorted(seqio.TaskRegistry.names()):
@@ -62,7 +67,7 @@ def find_provider(name: str, split: str) -> seqio.Task | seqio.Mixture:
     Raises:
       UserError: naming the nearest registered names, or the splits there are.
     """
-    known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+    known = sorted(names())
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise UserError(

@@ -3,11 +3,9 @@
 import collections
 import dataclasses
 import functools
-import itertools
-import operator
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from vit22b_transfer import NotFiniteError
 from vit22b_transfer.checkpoints import fingerprints, reading, restoring
 from vit22b_transfer.host import progress, whole_files
+from vit22b_transfer.inference import prediction_lines
 from vit22b_transfer.inference.prediction_files import LineWriter, PredictionFiles
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -25,16 +23,6 @@ from vit22b_transfer.training.state import abstract_variables, shardings_of
 
 # Batches handed to the devices before the first one's predictions are fetched.
 _BATCHES_AHEAD = 2
-
-# Features of an example that have a place of their own in a line: before the prediction
-# and after it.
-_BEFORE = {
-    "image_id": "image_id",
-    "question_id": "question_id",
-    "inputs_pretokenized": "prompt",
-}
-_AFTER = {"targets_pretokenized": "target", "references": "references"}
-ERROR_FEATURE = "image_error"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +240,9 @@ def _predict(
         def write():
             batch_start, examples, first, outputs = in_flight.popleft()
             outputs = jax.device_get(outputs)
-            lines = _lines(examples, first, first - batch_start, outputs, model)
+            lines = prediction_lines.of_batch(
+                examples, first, first - batch_start, outputs, model
+            )
             writer.write(list(lines))
             bar.show(batch_start + data.batch_size)
 
@@ -272,83 +262,6 @@ def _predict(
                 "tokens and were cut",
                 markup=False,
             )
-
-
-def _lines(
-    examples: list[dict[str, Any]],
-    first_index: int,
-    first_row: int,
-    outputs: tuple[Any, Any],
-    model: Any,
-) -> Iterator[dict[str, Any]]:
-    """The JSON objects of one host's examples in a batch."""
-    for index, row, example in zip(
-        itertools.count(first_index), itertools.count(first_row), examples, strict=False
-    ):
-        line = {"index": index} | _renamed(example, _BEFORE)
-        predicted = model.prediction_record(
-            *jax.tree.map(operator.itemgetter(row), outputs)
-        )
-        error = example.get(ERROR_FEATURE)
-        if error:
-            predicted = dict.fromkeys(predicted)
-        elif not all(
-            np.isfinite(x).all() for x in jax.tree.leaves(_numbers(predicted))
-        ):
-            raise NotFiniteError(
-                f"example {index} (image {line.get('image_id')!r}) got the score "
-                f"{predicted['score']}: the model overflows, or its parameters are not "
-                "finite."
-            )
-        line |= {name: _as_json(value) for name, value in predicted.items()}
-        line |= _renamed(example, _AFTER)
-        named = {*_BEFORE, *_AFTER, ERROR_FEATURE}
-        metadata = {name: example[name] for name in example if name not in named}
-        yield (
-            line
-            | ({"metadata": metadata} if metadata else {})
-            | ({"error": error} if error else {})
-        )
-
-
-def _numbers(record):
-    return [value for value in record.values() if not isinstance(value, str)]
-
-
-def _as_json(value: Any) -> Any:
-    """Arrays as lists; digits enough for float32 and no more."""
-    if isinstance(value, np.ndarray) and value.ndim:
-        return [_as_json(item) for item in value]
-    if isinstance(value, np.integer | np.bool_):
-        return value.item()
-    if isinstance(value, np.floating | np.ndarray):
-        return float(str(value))
-    if isinstance(value, Mapping):
-        return {name: _as_json(item) for name, item in value.items()}
-    return value
-
-
-def example_features(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The task's features of the example that a line was written for."""
-    example = dict(line.get("metadata", {}))
-    for feature, name in (_BEFORE | _AFTER).items():
-        if name in line:
-            example[feature] = line[name]
-    return example
-
-
-def example_aux(line: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model says of a prediction beside it: `scores` and its own fields."""
-    known = {"index", "prediction", "score", "metadata", "error"}
-    known |= {*_BEFORE.values(), *_AFTER.values()}
-    others = {name: value for name, value in line.items() if name not in known}
-    return {"scores": line["score"]} | others
-
-
-def _renamed(example, names):
-    return {
-        name: example[feature] for feature, name in names.items() if feature in example
-    }
 
 
 def _fingerprint(restored, data, seed):

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host import whole_files
+from vit22b_transfer.host import json_files, whole_files
 
 Fingerprint = Mapping[str, Any]
 
@@ -174,8 +174,17 @@ class PredictionFiles:
     def _record(self) -> dict[str, Any] | None:
         if not os.path.exists(self._record_path):
             return None
-        with open(self._record_path, encoding="utf-8") as file:
-            return json.load(file)
+        advice = f"Restore it, or remove {self.path}* and start again."
+        record = json_files.read_object(self._record_path, advice=advice)
+        is_whole = "summary" not in record or (
+            isinstance(record["summary"], dict) and "sha256" in record
+        )
+        if not (isinstance(record.get("fingerprint"), dict) and is_whole):
+            raise UserError(
+                f"{self._record_path} is no record of predictions: it lacks its "
+                f"fingerprint, or the sum of what it describes. {advice}"
+            )
+        return record
 
     def _parts(self) -> list[str]:
         begun = [self._begun_path] if os.path.exists(self._begun_path) else []
@@ -216,15 +225,21 @@ def read_lines(path: str) -> Iterator[dict[str, Any]]:
     """The objects of a complete predictions file.
 
     Raises:
-      UserError: naming the line that is no JSON object or has the wrong index.
+      UserError: if it cannot be read; naming the line that is no JSON object, has the
+        wrong index or a field of the wrong type.
     """
-    with open(path, encoding="utf-8") as file:
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    with file:
         for number, text in enumerate(file):
             line = _parsed(text)
             if line is None or line["index"] != number:
+                shown = ascii(text[:80].decode("utf-8", "replace").rstrip())
                 raise UserError(
                     f"{path}, line {number + 1}: a prediction with index {number} was "
-                    f"expected, got {text.rstrip()[:80]!r}."
+                    f"expected, got {shown}."
                 )
             yield line
 
@@ -239,14 +254,28 @@ def _encoded(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def _parsed(text: str | bytes) -> dict[str, Any] | None:
-    """The object of a line, None if it is not one with an index."""
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """The object of a line, None if it is not one as `_encoded` writes them."""
     try:
-        line = json.loads(text)
-    except ValueError:
+        line = json_files.parse(text, "")
+    except UserError:
         return None
-    is_line = isinstance(line, dict) and isinstance(line.get("index"), int)
+    is_line = (
+        isinstance(line, dict)
+        and type(line.get("index")) is int
+        and "prediction" in line
+        and ("error" in line or isinstance(line.get("score"), int | float))
+        and isinstance(line.get("metadata", {}), dict)
+        and all(isinstance(text, str) for text in _texts(line))
+    )
     return line if is_line else None
+
+
+def _texts(line):
+    """The values that must be texts."""
+    references = line.get("references", [])
+    yield from references if isinstance(references, list) else [None]
+    yield from (line.get(name, "") for name in ("target", "prompt"))
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
