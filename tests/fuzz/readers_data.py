@@ -7,6 +7,7 @@ import tempfile
 import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import seqio
@@ -42,10 +43,10 @@ FORMATS = ("jpg", "png", "webp", "gif", "tif", "bmp")
 
 def readers() -> list[Reader]:
     annotated = [
-        Reader("coco", _coco, _read_coco),
-        Reader("captions", _captions, _read_captions),
-        Reader("vqa", _vqa, _read_vqa),
-        Reader("image sets", _image_sets, _read_image_sets),
+        Reader("coco", _coco, _read_coco, share=0.5),
+        Reader("captions", _captions, _read_captions, share=0.5),
+        Reader("vqa", _vqa, _read_vqa, share=0.5),
+        Reader("image sets", _image_sets, _read_image_sets, share=0.5),
         Reader("texts", _texts, _read_texts),
         Reader("vocabulary", _vocabulary, _read_vocabulary, share=0.2),
     ]
@@ -290,7 +291,7 @@ def _read_metrics(folder):
     evaluate.record_scores(folder, {"other/test": {"metrics": {"bleu": 0.1}}})
 
 
-def _cache_key(folder):
+def _cache_key(folder) -> Any:
     return types.SimpleNamespace(
         directory=os.path.join(folder, "cache"),
         split="train",

@@ -75,22 +75,23 @@ def _import(module: str) -> None:
         }
         if isinstance(error, ModuleNotFoundError) and missing in parents:
             raise UserError(
-                f"there is no module {module!r} in {os.getcwd()} or on Python's path. "
+                f"there is no module {module} in {os.getcwd()} or on Python's path. "
                 "A file tasks/mine.py there is the module tasks.mine."
             ) from error
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"module {module!r} cannot be imported: {what}{_place(error)}"
+            f"module {module} cannot be imported: {what}{_place(error)}"
         ) from error
 
 
 def _place(error: BaseException) -> str:
-    """Where in a file that is not Python's own an import ended; "" if nowhere."""
+    """The line of a module at which an import ended; "" if none of one was run."""
     frames = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in frames if not f.filename.startswith("<frozen ")]
-    if isinstance(error, SyntaxError) or len(frames) < 3:
-        return ""  # its text says where; or nothing of the module was run
-    return f" ({frames[-1].filename}, line {frames[-1].lineno})"
+    lines = [frame for frame in frames if frame.name == "<module>"]
+    lines = [frame for frame in lines if frame.filename != sys.argv[0]]
+    if isinstance(error, SyntaxError) or not lines:
+        return ""  # its text says where
+    return f" ({lines[-1].filename}, line {lines[-1].lineno})"
 
 
 def _task_modules() -> Iterator[str]:

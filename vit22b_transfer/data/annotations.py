@@ -118,7 +118,7 @@ def _jsonl_lines(path, bad):
 
 def _csv_lines(path, bad):
     rows = text_files.csv_rows(path)
-    _, header = next(rows)
+    _, header = next(rows, (1, []))
     if [header.count(name) for name in ("file_name", "caption")] != [1, 1]:
         raise UserError(
             f"{path}: the header must have columns file_name and caption, found "

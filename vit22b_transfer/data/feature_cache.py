@@ -198,7 +198,8 @@ class Layout:
         if content is None:
             return None
         del content["fingerprint"]
-        return cls(**content | {"tokens": TokenFormat(**content["tokens"])})
+        content["tokens"] = TokenFormat(**content["tokens"])
+        return cls(**content)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,16 +104,16 @@ def decode(
         raise
     except Exception as e:
         # Pillow's plugins raise many types (OSError, SyntaxError, struct.error, ...).
-        repaired, left_out = image_extras.without_broken(data)
-        if not left_out:
-            raise _refusal(e) from e
+        repaired = image_extras.without_broken(data)
+        broken = f" (broken: {repaired.broken})" if repaired.broken else ""
+        if not repaired.left_out:
+            raise _refusal(e, broken) from e
         try:
-            pixels = _decoded(repaired, max_pixels)
+            pixels = _decoded(repaired.data, max_pixels)
         except Exception as again:
-            also = f"; so is its {left_out}" if str(again) != str(e) else ""
-            raise _refusal(again, also) from again
-        kind, _, _ = left_out.rpartition(" ")
-        _note(kind, f"a broken {left_out}, which is left out")
+            raise _refusal(again, broken) from again
+        kind, _, _ = repaired.left_out.rpartition(" ")
+        _note(kind, f"a broken {repaired.left_out}, which is left out")
         return pixels
 
 
@@ -149,18 +149,18 @@ def _note(kind, what):
         )
 
 
-def _refusal(error, also=""):
+def _refusal(error, broken):
     """Why an image cannot be read, in words of ours."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, UnidentifiedImageError):
         return UserError(
             f"not an image in a known format ({', '.join(_FORMATS)}), or its header is "
-            f"corrupt{also}"
+            f"corrupt{broken}"
         )
     if isinstance(error, Image.DecompressionBombError):
         return UserError(f"the image is too large to decode: {error}")
-    return UserError(f"corrupt or truncated image: {printable(str(error))}{also}")
+    return UserError(f"corrupt or truncated image: {printable(str(error))}{broken}")
 
 
 class _TooLarge(UserError):

@@ -33,7 +33,6 @@ from vit22b_transfer.data.records import (
     Tally,
     check_choice,
     half_character,
-    printable,
 )
 
 BAD_IMAGE_POLICIES = ("error", "skip")
@@ -203,11 +202,10 @@ def load_images(
     def pixels_of(image):
         if isinstance(image, np.ndarray):
             return resize(image, (height, width), method=method)
-        if isinstance(image, str) and (problem := half_character(image)):
-            raise UserError(
-                f"the file name {printable(os.path.basename(image))} {problem}; rename "
-                "the file"
-            )
+        if isinstance(image, str) and half_character(image):
+            name = os.fsencode(os.path.basename(image))
+            name = name.decode(errors="backslashreplace")
+            raise UserError(f"the file name is no UTF-8 text: {name}; rename the file")
         return _SMALL_SETS.read(image, (height, width), method)
 
     def read(images, image_id):
@@ -379,7 +377,7 @@ def references_and_predictions(
     The `postprocess_fn` of every image-text task; `example` holds numpy values.
     """
     if is_target:
-        if example is None or np.ndim(example.get("references")) != 1:
+        if example is None or np.ndim(example.get("references", "")) != 1:
             raise UserError("the references of a target are in its example; got none.")
         return [_text(reference) for reference in example["references"]]
     return _text(decoded_model_output).strip()

@@ -24,13 +24,18 @@ def describe() -> Iterator[str]:
         yield f"{name}"
         yield f"  splits: {', '.join(sorted(task.splits)) or 'none'}"
         yield f"  features: {', '.join(map(_feature, task.output_features.items()))}"
-        metrics = [function.__name__ for function in task.metric_fns]
+        metrics = [_name(function) for function in task.metric_fns]
         yield f"  metrics: {', '.join(metrics) or 'none'}"
     for name in sorted(seqio.MixtureRegistry.names()):
         mixture = seqio.MixtureRegistry.get(name)
         rates = (f"{task.name} x{mixture.get_rate(task):g}" for task in mixture.tasks)
         yield f"{name}"
         yield f"  mixture of: {', '.join(rates)}"
+
+
+def _name(function: Any) -> str:
+    function = getattr(function, "func", function)  # bound by functools.partial
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _feature(item: tuple[str, Any]) -> str:
