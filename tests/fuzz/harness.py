@@ -13,6 +13,7 @@ number) alone and can be run again by these.
 
 import collections
 import dataclasses
+import fnmatch
 import importlib
 import json
 import os
@@ -53,6 +54,7 @@ class Reader:
       the folder, the name of a file in it or one of `names`, may be raised.
     share: how many cases it gets, relative to the others; below one if it is slow.
     names: what else a message may say of where the fault is.
+    damage: pattern of the files that are damaged, by their path in the folder.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Reader:
     read: Callable[[str], Any]
     share: float = 1.0
     names: Sequence[str] = ()
+    damage: str = "*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,19 +109,21 @@ class Case:
             for path in sorted(Path(folder).rglob("*"))
             if path.is_file()
         }
+        self.listed = set(os.listdir(folder))
         reader.read(folder)  # what is valid is read; also, late imports are made
+        self._tidy()
 
     def changes(self, seed: int, number: int) -> dict[str, bytes | None]:
         """The files that a case changes, None for one that it removes."""
         import mutations
 
         rng = Random(f"{seed}/{self.reader.name}/{number}")
-        return mutations.mutated_files(self.files, rng)
+        chosen = fnmatch.filter(self.files, self.reader.damage)
+        return mutations.mutated_files({n: self.files[n] for n in chosen}, rng)
 
     def run(self, seed: int, number: int) -> Outcome:
         """Damages, reads and repairs the folder."""
         changes = self.changes(seed, number)
-        before = set(os.listdir(self.folder))
         for name, content in changes.items():
             path = os.path.join(self.folder, name)
             if content is None:
@@ -133,15 +138,19 @@ class Case:
             _forget_peak()
         for name in changes:
             Path(self.folder, name).write_bytes(self.files[name])
-        for name in set(os.listdir(self.folder)) - before:
-            path = os.path.join(self.folder, name)
-            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        self._tidy()
         if nbytes > MORE_BYTES:
             kind, text = "memory", f"{nbytes >> 20} MiB; {kind}: {text}"
         elif seconds > SECONDS:
             kind, text = "slow", f"{seconds:.1f} s; {kind}: {text}"
         name = self.reader.name
         return Outcome(name, number, kind, text, round(seconds, 4), nbytes)
+
+    def _tidy(self) -> None:
+        """Removes what a reading left in the folder."""
+        for name in set(os.listdir(self.folder)) - self.listed:
+            path = os.path.join(self.folder, name)
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
     def _read(self, changes) -> tuple[str, str]:
         from vit22b_transfer import UserError

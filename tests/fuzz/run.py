@@ -13,7 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+# The package of this tree, whichever is installed.
+sys.path[:0] = [str(folder) for folder in Path(__file__).parents[:3]]
 
 import harness  # noqa: E402
 

@@ -4,7 +4,7 @@ import harness
 import pytest
 import run
 
-CASES = 1500
+CASES = 400
 
 
 @pytest.mark.parametrize("module", harness.modules())

@@ -4,16 +4,20 @@ Of a family with a config, names and shapes are what its own table says for it: 
 they are those of the published models is tested elsewhere.
 """
 
+import functools
 import json
 import os
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import serialization, traverse_util
 
+from vit22b_transfer.models import t5 as t5_models
 from vit22b_transfer.weights import mapping
-from vit22b_transfer.weights.families import table
+from vit22b_transfer.weights.families import t5, table
 from vit22b_transfer.weights.files import tensor_writing
 from vit22b_transfer.weights.files.tensor_writing import LazyTensor
 
@@ -172,8 +176,6 @@ def npz(folder: str) -> None:
     }
     arrays["large"] = np.arange(6000, dtype=np.float32).reshape(60, 100)
     path = Path(folder, "x.npz")
-    import zipfile
-
     np.savez(path, **{n: x for n, x in arrays.items() if n != "large"})
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("large.npy", "w") as file:
@@ -182,10 +184,33 @@ def npz(folder: str) -> None:
 
 def legacy(folder: str) -> None:
     """As T5X wrote them before Orbax: a msgpack index, and zarr."""
+    write_legacy(folder, arrays_of({"a/kernel": (4, 3), "b/scale": (3,)}))
+
+
+def t5x(folder: str) -> None:
+    """A T5 of T5X."""
+    text = t5_models.T5Config(
+        vocab_size=16,
+        width=8,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        num_heads=2,
+        head_dim=4,
+        mlp_dim=12,
+        tied_logits=False,
+    )
+    shapes = t5.shapes(None, text)
+    arrays = arrays_of(
+        {n.replace("encoder/text/", "encoder/"): x for n, x in shapes.items()}
+    )
+    write_legacy(folder, arrays)
+
+
+def write_legacy(folder: str, arrays: dict[str, np.ndarray]) -> None:
     path = Path(folder, "checkpoint_5")
     path.mkdir()
     specs = {}
-    for name, value in arrays_of({"a/kernel": (4, 3), "b/scale": (3,)}).items():
+    for name, value in arrays.items():
         key = f"target.{name.replace('/', '.')}"
         spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": key}}
         (path / key).mkdir()
@@ -262,4 +287,110 @@ def source(name: str, folder: str) -> None:
     write_safetensors(folder, of_config(family, config | {"preprocessor": PROCESSOR}))
 
 
-SOURCES = tuple(CONFIGS)
+# --- Families that are read from their tensors ---
+
+
+def flax_blocks(block: str, stack: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Blocks of big_vision's encoder of width 8, or one of them, by shape."""
+    mha = f"{block}/MultiHeadDotProductAttention_0"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{block}/MlpBlock_0/Dense_0/kernel": (8, 16),
+        f"{block}/MlpBlock_0/Dense_0/bias": (16,),
+        f"{block}/MlpBlock_0/Dense_1/kernel": (16, 8),
+        f"{block}/MlpBlock_0/Dense_1/bias": (8,),
+        f"{mha}/out/kernel": (2, 4, 8),
+        f"{mha}/out/bias": (8,),
+    }
+    for norm in ("LayerNorm_0", "LayerNorm_1"):
+        shapes |= {f"{block}/{norm}/{x}": (8,) for x in ("scale", "bias")}
+    for name in ("query", "key", "value"):
+        shapes[f"{mha}/{name}/kernel"] = (8, 2, 4)
+        shapes[f"{mha}/{name}/bias"] = (2, 4)
+    return {name: (*stack, *shape) for name, shape in shapes.items()}
+
+
+def big_vision(prefix: str = "", *, stacked: bool) -> dict[str, tuple[int, ...]]:
+    """A ViT of big_vision without a head."""
+    block = f"{prefix}Transformer/encoderblock"
+    shapes = {
+        f"{prefix}embedding/kernel": (8, 8, 3, 8),
+        f"{prefix}embedding/bias": (8,),
+        f"{prefix}pos_embedding": (1, 4, 8),
+        f"{prefix}Transformer/encoder_norm/scale": (8,),
+        f"{prefix}Transformer/encoder_norm/bias": (8,),
+    }
+    if stacked:
+        return shapes | flax_blocks(block, (2,))
+    return shapes | flax_blocks(f"{block}_0", ()) | flax_blocks(f"{block}_1", ())
+
+
+def big_vision_paligemma() -> dict[str, tuple[int, ...]]:
+    llm, layers = "llm", "llm/layers"
+    return big_vision("img/", stacked=True) | {
+        "img/head/kernel": (8, 12),
+        "img/head/bias": (12,),
+        f"{llm}/embedder/input_embedding": (32, 12),
+        f"{llm}/final_norm/scale": (12,),
+        f"{layers}/attn/q_einsum/w": (2, 2, 12, 4),
+        f"{layers}/attn/kv_einsum/w": (2, 2, 1, 12, 4),
+        f"{layers}/attn/attn_vec_einsum/w": (2, 2, 4, 12),
+        f"{layers}/mlp/gating_einsum": (2, 2, 12, 16),
+        f"{layers}/mlp/linear": (2, 16, 12),
+        f"{layers}/pre_attention_norm/scale": (2, 12),
+        f"{layers}/pre_ffw_norm/scale": (2, 12),
+    }
+
+
+def timm() -> dict[str, tuple[int, ...]]:
+    shapes = {
+        "cls_token": (1, 1, 8),
+        "pos_embed": (1, 4, 8),
+        "patch_embed.proj.weight": (8, 3, 8, 8),
+        "patch_embed.proj.bias": (8,),
+        "norm.weight": (8,),
+    }
+    for i in range(2):
+        shapes |= {
+            f"blocks.{i}.in_norm.weight": (8,),
+            f"blocks.{i}.in_proj.weight": (16 + 24, 8),
+            f"blocks.{i}.mlp_bias": (16,),
+            f"blocks.{i}.q_norm.weight": (4,),
+            f"blocks.{i}.k_norm.weight": (4,),
+            f"blocks.{i}.attn_out_proj.weight": (8, 8),
+            f"blocks.{i}.attn_out_proj.bias": (8,),
+            f"blocks.{i}.mlp_out_proj.weight": (8, 16),
+            f"blocks.{i}.mlp_out_proj.bias": (8,),
+        }
+    return shapes
+
+
+def write_npz(shapes: dict[str, tuple[int, ...]], folder: str) -> None:
+    np.savez(os.path.join(folder, "x.npz"), **arrays_of(shapes))
+
+
+def write_timm(folder: str) -> None:
+    config = dict(
+        architecture="vit_base_patch16_xp_224",
+        global_pool="token",
+        pretrained_cfg=dict(
+            mean=[0.5, 0.5, 0.5],
+            std=[0.5, 0.5, 0.5],
+            interpolation="bicubic",
+            crop_pct=0.9,
+        ),
+    )
+    write_json(folder, "config.json", config)
+    write_safetensors(folder, arrays_of(timm()))
+
+
+# Name of a reader -> what writes its files.
+SOURCES: dict[str, Callable[[str], None]] = {
+    name: functools.partial(source, name) for name in CONFIGS
+} | {
+    "big_vision-vit": functools.partial(write_npz, big_vision(stacked=False)),
+    "big_vision-vit stacked": functools.partial(
+        write_npz, big_vision("params/img/", stacked=True)
+    ),
+    "big_vision-paligemma": functools.partial(write_npz, big_vision_paligemma()),
+    "timm-parallel-vit": write_timm,
+}

@@ -202,21 +202,33 @@ def vqa_answers(
             continue
         question_id = str(entry["question_id"])
         name = f"annotation of question {question_id} in {path}"
-        problems = [missing_field(a, answer=str) for a in entry["answers"]]
+        given = _answers(entry["answers"])
         chosen = entry.get("multiple_choice_answer")
         if question_id in result:
             bad.add("duplicate annotation", name)
-        elif any(problems):
-            number = next(i for i, problem in enumerate(problems) if problem)
-            bad.add("malformed entry", f"{name}: answers[{number}]: {problems[number]}")
+        elif isinstance(given, str):
+            bad.add("malformed entry", f"{name}: {given}")
         elif chosen is not None and (problem := wrong_text(chosen)):
             bad.add("malformed entry", f"{name}: multiple_choice_answer {problem}")
         else:
-            given = tuple(a["answer"] for a in entry["answers"])
             target = answers.most_rewarded(given, chosen or "")
             if target:  # else its question is reported
                 result[question_id] = (str(entry["image_id"]), target, given)
     return result
+
+
+def _answers(entries):
+    """The texts of the answers, or what is wrong with one of them."""
+    given = tuple(
+        entry["answer"]
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("answer"), str)
+    )
+    if len(given) == len(entries) and not half_character("".join(given)):
+        return given
+    problems = [missing_field(entry, answer=str) for entry in entries]
+    number = next(number for number, problem in enumerate(problems) if problem)
+    return f"answers[{number}]: {problems[number]}"
 
 
 def read_texts(paths: Iterable[PathLike]) -> Iterator[str]:

@@ -85,11 +85,12 @@ def accuracy(answers: Sequence[str], prediction: str) -> float:
     if not prediction:
         return 0.0
     if len(set(answers)) > 1:
-        answers = [_normalized(answer) for answer in answers]
-        prediction = _normalized(prediction)
+        answers = [_forms(answer)[1] for answer in answers]
+        prediction = _forms(prediction)[1]
     return _left_out(answers.count(prediction), len(answers))
 
 
+@functools.lru_cache(maxsize=4096)
 def _left_out(agreeing: int, total: int) -> float:
     """The mean over all annotators, of whom `agreeing` gave the predicted answer."""
     by_them = min(1.0, (agreeing - 1) / NUM_AGREEING)
@@ -103,20 +104,21 @@ def most_rewarded(answers: Sequence[str], preferred: str = "") -> str:
     Of equals the one that is `preferred`, else one that is normalised to the same, else
     the first. "" if all answers are blank.
     """
-    given = [clean(answer) for answer in answers]
-    choices = [answer for answer in dict.fromkeys(given) if answer]
+    forms = [_forms(answer) for answer in answers]
+    choices = {answer: normal for answer, normal in forms if answer}
     if len(choices) < 2:
         return "".join(choices)
-    counts = collections.Counter(map(_normalized, given))
-    scores = [_left_out(counts[_normalized(answer)], len(given)) for answer in choices]
-    highest = max(scores)
-    best = [a for a, score in zip(choices, scores, strict=True) if score == highest]
-    preferred = clean(preferred)
+    counts = collections.Counter(normal for _, normal in forms)
+    scores = {n: _left_out(counts[n], len(forms)) for n in set(choices.values())}
+    highest = max(scores.values())
+    best = [answer for answer, normal in choices.items() if scores[normal] == highest]
+    preferred, wanted = _forms(preferred)
     if preferred in best:
         return preferred
-    same = (a for a in best if _normalized(a) == _normalized(preferred))
-    return next(same, best[0])
+    return next((answer for answer in best if choices[answer] == wanted), best[0])
 
 
-# Annotators give the same answers again and again.
-_normalized = functools.lru_cache(maxsize=1 << 16)(normalize_answer)
+@functools.lru_cache(maxsize=1 << 16)
+def _forms(answer: str) -> tuple[str, str]:
+    """An answer clean and normalised: annotators give the same again and again."""
+    return clean(answer), normalize_answer(answer)

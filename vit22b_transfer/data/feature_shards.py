@@ -235,6 +235,8 @@ class ShardsSource(RandomAccessSource):
             for shard in shards
             for row, image in enumerate(shard.rows)
         }
+        if self._starts[-1]:
+            self._check_specs(next(shard for shard in shards if shard.examples))
         for shard in shards:
             for image in shard.examples:
                 if image not in self._places:
@@ -242,6 +244,17 @@ class ShardsSource(RandomAccessSource):
                         f"an image of {shard.path} is in none of the shards of cached "
                         "features beside it. Run `vit22b cache-features` again."
                     )
+
+    def _check_specs(self, shard):
+        """All examples are packed alike: the first one shows whether they fit."""
+        try:
+            unpack(tf.constant(shard.example(0)), self._specs)
+        except (tf.errors.InvalidArgumentError, ValueError) as error:
+            raise UserError(
+                f"the examples of {shard.path} have not the features that the layout "
+                "beside it says. Delete the folder and run `vit22b cache-features` "
+                "again."
+            ) from error
 
     def num_records(self, split: str) -> int:
         """The number of examples."""

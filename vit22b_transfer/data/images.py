@@ -73,17 +73,18 @@ def read_image(
     """
     if isinstance(source, bytes):
         return resize(decode(source), size, method=method)
+    name = printable(os.fspath(source))
     try:
         if not stat.S_ISREG(os.stat(source).st_mode):
-            raise UserError(f"{os.fspath(source)} is not a file")
+            raise UserError(f"{name} is not a file")
         with open(source, "rb") as file:
             data = file.read()
     except OSError as e:
-        raise UserError(f"{os.fspath(source)}: {e.strerror or e}") from e
+        raise UserError(f"{name}: {e.strerror or e}") from e
     try:
         return resize(decode(data), size, method=method)
     except ValueError as e:
-        raise UserError(f"{os.fspath(source)}: {e}") from e
+        raise UserError(f"{name}: {e}") from e
 
 
 def decode(

@@ -48,6 +48,8 @@ def printable(text: str) -> str:
 
 def half_character(text: str) -> str:
     """What is wrong with a text that UTF-8 cannot hold; "" if it can."""
+    if text.isascii():
+        return ""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -5,6 +5,7 @@
 
 import collections
 import dataclasses
+import functools
 import logging
 import os
 import string
@@ -240,8 +241,7 @@ def _image_file(pattern: str, image_id: int | str) -> str:
     """
     values: list[int | str] = [image_id]
     try:
-        fields = string.Formatter().parse(pattern)
-        if any(specification for _, _, specification, _ in fields):
+        if _says_how(pattern):
             values.append(str(image_id))
             if isinstance(image_id, str) and image_id.isascii() and image_id.isdigit():
                 values.insert(0, int(image_id))
@@ -257,6 +257,12 @@ def _image_file(pattern: str, image_id: int | str) -> str:
             f"image_file {pattern!r} cannot be filled with an image_id ({e!r}); use "
             "for example '{image_id}.jpg'."
         ) from e
+
+
+@functools.lru_cache
+def _says_how(pattern):
+    """Whether a pattern says how a value is written, as in `{image_id:012d}`."""
+    return any(how for _, _, how, _ in string.Formatter().parse(pattern))
 
 
 def _filled(pattern, values):
