@@ -1,9 +1,9 @@
 """Visual question answering tasks, whatever their data.
 
-An example is an image and the prompt "answer en {question}"; the target is the most
-frequent answer, and the answers of all annotators are its references. Other metrics are
-the `metric_fns` of a task: `vqa_metrics.anls` where answers are texts in the image,
-`vqa_metrics.exact_match` where a question has one answer.
+An example is an image and the prompt "answer en {question}"; the target is the answer
+that VQA accuracy rewards most, and the answers of all annotators are its references.
+Other metrics are the `metric_fns` of a task: `vqa_metrics.anls` where answers are texts
+in the image, `vqa_metrics.exact_match` where a question has one answer.
 """
 
 import functools

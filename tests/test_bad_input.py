@@ -308,6 +308,32 @@ def test_an_unreadable_image_ends_inference_unless_told_to_skip(restored, tmp_pa
     assert not os.path.exists(tmp_path / "out.jsonl")
 
 
+def test_a_file_name_that_is_no_utf_8_stops_no_other_image_of_its_folder(
+    restored, tmp_path, capsys
+):
+    """As for new images; what a line would say nothing of is not in it."""
+    image = Image.new("RGB", (tiny_captions.SIZE, tiny_captions.SIZE), (200, 30, 60))
+    folder = os.fsencode(tmp_path / "new")
+    os.mkdir(folder)
+    for name in (b"a.png", b"caf\xe9.png", "café.png".encode(), b"._a.png"):
+        with open(os.path.join(folder, name), "wb") as file:
+            image.save(file, "PNG")
+    source = sources.ImageFolderSource({"test": tmp_path / "new"})
+    tiny_captions.register(TASK, tmp_path, source=source)
+    result = infer.predict_split(restored, DATA, output=str(tmp_path / "out.jsonl"))
+    with open(result.path, encoding="utf-8") as file:
+        lines = {line["image_id"]: line for line in map(json.loads, file)}
+    assert sorted(lines) == ["a.png", "caf\\xe9.png", "café.png"]
+    assert result.num_bad_images == 1
+    bad = lines.pop("caf\\xe9.png")
+    message = "the file name is no UTF-8 text: caf\\xe9.png; rename the file"
+    assert bad["error"] == message
+    assert bad["prediction"] is None
+    for line in lines.values():
+        assert list(line) == ["index", "image_id", "prompt", "prediction", "score"]
+        assert line["prediction"] is not None
+
+
 # ----- Checkpoints of another model ---------------------------------------------------
 
 

@@ -1,11 +1,13 @@
 """The command line: fast help, and one clear sentence for every mistake."""
 
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import seqio
 
 from vit22b_transfer import cli
 from vit22b_transfer.models import encoder_decoder
@@ -336,11 +338,60 @@ def test_errors_of_our_own_code_are_told_without_traceback(folder, capsys):
 
 
 def test_errors_of_other_code_keep_their_traceback(folder, capsys):
-    (folder / "broken_tasks.py").write_text("1 / 0\n")
-    assert cli.main(["tasks", "--import=broken_tasks"]) == 1
+    (folder / "broken_source.py").write_text(BROKEN_SOURCE)
+    assert cli.main(["tasks", "--import=broken_source"]) == 1
+    seqio.TaskRegistry.remove("broken_source")
     error = capsys.readouterr().err
     assert "Traceback" in error
     assert "ZeroDivisionError" in error
+
+
+BROKEN_SOURCE = """
+import seqio
+
+class Source(seqio.FunctionDataSource):
+    splits = property(lambda self: 1 / 0, lambda self, value: None)
+
+def read(split, shuffle_files):
+    return None
+
+source = Source(read, ["train"])
+task = seqio.Task("broken_source", source, output_features={}, preprocessors=[])
+seqio.TaskRegistry.add_provider("broken_source", task)
+"""
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("1 / 0\n", r"cannot be imported: ZeroDivisionError: .*own.py, line 1\)"),
+        ("import sys\n\nsys.exit(3)\n", r"SystemExit: 3 \(.*own.py, line 3\)"),
+        ("import json\n\njson.loads('[')\n", r"JSONDecodeError: .*own.py, line 3\)"),
+        ("raise ValueError('two\\nlines')\n", "ValueError: two lines"),
+        ("def f(:\n", r"SyntaxError: .*own.py, line 1\)"),
+        ("import not_there_at_all\n", "ModuleNotFoundError: No module named 'not_th"),
+        ("from tasks import nothing\n", "ImportError: cannot import name 'nothing'"),
+        ("import seqio\n", "registers no task or mixture; give one that does"),
+        ("", "registers no task or mixture; give one that does"),
+    ],
+)
+def test_a_module_that_raises_or_registers_nothing_is_told_in_one_line(
+    folder, monkeypatch, capsys, text, message
+):
+    (folder / "own.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    importlib.invalidate_caches()
+    assert cli.main(["tasks", "--import=own"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.startswith("vit22b: error: module own ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["tasks/coco.py", "own.", "..", "tasks.coco.more", ""])
+def test_what_is_no_name_of_a_module_is_told_in_one_line(folder, capsys, name):
+    assert cli.main(["tasks", f"--import={name}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vit22b: error: ") and error.count("\n") == 1, error
 
 
 def test_a_module_that_is_not_there_is_told_in_one_line(folder, capsys):

@@ -12,9 +12,11 @@ import seqio
 import tiny_captions
 from tiny_captions import BAD_IMAGE, BATCH_SIZE, LENGTHS, NUM_IMAGES, ONE_DEVICE
 
+from vit22b_transfer import UserError
 from vit22b_transfer.data import batches, task_metrics
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
 from vit22b_transfer.evaluation import evaluate
+from vit22b_transfer.inference import prediction_lines
 from vit22b_transfer.inference.prediction_files import read_lines
 
 TASK, GOOD_TASK, OTHER_TASK = "tiny_evaluate", "tiny_evaluate_good", "tiny_evaluate_2"
@@ -234,6 +236,76 @@ def test_postprocessors_get_examples_as_seqio_hands_them_out(folder, tmp_path):
     np.testing.assert_array_equal(example["weights"], [0.5, 1.0])
 
 
+DAMAGED = [
+    b"\0" * 40,
+    b"[" * 100_000,
+    b'{"index": 1, "prediction": "a", "score": 1' + b"0" * 5000 + b"}",
+    b'{"index": true, "prediction": "a", "score": 0}',
+    b'{"index": 1, "score": 0}',
+    b'{"index": 1, "prediction": "a", "score": null}',
+    b'{"index": 1, "prediction": "a", "score": 0, "metadata": [1]}',
+    b'{"index": 1, "prediction": "a", "score": 0, "references": "x"}',
+    b'{"index": 1, "prediction": "a", "score": 0, "references": ["x", 1]}',
+    b'{"index": 1, "prediction": "a", "score": 0, "target": {}}',
+    b'{"index": 1, "prediction": "caf\xe9", "score": 0}',
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_line_of_predictions_is_named(tmp_path, line):
+    good = {"prediction": "a", "target": "b", "references": ["c"]}
+    path = write_lines(tmp_path / "p.jsonl", good)
+    with open(path, "ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(
+        UserError, match=r"p\.jsonl, line 2: a prediction with"
+    ) as error:
+        evaluate.score_file(path, OTHER_TASK)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            {"metadata": {"x": [1, [2]]}},
+            r"p\.jsonl: feature 'x' of an example is no arr",
+        ),
+        ({"all_scores": [1.0]}, "index 1 has the fields scores, all_scores, the first"),
+    ],
+)
+def test_lines_that_do_not_fit_each_other_name_their_file(tmp_path, line, message):
+    good = {"prediction": "a", "target": "b", "references": ["c"]}
+    path = write_lines(tmp_path / "p.jsonl", good, good | line)
+    with pytest.raises(UserError, match=message):
+        evaluate.score_file(path, OTHER_TASK)
+
+
+def test_lines_without_anything_to_score_keep_their_place(tmp_path):
+    """What a line leaves out because it is empty is there again for a postprocessor."""
+    line = {"index": 0, "image_id": "0", "prediction": "a", "score": 0.5}
+    example = prediction_lines.example_features(line)
+    nothing = {"question_id": "", "targets_pretokenized": "", "references": []}
+    assert example == {"image_id": "0"} | nothing
+    example = prediction_lines.example_features(line | {"references": ["b"]})
+    assert "targets_pretokenized" not in example
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"\0" * 9, b"[" * 100_000, b'"\xff"', b""])
+def test_damaged_metrics_are_named_and_kept(tmp_path, content):
+    (tmp_path / evaluate.METRICS_FILE).write_bytes(content)
+    with pytest.raises(UserError, match=r"metrics\.json.*Move it away\."):
+        evaluate.record_scores(str(tmp_path), {})
+    assert (tmp_path / evaluate.METRICS_FILE).read_bytes() == content
+
+
+def test_metrics_with_half_a_character_are_kept_as_they_are(tmp_path):
+    (tmp_path / evaluate.METRICS_FILE).write_text('{"\\ud83d": 1}')
+    path = evaluate.record_scores(str(tmp_path), {"é": {}})
+    with open(path, encoding="utf-8") as file:
+        assert json.load(file) == {"\ud83d": 1, "é": {}}
+
+
 @pytest.mark.parametrize(
     "lines,message",
     [
@@ -270,7 +342,9 @@ def test_tasks_whose_metrics_cannot_be_computed_are_refused(folder, tmp_path):
 
 def test_an_unreadable_metrics_file_is_not_overwritten(tmp_path):
     (tmp_path / evaluate.METRICS_FILE).write_text("{half")
-    with pytest.raises(ValueError, match="is not JSON; move it away"):
+    with pytest.raises(
+        ValueError, match="metrics.json, line 1.*malformed.*Move it away"
+    ):
         evaluate.record_scores(str(tmp_path), {})
     assert (tmp_path / evaluate.METRICS_FILE).read_text() == "{half"
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import images, sources
+from vit22b_transfer.data import feature_shards, images, sources
 from vit22b_transfer.host import memory_limit
 
 # Folders and paths of strangers
@@ -158,3 +158,58 @@ def test_large_images_are_decoded_one_after_the_other(monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         decoded = list(pool.map(images.decode, [file.getvalue()] * 24))
     assert len(decoded) == 24 and max(most) <= 2 * size
+
+
+# Caches of strangers
+
+LAYOUT = {
+    "num_examples": 1,
+    "examples_per_shard": 1,
+    "tokens": {"length": 2, "width": 3, "dtype": "float32", "storage": "exact"},
+    "features": {"inputs": ["int32", [None]]},
+    "fingerprint": {},
+}
+
+
+def test_a_layout_that_is_whole_is_read(tmp_path):
+    (tmp_path / "layout.json").write_text(json.dumps(LAYOUT))
+    assert feature_shards.read_layout(str(tmp_path / "layout.json")) == LAYOUT
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_examples": 0},
+        {"num_examples": 10**30},
+        {"num_examples": 10**9},  # shards, a name for each
+        {"examples_per_shard": True},
+        {"tokens": {}},
+        {"tokens": LAYOUT["tokens"] | {"width": "3"}},
+        {"tokens": LAYOUT["tokens"] | {"dtype": "string"}},
+        {"tokens": LAYOUT["tokens"] | {"storage": ["exact"]}},
+        {"features": []},
+        {"features": {"inputs": ["int33", []]}},
+        {"features": {"inputs": ["int32", [-1]]}},
+        {"fingerprint": None},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_layout_of_cached_features_is_named(tmp_path, change):
+    (tmp_path / "layout.json").write_text(json.dumps(LAYOUT | change))
+    with pytest.raises(UserError, match=r"layout\.json is damaged.*Delete its folder"):
+        feature_shards.read_layout(str(tmp_path / "layout.json"))
+
+
+@pytest.mark.parametrize(
+    "index",
+    [[], {"rows": ["a"]}, {"rows": [1], "examples": []}, {"rows": [], "examples": []}],
+    ids=str,
+)
+def test_a_shard_whose_index_is_none_is_named(tmp_path, index):
+    path = str(tmp_path / "00000-of-00001.array_record")
+    writer = feature_shards.ArrayRecordWriter(path, "group_size:1,uncompressed")
+    for record in (b"row", b"example", json.dumps(index).encode()):
+        writer.write(record)
+    writer.close()
+    with pytest.raises(UserError, match=r"00000.*is cut off or damaged .its index"):
+        feature_shards.Shard(path)

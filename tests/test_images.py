@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import zlib
 
@@ -133,6 +134,129 @@ def test_exif_orientation_is_applied(orientation):
     pixels = images.decode(encode(stored, "JPEG", quality=98, exif=exif))
     assert pixels.shape == (20, 40, 3)
     assert_close(pixels[10, 5], RED, 12)
+
+
+# What stands beside the pixels
+
+
+def png_chunk(kind, body, *, checksum=None):
+    checksum = zlib.crc32(kind + body) if checksum is None else checksum
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+
+def with_chunk(data, *chunks):
+    """The PNG with more chunks behind its header."""
+    return b"".join([data[:33], *chunks, data[33:]])
+
+
+def with_segment(data, marker, body):
+    """The JPEG with another segment at its beginning."""
+    segment = struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+    return data[:2] + segment + data[2:]
+
+
+def packed(size):
+    return zlib.compress(bytes(size), 9)
+
+
+EXIF_6 = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+BROKEN_EXIF = [
+    b"garbage!",
+    b"",
+    b"MM",
+    b"MM\0*\xff\xff\xff\xff",
+    EXIF_6[:12],
+    EXIF_6.replace(b"\0\x03\0\0\0\x01", b"\0\x03\0\0\0\0"),  # no value
+    EXIF_6.replace(b"\0\x03\0\0\0\x01\0\x06", b"\0\x02\0\0\0\x01x\0"),  # a text
+    EXIF_6.replace(b"\0\x06\0\0", b"\xff\xff\0\0"),  # no such orientation
+]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("exif", BROKEN_EXIF, ids=range(len(BROKEN_EXIF)))
+def test_broken_exif_data_leave_an_image_upright(file_format, exif):
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    plain = images.decode(encode(halves(), file_format, **options))
+    data = encode(halves(), file_format, exif=b"Exif\0\0" + exif, **options)
+    np.testing.assert_array_equal(images.decode(data), plain)
+    turned = encode(halves(), file_format, exif=b"Exif\0\0" + EXIF_6, **options)
+    assert images.decode(turned).shape == (40, 20, 3)
+
+
+PROFILE = b"Raw profile type exif\0"
+TURN_TEXT = b"\nexif\n%8d\n%s\n" % (len(EXIF_6), EXIF_6.hex().encode())
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        png_chunk(b"tEXt", PROFILE + b"\nexif\n 9\nno hex\n"),
+        png_chunk(b"zTXt", PROFILE + b"\0" + zlib.compress(b"\nexif\n")),
+        png_chunk(b"zTXt", PROFILE + b"\0no zlib"),
+        png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0no zlib"),
+        png_chunk(b"pHYs", bytes(9), checksum=7),
+        png_chunk(b"pHYs", b"short"),
+        png_chunk(b"cHRM", b"x"),
+        png_chunk(b"iCCP", b"name\0\0" + packed(5 << 20)),
+        png_chunk(b"iCCP", b"name\0\7" + packed(9)),
+        png_chunk(b"zTXt", b"key\0\0" + packed(5 << 20)),
+        png_chunk(b"iTXt", b"key\0\1\0\0\0" + packed(5 << 20)),
+        png_chunk(b"tEXt", b"key\0" + bytes(2 << 20)) * 33,
+        png_chunk(b"tIME", b"", checksum=0) + png_chunk(b"eXIf", b"x", checksum=0),
+        png_chunk(b"acTL", b"x"),
+    ],
+    ids=lambda chunk: f"{chunk[4:8].decode()} {len(chunk)}",
+)
+def test_a_png_is_read_whatever_stands_beside_its_pixels(chunk):
+    plain = encode(halves(), "PNG")
+    expected = images.decode(plain)
+    np.testing.assert_array_equal(images.decode(with_chunk(plain, chunk)), expected)
+    # Behind the pixels, too, and with an orientation that is whole.
+    end = plain[:-12] + chunk + plain[-12:]
+    np.testing.assert_array_equal(images.decode(end), expected)
+    for turn in (
+        png_chunk(b"eXIf", EXIF_6),
+        png_chunk(b"zTXt", PROFILE + b"\0" + zlib.compress(TURN_TEXT)),
+    ):
+        turned = images.decode(with_chunk(plain, turn, png_chunk(b"pHYs", b"short")))
+        assert turned.shape == (40, 20, 3)
+
+
+def test_a_png_whose_pixels_are_not_whole_names_the_broken_chunk():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    plain = encode(Image.fromarray(noise), "PNG")
+    cut = with_chunk(plain, png_chunk(b"pHYs", bytes(9), checksum=7))[: len(plain) // 2]
+    with pytest.raises(ValueError, match=r"truncated .*broken: PNG chunk pHYs,IDAT"):
+        images.decode(cut)
+    header = bytearray(plain)
+    header[29] ^= 1
+    with pytest.raises(ValueError, match="broken: PNG chunk IHDR"):
+        images.decode(bytes(header))
+    transparency = png_chunk(b"tRNS", bytes(6), checksum=7)
+    with pytest.raises(ValueError, match="broken: PNG chunk tRNS"):
+        images.decode(with_chunk(plain, transparency))
+
+
+@pytest.mark.parametrize(
+    "marker, body",
+    [
+        (0xE0, b"JFIF\0"),
+        (0xE2, b"ICC_PROFILE\0"),
+        (0xED, b"Photoshop 3.0\x008BIM\x03\xed"),
+        (0xEE, b"Adobe"),
+    ],
+)
+def test_a_jpeg_is_read_whatever_stands_beside_its_pixels(marker, body):
+    plain = encode(halves(), "JPEG", exif=b"Exif\0\0" + EXIF_6)
+    data = with_segment(plain, marker, body)
+    np.testing.assert_array_equal(images.decode(data), images.decode(plain))
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name in ("pipe.jpg", "."):
+        with pytest.raises(ValueError, match="is not a file"):
+            images.read_image(tmp_path / name, (4, 4))
 
 
 def test_animations_give_their_first_frame():

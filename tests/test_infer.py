@@ -270,7 +270,8 @@ def test_empty_predictions_and_unread_images_are_counted_apart(tmp_path):
 
 
 def test_reading_names_a_line_that_is_no_prediction(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"index": 0}\n{"index": 2}\n')
+    lines = [json.dumps(line(0)), json.dumps(line(2))]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match="line 2: a prediction with index 1"):
         list(read_lines(str(tmp_path / "p.jsonl")))
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data import answers
 from vit22b_transfer.evaluation import vqa_metrics
 
 NORMAL_FORMS = {
@@ -275,3 +276,49 @@ def test_bad_input_is_refused(metric):
 @pytest.mark.parametrize("metric", METRICS)
 def test_metrics_have_the_arguments_that_seqio_looks_for(metric):
     assert list(inspect.signature(metric).parameters) == ["targets", "predictions"]
+
+
+ANSWERS = st.sampled_from(
+    ["Two", "two", "2", "two.", " 2", "3", "3 ", "a", "the", "", "yes", "Yes!", "no"]
+)
+
+
+@given(
+    given_=st.lists(ANSWERS, min_size=1, max_size=12),
+    preferred=st.one_of(st.just(""), ANSWERS),
+)
+def test_the_answer_to_learn_is_the_one_that_the_metric_rewards_most(given_, preferred):
+    target = answers.most_rewarded(given_, preferred)
+    choices = [answer.strip() for answer in given_ if answer.strip()]
+    if not choices:
+        assert target == ""
+        return
+    assert target in choices
+    if len(given_) < 4:
+        return  # what cannot reach 1 is warned of
+    scores = [
+        vqa_metrics.vqa_accuracy([given_], [choice])["vqa_accuracy"]
+        for choice in choices
+    ]
+    score = vqa_metrics.vqa_accuracy([given_], [target])["vqa_accuracy"]
+    assert score == max(scores)
+    best = [c for c, s in zip(choices, scores, strict=True) if s == max(scores)]
+    if preferred.strip() in best:
+        assert target == preferred.strip()
+
+
+@pytest.mark.parametrize(
+    "given_, preferred, target",
+    [
+        (["Two", "two", "2", "two.", "3", "3", "4", "5", "6", "7"], "2", "2"),
+        (["Two", "two", "2", "two.", "3", "3", "4", "5", "6", "7"], "", "Two"),
+        (["Two", "two", "two.", "3", "3", "4"], "2", "Two"),
+        (["yes"] * 5 + ["no"] * 5, "no", "no"),  # both score 1
+        (["yes"] * 5 + ["no"] * 5, "perhaps", "yes"),
+        (["", " ", "red"], "blue", "red"),
+        (["red"], "blue", "red"),
+        ([], "blue", ""),
+    ],
+)
+def test_ties_go_to_the_chosen_answer_then_to_the_first(given_, preferred, target):
+    assert answers.most_rewarded(given_, preferred) == target

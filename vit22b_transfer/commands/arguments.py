@@ -52,6 +52,7 @@ def without_startup_notes() -> Iterator[None]:
             os.dup2(stderr, 2)
             os.close(stderr)
             written.seek(0)
-            for line in written.read().decode(errors="replace").splitlines():
-                if not _STARTUP_NOTE.match(line):
-                    print(line, file=sys.stderr)
+            for line in written:
+                text = line.decode(errors="replace")
+                if not _STARTUP_NOTE.match(text):
+                    sys.stderr.write(text)

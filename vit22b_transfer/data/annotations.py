@@ -4,48 +4,41 @@ Problems of a whole file (missing, empty, malformed) are always errors; problems
 single entries go to a `BadRecords`, which raises or counts them.
 """
 
-import collections
-import csv
-import json
+import os
 import pathlib
+import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data.records import BadRecords, ImageFolder, PathLike, resolve_path
+from vit22b_transfer.data import answers, text_files
+from vit22b_transfer.data.image_folders import ImageFolder
+from vit22b_transfer.data.records import (
+    BadRecords,
+    PathLike,
+    half_character,
+    resolve_path,
+)
+from vit22b_transfer.host import json_files
+
+# Of a bad entry, which may be of any size, depth and type.
+_REPR = reprlib.Repr()
+_REPR.maxdict, _REPR.maxlist, _REPR.maxlevel = 8, 4, 3
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The content of a JSON file; UserError with line and column if malformed."""
-    try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as e:
-        raise UserError(
-            f"{path}, line {e.lineno}, column {e.colno}: malformed JSON: {e.msg}."
-        ) from e
-
-
-def _read_text(path):
-    if not path.is_file():
-        kind = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {kind}; an annotation file is expected there.")
-    try:
-        # utf-8-sig: files written on Windows may start with a byte order mark.
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(
-            f"{path} is not UTF-8 text ({e.reason} at byte {e.start})."
-        ) from e
-    if not text.strip():
-        raise UserError(f"{path} is empty; an annotation file is expected there.")
-    return text
+    """The content of a JSON file; UserError as `json_files.parse`, or if it is none."""
+    return json_files.parse(text_files.read_bytes(path), path)
 
 
 def json_list(content: Any, key: str, path: pathlib.Path, kind: str) -> list:
     """The list under `key` of a JSON object; UserError saying what was found."""
     if isinstance(content, dict) and isinstance(content.get(key), list):
         return content[key]
-    found = f"keys {sorted(content)}" if isinstance(content, dict) else "no JSON object"
+    found = "no JSON object"
+    if isinstance(content, dict):
+        found = f"keys {_REPR.repr(sorted(content))}"
     raise UserError(
         f"{path} is not a {kind} file: a JSON object with a list {key!r} is expected, "
         f"found {found}."
@@ -53,20 +46,29 @@ def json_list(content: Any, key: str, path: pathlib.Path, kind: str) -> list:
 
 
 def missing_field(entry: Any, **types: type | tuple[type, ...]) -> str:
-    """What an entry lacks: a field that is absent or of another type; "" if nothing."""
+    """What an entry lacks: a field that is absent or of another type; "" if nothing.
+
+    A text that UTF-8 cannot hold, such as half of an emoji, is of no type.
+    """
     if not isinstance(entry, dict):
-        return f"{entry!r} is not a JSON object"
+        return f"{_REPR.repr(entry)} is not a JSON object"
     for field, kind in types.items():
         if field not in entry:
-            return f"field {field!r} is missing in {_brief(entry)}"
-        if not isinstance(entry[field], kind) or isinstance(entry[field], bool):
-            return f"field {field!r} has a wrong type in {_brief(entry)}"
+            return f"field {field!r} is missing in {_REPR.repr(entry)}"
+        value = entry[field]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return f"field {field!r} has a wrong type in {_REPR.repr(entry)}"
+        if isinstance(value, str) and (problem := half_character(value)):
+            return f"field {field!r} {problem} in {_REPR.repr(entry)}"
     return ""
 
 
-def _brief(entry):
-    text = json.dumps(entry)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+def wrong_text(value: Any) -> str:
+    """Why a value is no text that UTF-8 can hold; "" if it is one."""
+    if not isinstance(value, str):
+        return f"{_REPR.repr(value)} is no text"
+    problem = half_character(value)
+    return f"{_REPR.repr(value)} {problem}" if problem else ""
 
 
 def read_caption_lines(
@@ -91,15 +93,8 @@ def read_caption_lines(
 
 def jsonl_entries(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     """(where, value) of each line of JSON; a malformed one is an error."""
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(
-                f"{path}, line {number}, column {e.colno}: malformed JSON: {e.msg}."
-            ) from e
+    for number, line in text_files.lines(path):
+        yield f"line {number}", json_files.parse(line, path, line=number)
 
 
 def _jsonl_lines(path, bad):
@@ -115,31 +110,52 @@ def _jsonl_lines(path, bad):
         if not captions:
             bad.add("image without captions", f"{where}: {entry['file_name']}")
         for caption in captions:
-            if isinstance(caption, str):
-                yield where, entry["file_name"], caption
+            if problem := wrong_text(caption):
+                bad.add("malformed entry", f"{where}: caption {problem}")
             else:
-                bad.add("malformed entry", f"{where}: caption {caption!r} is no string")
+                yield where, entry["file_name"], caption
 
 
 def _csv_lines(path, bad):
-    rows = csv.DictReader(_read_text(path).splitlines(keepends=True))
-    if not {"file_name", "caption"} <= set(rows.fieldnames or ()):
+    rows = text_files.csv_rows(path)
+    _, header = next(rows, (1, []))
+    if [header.count(name) for name in ("file_name", "caption")] != [1, 1]:
         raise UserError(
             f"{path}: the header must have columns file_name and caption, found "
-            f"{rows.fieldnames}."
+            f"{_REPR.repr(header)}."
         )
-    for row in rows:
-        where = f"line {rows.line_num}"
-        if row["file_name"] is None or row["caption"] is None or None in row:
-            bad.add("malformed entry", f"{where}: not as many columns as the header")
+    name, caption = header.index("file_name"), header.index("caption")
+    for number, row in rows:
+        where = f"line {number}"
+        if len(row) != len(header):
+            detail = f"{where}: {len(row)} columns, but {len(header)} in the header"
+            bad.add("malformed entry", detail)
+        elif _holds_a_row(row, name):
+            raise UserError(
+                f"{path}, {where}: a quote opens in this row and closes behind another "
+                "row, as it seems: close it before the end of its field."
+            )
         else:
-            yield where, row["file_name"], row["caption"]
+            yield where, row[name], row[caption]
+
+
+def _holds_a_row(row, place):
+    """Whether a field that spans lines has one with a file's name where a row has it.
+
+    place: the column of file names.
+    """
+    suffix = os.path.splitext(row[place])[1]
+    for field in row:
+        for line in field.split("\n")[1:]:
+            cells = line.split(",")
+            if len(cells) == len(row) and suffix:
+                if os.path.splitext(cells[place])[1] == suffix:
+                    return True
+    return False
 
 
 def _txt_lines(path, bad):
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in text_files.lines(path):
         name, tab, caption = line.partition("\t")
         if tab:
             yield f"line {number}", name, caption
@@ -152,18 +168,18 @@ def coco_image_paths(
 ) -> dict[str, str | None]:
     """Image id -> path of COCO's `images`; None where the file is not in the folder."""
     paths = {}
-    for entry in images:
+    for number, entry in enumerate(images):
         problem = missing_field(entry, id=(int, str), file_name=str)
         if problem:
-            bad.add("malformed entry", problem)
+            bad.add("malformed entry", f"images[{number}]: {problem}")
             continue
-        image_id = str(entry["id"])
+        image_id, file_name = str(entry["id"]), entry["file_name"]
         if image_id in paths:
-            bad.add("duplicate image id", f"image {image_id} ({entry['file_name']})")
+            bad.add("duplicate image id", f"image {image_id} ({file_name})")
             continue
-        paths[image_id], problem = folder.find(entry["file_name"])
+        paths[image_id], problem = folder.find(file_name)
         if problem:
-            detail = f"image {image_id}: {entry['file_name']} is not in {folder.root}"
+            detail = f"image {image_id}: {file_name} is not in {folder.root}"
             bad.add(problem, detail)
     return paths
 
@@ -171,38 +187,48 @@ def coco_image_paths(
 def vqa_answers(
     path: pathlib.Path, bad: BadRecords
 ) -> dict[str, tuple[str, str, tuple[str, ...]]]:
-    """Question id -> (image id, most frequent answer, all answers)."""
+    """Question id -> (image id, the answer to learn, all answers).
+
+    The answer to learn is the one that `answers.most_rewarded` names.
+    """
     entries = json_list(read_json(path), "annotations", path, "VQAv2 annotations")
     result = {}
-    for entry in entries:
+    for number, entry in enumerate(entries):
         problem = missing_field(
             entry, question_id=(int, str), image_id=(int, str), answers=list
         )
         if problem:
-            bad.add("malformed entry", f"{path}: {problem}")
+            bad.add("malformed entry", f"{path}: annotations[{number}]: {problem}")
             continue
         question_id = str(entry["question_id"])
         name = f"annotation of question {question_id} in {path}"
-        given = tuple(
-            a["answer"] for a in entry["answers"] if not missing_field(a, answer=str)
-        )
+        given = _answers(entry["answers"])
+        chosen = entry.get("multiple_choice_answer")
         if question_id in result:
             bad.add("duplicate annotation", name)
-        elif len(given) < len(entry["answers"]):
-            bad.add("malformed entry", f"{name}: an answer is no text")
-        elif any(answer.strip() for answer in given):  # else its question is reported
-            target = _most_frequent(given, entry.get("multiple_choice_answer"))
-            result[question_id] = (str(entry["image_id"]), target, given)
+        elif isinstance(given, str):
+            bad.add("malformed entry", f"{name}: {given}")
+        elif chosen is not None and (problem := wrong_text(chosen)):
+            bad.add("malformed entry", f"{name}: multiple_choice_answer {problem}")
+        else:
+            target = answers.most_rewarded(given, chosen or "")
+            if target:  # else its question is reported
+                result[question_id] = (str(entry["image_id"]), target, given)
     return result
 
 
-def _most_frequent(answers, preferred):
-    """The most frequent non-empty answer; of equals the preferred, else the first."""
-    counts = collections.Counter(answer for answer in answers if answer.strip())
-    most = max(counts.values())
-    if counts.get(preferred) == most:
-        return preferred
-    return next(answer for answer in counts if counts[answer] == most)
+def _answers(entries):
+    """The texts of the answers, or what is wrong with one of them."""
+    given = tuple(
+        entry["answer"]
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("answer"), str)
+    )
+    if len(given) == len(entries) and not half_character("".join(given)):
+        return given
+    problems = [missing_field(entry, answer=str) for entry in entries]
+    number = next(number for number, problem in enumerate(problems) if problem)
+    return f"answers[{number}]: {problems[number]}"
 
 
 def read_texts(paths: Iterable[PathLike]) -> Iterator[str]:
@@ -212,7 +238,7 @@ def read_texts(paths: Iterable[PathLike]) -> Iterator[str]:
     """
     for path in map(resolve_path, paths):
         if path.suffix.lower() == ".txt":
-            for line in _read_text(path).splitlines():
+            for _, line in text_files.lines(path):
                 yield line.partition("\t")[2] or line
         elif path.suffix.lower() == ".json":
             yield from _json_texts(path)
@@ -226,14 +252,16 @@ def read_texts(paths: Iterable[PathLike]) -> Iterator[str]:
 def _json_texts(path):
     content = read_json(path)
     key = "questions" if isinstance(content, dict) and "questions" in content else ""
-    entries = json_list(content, key or "annotations", path, "COCO or VQAv2")
-    for entry in entries:
+    key = key or "annotations"
+    for number, entry in enumerate(json_list(content, key, path, "COCO or VQAv2")):
         for field in ("caption", "question", "multiple_choice_answer"):
             if isinstance(entry, dict) and isinstance(entry.get(field), str):
-                yield entry[field]
                 break
         else:
             raise UserError(
                 f"{path} is neither COCO captions nor VQAv2: no caption, question or "
-                f"multiple_choice_answer in {_brief(entry)}."
+                f"multiple_choice_answer in {_REPR.repr(entry)}."
             )
+        if problem := half_character(entry[field]):
+            raise UserError(f"{path}: {key}[{number}]: field {field!r} {problem}.")
+        yield entry[field]

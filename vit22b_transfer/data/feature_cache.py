@@ -37,6 +37,7 @@ from vit22b_transfer.data.feature_shards import (
     ShardsSource,
     TokenFormat,
     pack,
+    read_layout,
     unfinished,
 )
 from vit22b_transfer.data.indexed_source import IndexedSource
@@ -206,7 +207,8 @@ class Layout:
         if content is None:
             return None
         del content["fingerprint"]
-        return cls(**content | {"tokens": TokenFormat(**content["tokens"])})
+        content["tokens"] = TokenFormat(**content["tokens"])
+        return cls(**content)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,8 +347,7 @@ def _read_layout(directory):
     path = _layout_path(directory)
     if not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return read_layout(path)
 
 
 def _without_images(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -23,12 +24,13 @@ from array_record.python.array_record_module import (
 from vit22b_transfer import UserError
 from vit22b_transfer.data.converters import Example
 from vit22b_transfer.data.indexed_source import RandomAccessSource
-from vit22b_transfer.host import whole_files
+from vit22b_transfer.host import json_files, whole_files
 
 STORAGES = ("exact", "int8")
 
 # A row per group: random access reads no more than it needs.
 _OPTIONS = "group_size:1,uncompressed"
+_MOST_SHARDS = 100_000  # as many as their names can be numbered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,58 @@ class TokenFormat:
 def unfinished(path: str) -> str:
     """The name of a shard while it is written."""
     return f"{path}.unfinished"
+
+
+def read_layout(path: str) -> dict[str, Any]:
+    """The content of a cache's `layout.json`, of which each value has its type.
+
+    Raises:
+      UserError: naming the file, if it is damaged.
+    """
+    advice = "Delete its folder and run `vit22b cache-features` again."
+    content = json_files.read_object(path, advice=advice)
+    fields = {"num_examples", "examples_per_shard", "tokens", "features", "fingerprint"}
+    tokens, features = content.get("tokens"), content.get("features")
+    is_whole = (
+        content.keys() == fields
+        and _is_size(content["num_examples"])
+        and _is_size(content["examples_per_shard"])
+        and content["num_examples"] <= _MOST_SHARDS * content["examples_per_shard"]
+        and isinstance(content["fingerprint"], dict)
+        and isinstance(tokens, dict)
+        and tokens.keys() == {field.name for field in dataclasses.fields(TokenFormat)}
+        and _is_size(tokens["length"])
+        and _is_size(tokens["width"])
+        and tokens["storage"] in STORAGES
+        and _is_dtype(tokens["dtype"])
+        and tf.as_dtype(tokens["dtype"]).is_floating
+        and isinstance(features, dict)
+        and all(map(_is_spec, features.values()))
+    )
+    if not is_whole:
+        raise UserError(f"{path} is damaged or no layout of cached features. {advice}")
+    return content
+
+
+def _is_size(value):
+    return type(value) is int and 0 < value < 1 << 62
+
+
+def _is_dtype(value):
+    try:
+        return isinstance(value, str) and bool(tf.as_dtype(value))
+    except TypeError:
+        return False
+
+
+def _is_spec(value):
+    """Whether a value is [dtype, shape]."""
+    if not isinstance(value, list) or len(value) != 2 or not _is_dtype(value[0]):
+        return False
+    shape = value[1]
+    return isinstance(shape, list) and all(
+        size is None or size == 0 or _is_size(size) for size in shape
+    )
 
 
 class ShardWriter:
@@ -108,10 +162,12 @@ class Shard:
         try:
             # Of a file that was cut off there are none, and reading says why.
             last = max(self._reader.num_records() - 1, 0)
-            index = json.loads(self._read(last))
-            self.rows: list[str] = index["rows"]
-            self.examples: list[str] = index["examples"]
-        except (RuntimeError, ValueError, KeyError) as error:
+            index = json_files.parse(self._read(last), f"its index, record {last}")
+            self.rows = _hashes(index, "rows")
+            self.examples = _hashes(index, "examples")
+            if len(self.rows) + len(self.examples) != last:
+                raise ValueError(f"its index is not of {last} records")
+        except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"the shard {path} of cached features is cut off or damaged "
                 f"({str(error).partition(';')[0]}). Run `vit22b cache-features` again: "
@@ -137,6 +193,13 @@ class Shard:
 
     def _read(self, record):
         return self._reader.read([record])[0]
+
+
+def _hashes(index, name) -> list[str]:
+    values = index.get(name) if isinstance(index, dict) else None
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise ValueError(f"its index has no list of {name}")
+    return values
 
 
 def pack(example: Example) -> tf.Tensor:
@@ -177,6 +240,26 @@ class ShardsSource(RandomAccessSource):
             for shard in shards
             for row, image in enumerate(shard.rows)
         }
+        if self._starts[-1]:
+            self._check_specs(next(shard for shard in shards if shard.examples))
+        for shard in shards:
+            for image in shard.examples:
+                if image not in self._places:
+                    raise UserError(
+                        f"an image of {shard.path} is in none of the shards of cached "
+                        "features beside it. Run `vit22b cache-features` again."
+                    )
+
+    def _check_specs(self, shard):
+        """All examples are packed alike: the first one shows whether they fit."""
+        try:
+            unpack(tf.constant(shard.example(0)), self._specs)
+        except (tf.errors.InvalidArgumentError, ValueError) as error:
+            raise UserError(
+                f"the examples of {shard.path} have not the features that the layout "
+                "beside it says. Delete the folder and run `vit22b cache-features` "
+                "again."
+            ) from error
 
     def num_records(self, split: str) -> int:
         """The number of examples."""
@@ -200,4 +283,11 @@ class ShardsSource(RandomAccessSource):
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         shard, place = self._shards[number], int(index - self._starts[number])
         owner, row = self._places[shard.examples[place]]
-        return shard.example(place), owner.row(row)
+        tokens = owner.row(row)
+        if len(tokens) != self._tokens.num_bytes:
+            raise UserError(
+                f"row {row} of {owner.path} has {len(tokens)} bytes, but tokens of the "
+                f"layout beside it {self._tokens.num_bytes}. Delete the folder and run "
+                "`vit22b cache-features` again."
+            )
+        return shard.example(place), tokens

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data.annotations import jsonl_entries, missing_field
+from vit22b_transfer.data.annotations import jsonl_entries, missing_field, wrong_text
 from vit22b_transfer.data.indexed_source import IndexedSource
 from vit22b_transfer.data.records import Record, resolve_path
 from vit22b_transfer.data.sources import CaptionFiles
@@ -83,13 +83,16 @@ class ImageSetSource(IndexedSource):
             return f"{len(names)} file_names, but images_per_example is {self._count}"
         if not all(isinstance(name, str) and name.strip() for name in names):
             return f"file_names {names!r} are no texts"
-        for field in ("question", "target"):
-            if not isinstance(entry.get(field, ""), str):
-                return f"field {field!r} has a wrong type"
+        for name in names:
+            if problem := wrong_text(name):
+                return f"file_names: {problem}"
+        for field, kind in {"question": str, "target": str, "id": (str, int)}.items():
+            if field in entry and (problem := missing_field(entry, **{field: kind})):
+                return problem
         references = entry.get("references", [])
-        is_list = isinstance(references, list)
-        if not is_list or not all(isinstance(text, str) for text in references):
+        if not isinstance(references, list):
             return "field 'references' is no list of texts"
-        if not isinstance(entry.get("id", ""), (str, int)):
-            return "field 'id' has a wrong type"
+        for reference in references:
+            if problem := wrong_text(reference):
+                return f"field 'references': {problem}"
         return ""

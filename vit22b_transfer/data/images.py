@@ -5,14 +5,17 @@ crops or pads.
 """
 
 import io
+import logging
 import os
+import stat
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data.records import check_choice
+from vit22b_transfer.data import image_extras
+from vit22b_transfer.data.records import check_choice, printable
 from vit22b_transfer.host import memory_limit
 
 # 256 MiB of RGB pixels, and what Pillow itself begins to warn about.
@@ -41,6 +44,19 @@ RESIZE_METHODS = {
 }
 
 _WHITE = (255, 255, 255, 255)
+_ORIENTATION = 0x0112  # EXIF's tag
+# How an image is turned that has this orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What was wrong beside the pixels of images so far.
+_NOTED: set[str] = set()
 
 
 def read_image(
@@ -57,15 +73,18 @@ def read_image(
     """
     if isinstance(source, bytes):
         return resize(decode(source), size, method=method)
+    name = printable(os.fspath(source))
     try:
+        if not stat.S_ISREG(os.stat(source).st_mode):
+            raise UserError(f"{name} is not a file")
         with open(source, "rb") as file:
             data = file.read()
     except OSError as e:
-        raise UserError(f"{os.fspath(source)}: {e.strerror or e}") from e
+        raise UserError(f"{name}: {e.strerror or e}") from e
     try:
         return resize(decode(data), size, method=method)
     except ValueError as e:
-        raise UserError(f"{os.fspath(source)}: {e}") from e
+        raise UserError(f"{name}: {e}") from e
 
 
 def decode(
@@ -74,29 +93,75 @@ def decode(
     """RGB pixels of an encoded image, upright as its EXIF orientation says.
 
     Transparent parts lie on white, 16-bit grey is scaled to 8 bits, of an animation the
-    first frame is taken.
+    first frame is taken. What a file says beside its pixels (profiles, texts, sizes) is
+    left out where it is broken, and an orientation that cannot be read is upright: the
+    first of each kind is logged.
     """
     if not data:
         raise UserError("the file is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise _TooLarge(width, height, max_pixels)
-            with _DECODING.holding(_BYTES_PER_PIXEL * width * height):
-                return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-    except _TooLarge:
+        return _decoded(data, max_pixels)
+    except UserError:
         raise
-    except UnidentifiedImageError as e:
-        raise UserError(
-            f"not an image in a known format ({', '.join(_FORMATS)}), or its header is "
-            "corrupt"
-        ) from e
-    except Image.DecompressionBombError as e:
-        raise UserError(f"the image is too large to decode: {e}") from e
     except Exception as e:
         # Pillow's plugins raise many types (OSError, SyntaxError, struct.error, ...).
-        raise UserError(f"corrupt or truncated image: {e}") from e
+        repaired = image_extras.without_broken(data)
+        broken = f" (broken: {repaired.broken})" if repaired.broken else ""
+        if not repaired.left_out:
+            raise _refusal(e, broken) from e
+        try:
+            pixels = _decoded(repaired.data, max_pixels)
+        except Exception as again:
+            raise _refusal(again, broken) from again
+        kind, _, _ = repaired.left_out.rpartition(" ")
+        _note(kind, f"a broken {repaired.left_out}, which is left out")
+        return pixels
+
+
+def _decoded(data, max_pixels):
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise _TooLarge(width, height, max_pixels)
+        with _DECODING.holding(_BYTES_PER_PIXEL * width * height):
+            image.load()  # which also turns a TIFF
+            turned = _UPRIGHT.get(_orientation(image))
+            upright = image if turned is None else image.transpose(turned)
+            return np.asarray(_to_rgb(upright))
+
+
+def _orientation(image):
+    """EXIF's orientation, 1 (upright) if there is none or it cannot be read."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception as e:
+        what = f"broken EXIF data ({printable(str(e))}) and is taken to be upright"
+        _note("EXIF", what)
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _note(kind, what):
+    if kind not in _NOTED:
+        _NOTED.add(kind)
+        logging.getLogger(__name__).warning(
+            "an image has %s; its pixels are whole (others like it are not logged)",
+            what,
+        )
+
+
+def _refusal(error, broken):
+    """Why an image cannot be read, in words of ours."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, UnidentifiedImageError):
+        return UserError(
+            f"not an image in a known format ({', '.join(_FORMATS)}), or its header is "
+            f"corrupt{broken}"
+        )
+    if isinstance(error, Image.DecompressionBombError):
+        return UserError(f"the image is too large to decode: {error}")
+    return UserError(f"corrupt or truncated image: {printable(str(error))}{broken}")
 
 
 class _TooLarge(UserError):

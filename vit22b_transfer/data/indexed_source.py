@@ -8,6 +8,7 @@ Every source yields examples with the same string features: `image_path`, `image
 """
 
 import abc
+import os
 import pathlib
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,9 @@ import seqio
 import tensorflow as tf
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data.image_folders import ImageFolder
 from vit22b_transfer.data.records import (
     BadRecords,
-    ImageFolder,
     Record,
     check_choice,
     resolve_path,
@@ -131,8 +132,10 @@ class IndexedSource(RandomAccessSource):
                 records = self._read(split, key, bad)
                 bad.log()
                 if not records:
+                    left_out = bad.tally.summary()
                     raise UserError(
-                        f"{self._origin(key)}: split {split!r} has no usable record."
+                        f"{self._origin(key)}: split {split!r} has no usable record"
+                        + (f"; left out: {left_out}." if left_out else ".")
                     )
                 self._loaded[split] = (key, records, bad.tally.counts())
             return self._loaded[split][1]
@@ -180,6 +183,8 @@ def _look_up(records):
         distinct = {value: place for place, value in enumerate(dict.fromkeys(values))}
         columns[name] = list(distinct)
         places.append([distinct[value] for value in values])
+    # A name that is no UTF-8 keeps its bytes; to read it is then an error that says so.
+    columns["image_path"] = [os.fsencode(path) for path in columns["image_path"]]
     scalars = {name: tf.constant(columns[name]) for name in _SCALARS}
     texts, spans = {}, {}
     for name in lists:

@@ -15,6 +15,7 @@ empty targets, so that it weighs nothing and keeps its place.
 import dataclasses
 import functools
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,11 @@ from seqio.vocabularies import Vocabulary
 from vit22b_transfer import UserError
 from vit22b_transfer.data.converters import feature_specs, map_examples
 from vit22b_transfer.data.images import RESIZE_METHODS, read_image, resize
-from vit22b_transfer.data.records import Tally, check_choice
+from vit22b_transfer.data.records import (
+    Tally,
+    check_choice,
+    half_character,
+)
 
 BAD_IMAGE_POLICIES = ("error", "skip")
 LONG_TEXT_POLICIES = ("error", "truncate")
@@ -197,13 +202,17 @@ def load_images(
     def pixels_of(image):
         if isinstance(image, np.ndarray):
             return resize(image, (height, width), method=method)
+        if isinstance(image, str) and half_character(image):
+            name = os.fsencode(os.path.basename(image))
+            name = name.decode(errors="backslashreplace")
+            raise UserError(f"the file name is no UTF-8 text: {name}; rename the file")
         return _SMALL_SETS.read(image, (height, width), method)
 
     def read(images, image_id):
-        name = image_id.decode()
+        name = _shown(image_id)
         if several and len(images) != count:
             raise UserError(
-                f"example {name!r} has {len(images)} images, but the feature length "
+                f"example {name} has {len(images)} images, but the feature length "
                 f"'images' asks for {count}; make them equal."
             )
         try:
@@ -211,12 +220,12 @@ def load_images(
         except ValueError as e:
             if options.on_bad_image == "error":
                 raise UserError(
-                    f"image {name!r}: {e}. Remove it, or register the task with "
+                    f"image {name}: {e}. Remove it, or register the task with "
                     "on_bad_image='skip' to leave out bad images and count them."
                 ) from None
-            if tally.add("bad image", f"{name!r}: {e}"):
+            if tally.add("bad image", f"{name}: {e}"):
                 logging.getLogger(__name__).warning(
-                    "skipping image %r: %s (later ones are only counted)", name, e
+                    "skipping image %s: %s (later ones are only counted)", name, e
                 )
             return np.zeros(shape, np.uint8), str(e).encode()
         return np.stack(pixels) if several else pixels[0], b""
@@ -225,10 +234,10 @@ def load_images(
         return read([image], image_id)
 
     def read_file(path, image_id):
-        return read([path.decode()], image_id)
+        return read([os.fsdecode(path)], image_id)
 
     def read_files(paths, image_id):
-        return read([path.decode() for path in paths], image_id)
+        return read(list(map(os.fsdecode, paths)), image_id)
 
     readers = {"image": read_one, "image_path": read_file, "image_paths": read_files}
 
@@ -309,8 +318,8 @@ def encode_text(
 
     def note(name, length, limit, image_id, text):
         what = (
-            f"{name.decode()} of image {image_id.decode()!r} have {length} tokens with "
-            f"EOS, the feature length is {limit}: {text.decode()!r}"
+            f"{name.decode()} of image {_shown(image_id)} have {length} tokens with "
+            f"EOS, the feature length is {limit}: {_shown(text)}"
         )
         if on_long_text == "error":
             raise UserError(
@@ -354,6 +363,10 @@ def encode_text(
     return map_examples(dataset, encode)
 
 
+def _shown(text):
+    return repr(text.decode(errors="backslashreplace"))
+
+
 def references_and_predictions(
     decoded_model_output: Any,
     example: Mapping[str, Any] | None = None,
@@ -364,7 +377,7 @@ def references_and_predictions(
     The `postprocess_fn` of every image-text task; `example` holds numpy values.
     """
     if is_target:
-        if example is None:
+        if example is None or np.ndim(example.get("references", "")) != 1:
             raise UserError("the references of a target are in its example; got none.")
         return [_text(reference) for reference in example["references"]]
     return _text(decoded_model_output).strip()

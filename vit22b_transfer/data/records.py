@@ -7,13 +7,14 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from vit22b_transfer import UserError
 
 PathLike = str | os.PathLike
 
 _SHOWN_ITEMS = 5
+_SHOWN_LENGTH = 400
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,6 +33,29 @@ class Record:
     target: str = ""
     references: tuple[str, ...] = ()
     image_paths: tuple[str, ...] = ()
+
+
+def printable(text: str) -> str:
+    """The text with an escape for all that is no printable character; on one line.
+
+    Control characters, the ends of lines, and halves of characters, which stand for the
+    bytes of a file name that is no UTF-8: `\\n`, `\\x1b`, `\\udce9`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def half_character(text: str) -> str:
+    """What is wrong with a text that UTF-8 cannot hold; "" if it can."""
+    if text.isascii():
+        return ""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = printable(text[error.start])
+        return f"is no Unicode text ({half} at character {error.start + 1})"
+    return ""
 
 
 class Tally:
@@ -58,7 +82,7 @@ class Tally:
         with self._lock:
             parts = []
             for reason, items in self._items.items():
-                shown = "; ".join(list(items)[:_SHOWN_ITEMS])
+                shown = "; ".join(map(_shortened, list(items)[:_SHOWN_ITEMS]))
                 more = ", ..." if len(items) > _SHOWN_ITEMS else ""
                 parts.append(f"{len(items)} x {reason} ({shown}{more})")
             return ", ".join(parts)
@@ -73,11 +97,16 @@ class BadRecords:
         self._origin = origin
 
     def add(self, reason: str, detail: str) -> None:
-        """Raises UserError naming the item, or counts it, as the policy says."""
+        """Raises UserError naming the item, or counts it, as the policy says.
+
+        The detail may hold what is not printable: it is escaped.
+        """
+        detail = printable(detail)
         if not self._skip:
             raise UserError(
-                f"{self._origin}: {reason}: {detail}. Correct the data, or give the "
-                "source on_bad_record='skip' to leave out such records and count them."
+                f"{self._origin}: {reason}: {_shortened(detail)}. Correct the data, or "
+                "give the source on_bad_record='skip' to leave out such records and "
+                "count them."
             )
         self.tally.add(reason, detail)
 
@@ -87,6 +116,11 @@ class BadRecords:
             logging.getLogger(__name__).warning(
                 "%s: skipped %s", self._origin, self.tally.summary()
             )
+
+
+def _shortened(text):
+    """A stranger's text may be of any length."""
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 3]}..."
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -103,6 +137,10 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def resolve_path(path: PathLike) -> pathlib.Path:
     """The absolute path, with `~` and environment variables filled in."""
     expanded = os.path.expanduser(os.path.expandvars(os.fspath(path)))
+    if problem := half_character(expanded):
+        raise UserError(
+            f"the path {printable(expanded)} {problem}; rename the file or folder."
+        )
     unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:
         raise UserError(
@@ -110,47 +148,3 @@ def resolve_path(path: PathLike) -> pathlib.Path:
             "which is not set; set it to the directory or file that you want to use."
         )
     return pathlib.Path(expanded).absolute()
-
-
-class ImageFolder:
-    """The files of a directory tree, listed once per directory.
-
-    paths_outside: whether file names may lead out of it, by `..` or from the root.
-    """
-
-    def __init__(self, root: pathlib.Path, *, paths_outside: bool = False):
-        if not root.is_dir():
-            raise UserError(f"{root} is not a directory; an image folder is expected.")
-        self.root = root
-        self._paths_outside = paths_outside
-        self._names: dict[str, set[str]] = {}
-
-    def find(self, file_name: str) -> tuple[str | None, str]:
-        """(path, "") of a file given relative to the root, or (None, the problem)."""
-        if "\0" in file_name:
-            return None, "file name with a NUL character"
-        inside = os.path.normpath(file_name)
-        leaves = os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir
-        if leaves and not self._paths_outside:
-            return None, "file name that leaves the image folder (see paths_outside)"
-        directory, name = os.path.split(os.path.join(self.root, inside))
-        if directory not in self._names:
-            try:
-                self._names[directory] = set(os.listdir(directory))
-            except OSError:
-                self._names[directory] = set()
-        if file_name.strip() and name in self._names[directory]:
-            return os.path.join(directory, name), ""
-        return None, "missing image file"
-
-    def walk(self) -> Iterator[tuple[str, list[str]]]:
-        """(directory, its files) of the tree; links are followed, each folder once."""
-        seen = set()
-        for directory, folders, names in os.walk(self.root, followlinks=True):
-            status = os.stat(directory)
-            identity = status.st_dev, status.st_ino
-            if identity in seen:
-                folders.clear()
-                continue
-            seen.add(identity)
-            yield directory, names

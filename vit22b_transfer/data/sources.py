@@ -5,8 +5,10 @@
 
 import collections
 import dataclasses
+import functools
 import logging
 import os
+import string
 from collections.abc import Mapping
 
 from vit22b_transfer import UserError
@@ -29,6 +31,7 @@ from vit22b_transfer.data.records import (
 # The split in which an image stands once for each of its captions.
 PER_CAPTION_SPLIT = "train"
 IMAGE_SUFFIXES = tuple(IMAGE_FORMATS)
+_MALFORMED = "malformed entry"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class VqaFiles:
     """VQAv2 files; without `annotations` the questions have no answers.
 
     `image_file` makes a file name from an image id; VQAv2 on the 2014 images needs
-    for example "COCO_val2014_{image_id:012d}.jpg".
+    for example "COCO_val2014_{image_id:012d}.jpg". An id of digits may be a text, too.
     """
 
     questions: PathLike
@@ -94,12 +97,12 @@ class CocoCaptionsSource(_CaptionSource):
         annotations = json_list(content, "annotations", files.captions, kind)
         paths = coco_image_paths(images, self._folder(files.images), bad)
         captions, seen, described = [], set(), set()
-        for entry in annotations:
+        for number, entry in enumerate(annotations):
             problem = missing_field(
                 entry, id=(int, str), image_id=(int, str), caption=str
             )
             if problem:
-                bad.add("malformed entry", problem)
+                bad.add("malformed entry", f"annotations[{number}]: {problem}")
                 continue
             name = f"annotation {entry['id']}"
             image_id = str(entry["image_id"])
@@ -119,9 +122,10 @@ class CocoCaptionsSource(_CaptionSource):
                         (paths[image_id], image_id, entry["caption"].strip())
                     )
             seen.add(entry["id"])
-        for image_id in paths:
+        for image_id, path in paths.items():
             if image_id not in described:
-                bad.add("image without captions", f"image {image_id}")
+                file = "" if path is None else f" ({os.path.basename(path)})"
+                bad.add("image without captions", f"image {image_id}{file}")
         return self._grouped_records(split, captions, bad)
 
 
@@ -134,7 +138,7 @@ class CaptionFileSource(_CaptionSource):
 
     def _read(self, split, files, bad):
         folder = self._folder(files.images)
-        captions = []
+        captions, names = [], {}
         for where, file_name, caption in read_caption_lines(files.captions, bad):
             path, problem = folder.find(file_name)
             if path is None:
@@ -142,7 +146,9 @@ class CaptionFileSource(_CaptionSource):
             elif not caption.strip():
                 bad.add("empty caption", f"{where}: {file_name}")
             else:
-                captions.append((path, file_name, caption.strip()))
+                # An image that is written in several ways is one, by its first name.
+                name = names.setdefault(path, file_name)
+                captions.append((path, name, caption.strip()))
         return self._grouped_records(split, captions, bad)
 
 
@@ -150,7 +156,8 @@ class VqaSource(IndexedSource):
     """VQAv2 questions and annotations JSON with an image folder.
 
     Every question is a record. `references` are the answers of all annotators, `target`
-    is the most frequent one; both are empty where no annotations are given.
+    is the one that VQA accuracy rewards most (`answers.most_rewarded`); both are empty
+    where no annotations are given.
     """
 
     def _resolved(self, files: VqaFiles) -> VqaFiles:
@@ -173,14 +180,16 @@ class VqaSource(IndexedSource):
             answers = vqa_answers(files.annotations, bad)
         folder = self._folder(files.images)
         records, seen = [], set()
-        for entry in entries:
+        for number, entry in enumerate(entries):
             try:
                 record = _vqa_record(entry, files, folder, answers)
                 if record.question_id in seen:
-                    raise _BadEntry("duplicate question id", record.question_id)
+                    name = f"question {record.question_id}"
+                    raise _BadEntry("duplicate question id", name)
                 records.append(record)
             except _BadEntry as e:
-                bad.add(e.reason, e.detail)
+                where = f"questions[{number}]: " if e.reason == _MALFORMED else ""
+                bad.add(e.reason, f"{where}{e.detail}")
             if isinstance(entry, dict):
                 seen.add(str(entry.get("question_id")))
         for question_id in sorted((answers or {}).keys() - seen):
@@ -203,7 +212,7 @@ def _vqa_record(entry, files, folder, answers):
         entry, question_id=(int, str), image_id=(int, str), question=str
     )
     if problem:
-        raise _BadEntry("malformed entry", problem)
+        raise _BadEntry(_MALFORMED, problem)
     question_id, image_id = str(entry["question_id"]), str(entry["image_id"])
     name = f"question {question_id}"
     question = entry["question"].strip()
@@ -224,20 +233,55 @@ def _vqa_record(entry, files, folder, answers):
     return Record(path, image_id, question_id, question, target, given)
 
 
-def _image_file(pattern, image_id):
+def _image_file(pattern: str, image_id: int | str) -> str:
+    """The file name of an image; _BadEntry if its id is none for the pattern.
+
+    Where the pattern says how the id is written, such as with zeros in front, an id of
+    digits is a number: zeros would stand behind those of a text.
+    """
+    values: list[int | str] = [image_id]
     try:
-        return pattern.format(image_id=image_id)
-    except (ValueError, KeyError, IndexError) as e:
-        raise UserError(
-            f"image_file {pattern!r} cannot be filled with image_id {image_id!r} "
-            f"({e}); use for example '{{image_id}}.jpg'."
+        if _says_how(pattern):
+            values.append(str(image_id))
+            if isinstance(image_id, str) and image_id.isascii() and image_id.isdigit():
+                values.insert(0, int(image_id))
+        return _filled(pattern, values)
+    except ValueError as e:
+        raise _BadEntry(
+            "image id that does not fit image_file",
+            f"{pattern!r} cannot be filled with image_id {image_id!r} ({e}); use for "
+            "example '{image_id}.jpg'",
         ) from e
+    except (LookupError, AttributeError) as e:
+        raise UserError(
+            f"image_file {pattern!r} cannot be filled with an image_id ({e!r}); use "
+            "for example '{image_id}.jpg'."
+        ) from e
+
+
+@functools.lru_cache
+def _says_how(pattern):
+    """Whether a pattern says how a value is written, as in `{image_id:012d}`."""
+    return any(how for _, _, how, _ in string.Formatter().parse(pattern))
+
+
+def _filled(pattern, values):
+    """The pattern with the first of the values that it can be filled with."""
+    *others, last = values
+    for value in others:
+        try:
+            return pattern.format(image_id=value)
+        except ValueError:
+            pass
+    return pattern.format(image_id=last)
 
 
 class ImageFolderSource(IndexedSource):
     """All images below a folder, without text, in the order of their paths.
 
-    For inference. An image's id is its path relative to the folder.
+    For inference. An image's id is its path relative to the folder. A file whose name
+    is no UTF-8 is an unreadable image; its id has escapes in place of those bytes. What
+    is no image is left out, counted and logged.
     """
 
     def __init__(self, split_to_folder: Mapping[str, PathLike]):
@@ -253,7 +297,9 @@ class ImageFolderSource(IndexedSource):
             for name in names:
                 path = os.path.join(directory, name)
                 if name.lower().endswith(IMAGE_SUFFIXES):
-                    records.append(Record(path, os.path.relpath(path, folder.root)))
+                    image_id = os.path.relpath(path, folder.root)
+                    image_id = os.fsencode(image_id).decode(errors="backslashreplace")
+                    records.append(Record(path, image_id))
                 else:
                     others += 1
         if others:

@@ -58,7 +58,7 @@ def metrics(
                 f"an example of task {task_name!r} has no targets_pretokenized, the "
                 "text to score against; add it in the task's preprocessors."
             )
-        example = {name: _as_numpy(value) for name, value in example.items()}
+        example = {name: _as_numpy(name, value) for name, value in example.items()}
         targets.append(task.postprocess_fn(target, example=example, is_target=True))
         outputs.append(
             task.postprocess_fn(prediction, example=example, is_target=False)
@@ -100,12 +100,20 @@ def _as_array(values: Sequence[Any]) -> np.ndarray:
     return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
-def _as_numpy(value: Any) -> Any:
+def _as_numpy(name: str, value: Any) -> Any:
     if isinstance(value, str):
         return value.encode()
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return np.array([item.encode() for item in value], dtype=object)
-    return np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise UserError(
+            f"feature {name!r} of an example is no array: {error}"
+        ) from error
+    if array.dtype == object:
+        raise UserError(f"feature {name!r} of an example is no array of one type.")
+    return array
 
 
 def _text(value: Any) -> str:

@@ -12,6 +12,11 @@ from vit22b_transfer import UserError
 from vit22b_transfer.data import vocabularies
 
 
+def names() -> set[str]:
+    """Those of all registered tasks and mixtures."""
+    return {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+
+
 def describe() -> Iterator[str]:
     """Lines: each task with splits, features and metrics, then each mixture."""
     for name in sorted(seqio.TaskRegistry.names()):
@@ -19,13 +24,18 @@ def describe() -> Iterator[str]:
         yield f"{name}"
         yield f"  splits: {', '.join(sorted(task.splits)) or 'none'}"
         yield f"  features: {', '.join(map(_feature, task.output_features.items()))}"
-        metrics = [function.__name__ for function in task.metric_fns]
+        metrics = [_name(function) for function in task.metric_fns]
         yield f"  metrics: {', '.join(metrics) or 'none'}"
     for name in sorted(seqio.MixtureRegistry.names()):
         mixture = seqio.MixtureRegistry.get(name)
         rates = (f"{task.name} x{mixture.get_rate(task):g}" for task in mixture.tasks)
         yield f"{name}"
         yield f"  mixture of: {', '.join(rates)}"
+
+
+def _name(function: Any) -> str:
+    function = getattr(function, "func", function)  # bound by functools.partial
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _feature(item: tuple[str, Any]) -> str:
@@ -62,7 +72,7 @@ def find_provider(name: str, split: str) -> seqio.Task | seqio.Mixture:
     Raises:
       UserError: naming the nearest registered names, or the splits there are.
     """
-    known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+    known = sorted(names())
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise UserError(

@@ -23,7 +23,7 @@ from PIL import Image
 from vit22b_transfer import UserError
 from vit22b_transfer.demo import scene_text
 from vit22b_transfer.demo.scene_layout import Scene, SceneConfig, draw, sample_scene
-from vit22b_transfer.host import progress, whole_files
+from vit22b_transfer.host import json_files, progress, whole_files
 
 COMPOSITIONAL = "test_compositional"
 SPLITS = ("train", "validation", "test", COMPOSITIONAL)
@@ -166,10 +166,7 @@ def _is_complete(target, manifest):
             f"{target} exists, is not empty and holds no scenes (no manifest.json): "
             "choose another directory."
         )
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path} is not valid JSON ({e}); draw elsewhere.") from e
+    found = json_files.read(path, advice="Draw elsewhere.")
     if found != manifest:
         differing = [
             key

@@ -11,7 +11,8 @@ import rich.console
 import rich.table
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host import whole_files
+from vit22b_transfer.data.records import half_character
+from vit22b_transfer.host import json_files, whole_files
 from vit22b_transfer.inference import infer, prediction_lines
 from vit22b_transfer.inference.prediction_files import is_empty, read_lines
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -130,14 +131,13 @@ def record_scores(output_dir: str, entries: Mapping[str, Mapping[str, Any]]) -> 
     path = os.path.join(os.path.abspath(os.path.expanduser(output_dir)), METRICS_FILE)
     known = {}
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            try:
-                known = json.load(file)
-            except ValueError:
-                raise UserError(f"{path} is not JSON; move it away.") from None
+        known = json_files.read_object(path, advice="Move it away.")
+    scores = known | dict(entries)
+    text = json.dumps(scores, indent=2, ensure_ascii=False)
+    if half_character(text):
+        text = json.dumps(scores, indent=2)
     with whole_files.replacing(path) as file:
-        json.dump(known | dict(entries), file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(f"{text}\n")
     return path
 
 
@@ -179,6 +179,11 @@ def _scores(path, task_name, prediction):
         predictions.append(line["prediction"])
         aux.append(prediction_lines.example_aux(line))
         num_empty += is_empty(line)
+        if aux[-1].keys() != aux[0].keys():
+            raise UserError(
+                f"{path}: the prediction with index {line['index']} has the fields "
+                f"{', '.join(aux[-1])}, the first one {', '.join(aux[0])}."
+            )
     if not examples:
         raise UserError(
             f"{path} has nothing to score: {num_bad_images} images could not be read."
@@ -189,7 +194,10 @@ def _scores(path, task_name, prediction):
             f"to score against. Choose a split of {task_name!r} that has."
         )
     columns = {name: [values[name] for values in aux] for name in aux[0]}
-    metrics = task_metrics.metrics(task_name, examples, predictions, columns)
+    try:
+        metrics = task_metrics.metrics(task_name, examples, predictions, columns)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return Scores(metrics, len(examples), num_bad_images, num_empty)
 
 

@@ -5,62 +5,25 @@ Metric functions have SeqIO's form `f(targets, predictions) -> {name: value}`, w
 the functions raise is in `references.py`.
 """
 
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data.answers import (
+    NUM_AGREEING,
+    accuracy,
+    clean,
+)
+from vit22b_transfer.data.answers import normalize_answer as normalize_answer
 from vit22b_transfer.evaluation.references import (
     Scored,
     checked_predictions,
     checked_references,
 )
 
-# VQAv2's evaluation: an answer is right if this many of the other annotators gave it.
-NUM_AGREEING = 3
 ANLS_THRESHOLD = 0.5
-
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten".split()
-    )
-} | {"none": "0"}
-_ARTICLES = {"a", "an", "the"}
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_COMMA_IN_NUMBER = re.compile("[0-9],[0-9]")
-_PERIOD = re.compile(r"\.(?![0-9])")
-# The official code gives Python's flag re.UNICODE where the count belongs.
-_MOST_PERIODS = int(re.UNICODE)
-
-# Written with all but one of their apostrophes, these get it back.
-_CONTRACTIONS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
-hasn't haven't he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
-mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
-she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-someone'd've someone'll someone's something'd something'd've something'll that's there'd
-there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't
-we'd've we've weren't what'll what're what's what've when's where'd where's where've
-who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've he'd
-"""
-
-
-def _without_one_apostrophe(word: str) -> list[str]:
-    return [
-        word[:i] + word[i + 1 :] for i, character in enumerate(word) if character == "'"
-    ]
-
-
-# The last entry is the wrong way round in the official table, too.
-_CONTRACTION_OF = {
-    short: word
-    for word in _CONTRACTIONS.split()
-    for short in _without_one_apostrophe(word)
-} | {"somebody'd": "somebodyd"}
 
 
 def vqa(
@@ -99,31 +62,10 @@ def vqa_accuracy_scores(
     answers = checked_references(targets)
     _check_annotators(answers)
     scores = [
-        _vqa_score([_clean(answer) for answer in given], _clean(prediction))
+        accuracy([clean(answer) for answer in given], clean(prediction))
         for given, prediction in zip(answers, predictions, strict=True)
     ]
     return Scored(float(np.mean(scores)), scores)
-
-
-def normalize_answer(answer: str) -> str:
-    """The answer as VQAv2's evaluation compares it.
-
-    Lower case; no articles; digits for number words up to ten; apostrophes put back
-    into contractions; no periods but decimal points. Other punctuation becomes a space,
-    or nothing if it stands beside a space somewhere, and all of it nothing in an answer
-    with a comma between digits ("1,000").
-    """
-    answer = _clean(answer)
-    text = answer
-    for mark in _PUNCTUATION:
-        beside_space = f"{mark} " in answer or f" {mark}" in answer
-        nothing = beside_space or _COMMA_IN_NUMBER.search(answer) is not None
-        text = text.replace(mark, "" if nothing else " ")
-    text = _PERIOD.sub("", text, count=_MOST_PERIODS)
-    words = (_NUMBERS.get(word, word) for word in text.lower().split())
-    return " ".join(
-        _CONTRACTION_OF.get(word, word) for word in words if word not in _ARTICLES
-    )
 
 
 def exact_match(
@@ -176,10 +118,6 @@ def anls_scores(targets: Sequence[Iterable[str]], predictions: Sequence[str]) ->
     return Scored(float(np.mean(scores)), scores)
 
 
-def _clean(answer: str) -> str:
-    return answer.replace("\n", " ").replace("\t", " ").strip()
-
-
 def _check_annotators(answers: list[list[str]]) -> None:
     fewest = min(range(len(answers)), key=lambda index: len(answers[index]))
     count = len(answers[fewest])
@@ -194,23 +132,6 @@ def _check_annotators(answers: list[list[str]]) -> None:
             f"most {(count - 1) / NUM_AGREEING:.2f} can be reached; VQAv2 has 10.",
             stacklevel=3,
         )
-
-
-def _vqa_score(answers: list[str], prediction: str) -> float:
-    if not prediction:
-        return 0.0
-    if len(set(answers)) > 1:
-        answers = [normalize_answer(answer) for answer in answers]
-        prediction = normalize_answer(prediction)
-    agreeing = answers.count(prediction)
-    return float(
-        np.mean(
-            [
-                min(1.0, (agreeing - (answer == prediction)) / NUM_AGREEING)
-                for answer in answers
-            ]
-        )
-    )
 
 
 def _folded(text: str) -> str:

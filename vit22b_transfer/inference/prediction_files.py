@@ -236,15 +236,21 @@ def read_lines(path: str) -> Iterator[dict[str, Any]]:
     """The objects of a complete predictions file.
 
     Raises:
-      UserError: naming the line that is no JSON object or has the wrong index.
+      UserError: if it cannot be read; naming the line that is no JSON object, has the
+        wrong index or a field of the wrong type.
     """
-    with open(path, encoding="utf-8") as file:
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    with file:
         for number, text in enumerate(file):
             line = _parsed(text)
             if line is None or line["index"] != number:
+                shown = ascii(text[:80].decode("utf-8", "replace").rstrip())
                 raise UserError(
                     f"{path}, line {number + 1}: a prediction with index {number} was "
-                    f"expected, got {text.rstrip()[:80]!r}."
+                    f"expected, got {shown}."
                 )
             yield line
 
@@ -259,14 +265,28 @@ def _encoded(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def _parsed(text: str | bytes) -> dict[str, Any] | None:
-    """The object of a line, None if it is not one with an index."""
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """The object of a line, None if it is not one as `_encoded` writes them."""
     try:
-        line = json.loads(text)
-    except ValueError:
+        line = json_files.parse(text, "")
+    except UserError:
         return None
-    is_line = isinstance(line, dict) and isinstance(line.get("index"), int)
+    is_line = (
+        isinstance(line, dict)
+        and type(line.get("index")) is int
+        and "prediction" in line
+        and ("error" in line or isinstance(line.get("score"), int | float))
+        and isinstance(line.get("metadata", {}), dict)
+        and all(isinstance(text, str) for text in _texts(line))
+    )
     return line if is_line else None
+
+
+def _texts(line):
+    """The values that must be texts."""
+    references = line.get("references", [])
+    yield from references if isinstance(references, list) else [None]
+    yield from (line.get(name, "") for name in ("target", "prompt"))
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:

@@ -19,6 +19,10 @@ _BEFORE = {
 }
 _AFTER = {"targets_pretokenized": "target", "references": "references"}
 ERROR_FEATURE = "image_error"
+# What a line leaves out where there is none: of captions the question, of new images
+# what could be scored against. A target may be empty beside references.
+_NO_QUESTION: dict[str, Any] = {"question_id": ""}
+_NO_TARGET: dict[str, Any] = {"targets_pretokenized": "", "references": []}
 
 
 def of_batch(
@@ -32,6 +36,7 @@ def of_batch(
     for index, row, example in zip(
         itertools.count(first_index), itertools.count(first_row), examples, strict=False
     ):
+        example = _without_empty(example)
         line = {"index": index} | _renamed(example, _BEFORE)
         predicted = model.prediction_record(
             *jax.tree.map(operator.itemgetter(row), outputs)
@@ -76,8 +81,13 @@ def _as_json(value: Any) -> Any:
 
 
 def example_features(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The task's features of the example that a line was written for."""
-    example = dict(line.get("metadata", {}))
+    """The task's features of the example that a line was written for.
+
+    What a line leaves out where there is none is there, and empty.
+    """
+    example = dict(line.get("metadata", {})) | _NO_QUESTION
+    if not line.keys() & set(_AFTER.values()):
+        example |= _NO_TARGET
     for feature, name in (_BEFORE | _AFTER).items():
         if name in line:
             example[feature] = line[name]
@@ -90,6 +100,16 @@ def example_aux(line: Mapping[str, Any]) -> dict[str, Any]:
     known |= {*_BEFORE.values(), *_AFTER.values()}
     others = {name: value for name, value in line.items() if name not in known}
     return {"scores": line["score"]} | others
+
+
+def _without_empty(example):
+    empty = [
+        nothing
+        for nothing in (_NO_QUESTION, _NO_TARGET)
+        if all(example.get(name, value) == value for name, value in nothing.items())
+    ]
+    names = set().union(*empty)
+    return {name: value for name, value in example.items() if name not in names}
 
 
 def _renamed(example, names):
