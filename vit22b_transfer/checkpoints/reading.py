@@ -212,7 +212,9 @@ def _read_from(path, abstract):
         ),
         abstract,
     )
-    with _reading(path, legacy.UNREADABLE), ocp.PyTreeCheckpointer() as orbax:
+    # Orbax takes its own JSON for what it wrote, of whatever types it is by now.
+    kinds = (*legacy.UNREADABLE, TypeError, AttributeError)
+    with _reading(path, kinds), ocp.PyTreeCheckpointer() as orbax:
         return orbax.restore(
             os.path.join(path, "state"),
             args=ocp.args.PyTreeRestore(
