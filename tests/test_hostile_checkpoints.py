@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
@@ -150,6 +151,21 @@ def test_damage_in_orbaxs_own_files_is_named(ours):
                     read(path)
         file.write_bytes(content)
     assert tensor_files.open_tensors(path)["target/kernel"].read().tolist()[3] == 3
+
+
+@pytest.mark.parametrize(
+    "content", [b'["x"]', b'{"array_metadatas": 7}', b"", b"[" * 3000]
+)
+def test_damage_in_what_orbax_reads_at_the_restore_is_named(content, ours):
+    folder, path = ours
+    (file,) = (folder / "checkpoint_0" / "state" / "array_metadatas").iterdir()
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    kernel = jax.ShapeDtypeStruct((4,), np.float32, sharding=one)
+    tree = {"target": {"kernel": kernel}}
+    assert reading.read_arrays(path, tree)["target"]["kernel"].tolist()[3] == 3
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"checkpoint {path} cannot be read: "):
+        reading.read_arrays(path, tree)
 
 
 @pytest.mark.parametrize("read", [tensor_files.open_tensors, reading.metadata])

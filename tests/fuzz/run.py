@@ -48,18 +48,21 @@ def main() -> int:
         return _one(found[0][1], args)
     plan = plan_of(found, args.cases)
     outcomes, shown = [], {}
-    for outcome in harness.run(plan, args.seed):
-        outcomes.append(outcome)
-        if outcome.kind in harness.FAULTS:
-            # One line for each place that raises.
-            place = (outcome.reader, outcome.kind, outcome.text.split(": ")[0])
-            shown[place] = shown.get(place, 0) + 1
-            if shown[place] <= (_SHOWN if outcome.kind != "raw" else 1):
-                print(
-                    f"{outcome.kind}: --reader {outcome.reader} --seed {args.seed} "
-                    f"--case {outcome.number}: {outcome.text}",
-                    flush=True,
-                )
+    try:
+        for outcome in harness.run(plan, args.seed):
+            outcomes.append(outcome)
+            if outcome.kind in harness.FAULTS:
+                # One line for each place that raises.
+                place = (outcome.reader, outcome.kind, outcome.text.split(": ")[0])
+                shown[place] = shown.get(place, 0) + 1
+                if shown[place] <= (_SHOWN if outcome.kind != "raw" else 1):
+                    print(
+                        f"{outcome.kind}: --reader {outcome.reader} --seed {args.seed} "
+                        f"--case {outcome.number}: {outcome.text}",
+                        flush=True,
+                    )
+    except KeyboardInterrupt:
+        print(f"stopped after {len(outcomes)} cases")
     print(harness.table(outcomes))
     return int(bool(shown))
 
