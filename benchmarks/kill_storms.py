@@ -73,7 +73,7 @@ LIMIT = 60
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = ["train", "infer", "import", "cache-features"]
     parser.add_argument("--command", choices=commands, help="default: all of them")
     parser.add_argument("--kills", type=int, default=20)
@@ -149,7 +149,7 @@ def _child(output, function):
         function()
         code = 0
     except SystemExit as end:
-        code = end.code
+        code = end.code if isinstance(end.code, int) else 1
     except BaseException:
         import traceback
 

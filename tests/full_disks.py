@@ -7,6 +7,7 @@ Python and to the libraries in C++, as it does on one.
 import contextlib
 import resource
 
+import jax
 import pytest
 
 from vit22b_transfer.host import disk_errors
@@ -18,6 +19,10 @@ FULL = "File too large"
 def full_disk():
     """What is entered may make the disk full, with files of so many bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Compiled programs would be cut in the cache that all tests share.
+    least = "jax_persistent_cache_min_compile_time_secs"
+    least_before = getattr(jax.config, least)
+    jax.config.update(least, 1e9)
 
     def fill(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
@@ -25,6 +30,7 @@ def full_disk():
     try:
         yield fill
     finally:
+        jax.config.update(least, least_before)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 

@@ -34,6 +34,11 @@ def test_only_what_is_written_below_is_said(tmp_path):
     with pytest.raises(UserError, match="No space left"):
         said(outer)
 
+    # Only the number tells of others, as TensorStore writes it.
+    stale = f"RESOURCE: {tmp_path}/d/1: [os_error_code='{errno.ESTALE}']"
+    with pytest.raises(UserError, match=os.strerror(errno.ESTALE)):
+        said(ValueError(stale))
+
     def unknown():
         raise full
 

@@ -285,8 +285,8 @@ class SignalledEvalData(EvalData):
     ("number", "evaluation", "step"),
     [
         (signal.SIGTERM, 0, 3),
-        (signal.SIGINT, 1, 6),
         (signal.SIGHUP, 3, 12),
+        pytest.param(signal.SIGINT, 1, 6, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_stops_an_evaluation_which_is_done_again(
