@@ -273,7 +273,7 @@ def test_foreign_directories_and_broken_manifests_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no scenes"):
         scenes.write_scenes(tmp_path, sizes={"train": 1})
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="malformed JSON"):
         scenes.write_scenes(tmp_path, sizes={"train": 1})
     assert (tmp_path / "letter.txt").read_text() == "dear"
 

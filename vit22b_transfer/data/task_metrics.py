@@ -105,6 +105,8 @@ def _as_numpy(name: str, value: Any) -> Any:
         return value.encode()
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return np.array([item.encode() for item in value], dtype=object)
+    if isinstance(value, np.ndarray):  # texts of a task are arrays of objects
+        return value
     try:
         array = np.asarray(value)
     except ValueError as error:
