@@ -144,13 +144,13 @@ def restore(
     batch_size: int,
 ) -> RestoredModel:
     """The model with a checkpoint's parameters, laid out on the mesh."""
-    from vit22b_transfer.data import batches, placement
+    from vit22b_transfer.data import batches, image_lengths, placement
 
     path = reading.resolve(checkpoint)
     # A batch that the mesh cannot hold is an error before gigabytes are read.
     placement.Placement.on(partitioning, batch_size)
     shapes, types = batches.batch_shapes(
-        model.FEATURE_CONVERTER_CLS, feature_lengths, batch_size
+        image_lengths.converter_of(model), feature_lengths, batch_size
     )
     batch = {
         name: jax.ShapeDtypeStruct(shape, types[name]) for name, shape in shapes.items()
@@ -225,7 +225,7 @@ def _predict(
     seed: int,
 ) -> None:
     """Writes this host's lines from example `start` on."""
-    from vit22b_transfer.data import batches
+    from vit22b_transfer.data import batches, image_lengths
     from vit22b_transfer.data import tasks as registered
 
     model = restored.model
@@ -238,7 +238,7 @@ def _predict(
             data.task,
             data.split,
             feature_lengths=data.feature_lengths,
-            converter_cls=model.FEATURE_CONVERTER_CLS,
+            converter_cls=image_lengths.converter_of(model),
             batch_size=data.batch_size,
             partitioning=restored.partitioning,
             start_index=start,
@@ -352,8 +352,8 @@ def _renamed(example, names):
 
 
 def _fingerprint(restored, data, seed):
+    from vit22b_transfer.data import image_lengths, vocabularies
     from vit22b_transfer.data import tasks as registered
-    from vit22b_transfer.data import vocabularies
 
     model = restored.model
     facts = {
@@ -363,7 +363,7 @@ def _fingerprint(restored, data, seed):
         "checkpoint": os.path.basename(restored.checkpoint),
         "parameters": restored.params_digest,
         "model": fingerprints.text_digest(repr(model.module)),
-        "feature_lengths": dict(data.feature_lengths),
+        "feature_lengths": image_lengths.described(data.feature_lengths, model),
         "batch_size": data.batch_size,
         "seed": seed,
     }

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit22b_transfer.models import vit, vit_positions
+from vit22b_transfer.weights.families import image_processors
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
 from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
@@ -68,6 +69,9 @@ def _block_norms(layer: str) -> list[Row]:
 def _read_dinov2(config: Config, tensors: Config) -> Model:
     registers = config["model_type"] == "dinov2_with_registers"
     config = hf.completed(config, REGISTERS_DEFAULTS if registers else DINOV2_DEFAULTS)
+    images = hf.images_of(
+        config, "BitImageProcessor", image_processors.IMAGENET, enlarged=(256, 224)
+    )
     hidden = int(config["hidden_size"] * config["mlp_ratio"])
     gated = config["use_swiglu_ffn"]
     if gated:  # two thirds of it, in whole groups of 8
@@ -87,7 +91,7 @@ def _read_dinov2(config: Config, tensors: Config) -> Model:
         pooling="cls",
         position_resampling=resampling,
         **form,
-        **tr.pixels(config, tr.IMAGENET),
+        **images.fields,
     )
     anchor = "embeddings.patch_embeddings.projection.weight"
     prefixes = ("", "dinov2_with_registers." if registers else "dinov2.")
@@ -125,9 +129,8 @@ def _read_dinov2(config: Config, tensors: Config) -> Model:
         carried=(hf.CLASSIFIER, mask_token),
         positions=(tr.POSITIONS,),
         resample=tr.resample(resampling),
-        facts=tr.resizing(
-            config, "to 256 on the shorter side, bicubic, centre 224x224", tower
-        ),
+        images=images.size,
+        facts=images.facts,
     )
 
 
@@ -150,6 +153,7 @@ def _swiglu_rows(layer: str) -> list[Row]:
 
 def _read_dinov3(config: Config, tensors: Config) -> Model:
     config = hf.completed(config, DINOV3_DEFAULTS)
+    images = hf.images_of(config, "DINOv3ViTImageProcessor", image_processors.IMAGENET)
     tr.refuse(
         config,
         proj_bias=True,
@@ -167,7 +171,7 @@ def _read_dinov3(config: Config, tensors: Config) -> Model:
         class_token=True,
         num_registers=config["num_register_tokens"],
         pooling="cls",
-        **tr.pixels(config, tr.IMAGENET),
+        **images.fields,
     )
     anchor = "embeddings.patch_embeddings.weight"
     prefix = tr.find_prefix(tensors, anchor, ("", "model."))
@@ -208,7 +212,8 @@ def _read_dinov3(config: Config, tensors: Config) -> Model:
             r".*rope_embeddings\.inv_freq": "computed, not learned",
         },
         carried=(mask_token,),
-        facts=tr.resizing(config, "to the tower's size, bilinear", tower),
+        images=images.size,
+        facts=images.facts,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import vit
+from vit22b_transfer.weights.families import image_processors
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
 from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
@@ -78,8 +79,13 @@ def _tower(config: Config, *, qk_norm: bool, **fields: Any) -> vit.ViTConfig:
         position_resampling="bicubic",
         **fields,
         **form,
-        **tr.pixels(config, tr.IMAGENET),
+        **_images(config).fields,
     )
+
+
+def _images(config: Config) -> image_processors.Images:
+    """Of one tile; the whole models also show a large image as several tiles."""
+    return hf.images_of(config, "GotOcr2ImageProcessor", image_processors.IMAGENET)
 
 
 def _model(config: Config, tower: vit.ViTConfig, rows: list[Row]) -> Model:
@@ -90,7 +96,8 @@ def _model(config: Config, tower: vit.ViTConfig, rows: list[Row]) -> Model:
         carried=(_MASK_TOKEN,),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic"),
-        facts=tr.resizing(config, "to the tower's size, bicubic", tower),
+        images=_images(config).size,
+        facts=_images(config).facts,
     )
 
 
