@@ -1,11 +1,14 @@
 """What an image processor's file says: honoured, or refused by name."""
 
+import dataclasses
 import json
+import pickle
 
 import numpy as np
 import pytest
 import seqio
 import tiny_imports
+import tiny_models
 from PIL import Image
 from torch_peers import import_peer
 
@@ -131,3 +134,119 @@ def test_a_processor_for_rgb_alone_is_said():
 def test_a_transform_of_timms_that_cannot_be_done_is_refused(said, message):
     with pytest.raises(UserError, match=message):
         ip.of_timm(dict(crop_pct=0.9) | said, 224, 16)
+
+
+# --- From a tower to the tasks of a run ---
+
+HOW = Preparation(filter="bicubic", fit="shorter_side", resized=20, cropped=16, kept=16)
+LENGTHS = {"images": (16, 16), "inputs": 16, "targets": 16}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 61, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    return tmp_path, noise
+
+
+@pytest.fixture
+def register():
+    names = []
+
+    def add(folder, **options):
+        names.append(f"prepared_{len(names)}")
+        return seqio.TaskRegistry.add(
+            names[-1],
+            source=ImageFolderSource({"test": str(folder)}),
+            preprocessors=pp.image_text_preprocessors(
+                "caption", pp.ReadingOptions(**options)
+            ),
+            output_features=pp.image_text_features(vocabularies.load()),
+        )
+
+    yield add
+    for name in names:
+        seqio.TaskRegistry.remove(name)
+
+
+def image_of(task, lengths):
+    """Through SeqIO's own door, trimming included, as T5X reads."""
+    converter = converters.ImageTextFeatureConverter(pack=False, preparation=HOW)
+    dataset = task.get_dataset(lengths, split="test", shuffle=False)
+    [example] = converter(dataset, lengths).as_numpy_iterator()
+    return example["encoder_input_images"]
+
+
+def test_a_task_prepares_images_as_the_runs_tower_takes_them(pictures, register):
+    folder, noise = pictures
+    lengths = image_lengths.prepared(LENGTHS, HOW)
+    found = image_of(register(folder), lengths)
+    whole = Image.fromarray(noise).resize((30, 20), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(found, np.asarray(whole)[2:18, 7:23])
+    same = image_of(register(folder, resize_method="bicubic"), lengths)
+    np.testing.assert_array_equal(same, found)
+    several = image_lengths.prepared(LENGTHS | {"images": (2, 16, 16)}, HOW)
+    assert several["images"].how == HOW
+
+
+def test_a_task_that_fixes_another_filter_is_an_error_that_names_both(
+    pictures, register
+):
+    task = register(pictures[0], resize_method="bilinear")
+    with pytest.raises(UserError, match="'bilinear', but .* are bicubic, the shorter"):
+        image_of(task, image_lengths.prepared(LENGTHS, HOW))
+
+
+def test_lengths_that_do_not_say_how_are_refused_before_the_first_step(
+    pictures, register
+):
+    with pytest.raises(UserError, match=r"bicubic, .*is \(16, 16\), and tasks .*T5X"):
+        image_of(register(pictures[0]), LENGTHS)
+
+
+def test_lengths_with_a_preparation_are_compared_with_it_and_pickled():
+    one = image_lengths.prepared(LENGTHS, HOW)["images"]
+    assert one == image_lengths.prepared({"images": 16}, HOW)["images"]
+    assert one != (16, 16) and one != image_lengths.PreparedImages(
+        (16, 16), Preparation()
+    )
+    assert pickle.loads(pickle.dumps(one)) == one
+    assert image_lengths.prepared(LENGTHS, None) is LENGTHS
+
+
+def test_an_import_writes_all_of_it_and_a_recipe_shows_it(tmp_path, capsys):
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": 20,
+        "crop_size": 18,
+        "rescale_factor": 0.01,
+    }
+    imported = tiny_imports.tower_and_t5(tmp_path, processor)
+    text = (imported / "model.gin").read_text()
+    assert "IMAGE_SIZE = (16, 16)" in text
+    files = ("gin_configs/recipes/scenes_caption_vqa.gin", imported / "model.gin")
+    arguments = [f"--gin_file={file}" for file in files]
+    capsys.readouterr()
+    assert cli.main(["config", "show", *arguments]) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "preparation.Preparation.filter = 'bicubic'",
+        "preparation.Preparation.fit = 'shorter_side'",
+        "preparation.Preparation.resized = 20",
+        "preparation.Preparation.cropped = 18",
+        "preparation.Preparation.kept = 16",
+        "vit.ViTConfig.pixel_scale = 0.01",
+    ):
+        assert line in shown
+
+
+def test_caches_and_prediction_files_tell_preparations_apart():
+    tower = tiny_models.tower_config(image_size=(16, 16))
+    prepared = dataclasses.replace(tower, preparation=HOW)
+    assert "preparation" not in tower.token_settings()
+    assert "shorter side" in prepared.token_settings()["preparation"]
+    model = tiny_models.image_text_model(prepared)
+    said = image_lengths.described(LENGTHS, model)
+    assert "bicubic" in said["images"] and json.loads(json.dumps(said)) == said
+    plain = image_lengths.described(LENGTHS, tiny_models.image_text_model(tower))
+    assert plain == LENGTHS

@@ -32,6 +32,9 @@ class PreparedImages(tuple):
             return False
         return self.how == other.how and tuple(self) == tuple(other)
 
+    def __ne__(self, other: object) -> bool:  # a tuple has its own
+        return not self == other
+
     def __hash__(self) -> int:
         return hash((tuple(self), self.how))
 

@@ -144,7 +144,7 @@ def prepare(
     whole, (top, left) = _resized_size(image.shape[:2], size, how)
     pillow, filter_ = Image.fromarray(image), RESIZE_METHODS[how.filter]
     if whole[0] * whole[1] <= _WHOLE_PIXELS:
-        resized = np.asarray(pillow.resize(whole[::-1], filter_))
+        resized = np.asarray(pillow.resize((whole[1], whole[0]), filter_))
         return resized[top : top + size[0], left : left + size[1]]
     down, across = rows / whole[0], columns / whole[1]
     part = (
@@ -153,7 +153,7 @@ def prepare(
         min((left + size[1]) * across, columns),
         min((top + size[0]) * down, rows),
     )
-    return np.asarray(pillow.resize(size[::-1], filter_, box=part))
+    return np.asarray(pillow.resize((size[1], size[0]), filter_, box=part))
 
 
 def _resized_size(

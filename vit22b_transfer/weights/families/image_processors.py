@@ -133,8 +133,8 @@ def of_hugging_face(
     said = config_values.part(config, "preprocessor")
     if not said:
         found = PROCESSORS[usual]
-        resized = tuple(enlarged[0] * side // enlarged[1] for side in image_size)
-        to = resized if "height" in found.size else max(resized)
+        height, width = (enlarged[0] * side // enlarged[1] for side in image_size)
+        to = (height, width) if "height" in found.size else max(height, width)
         facts = (
             "there is no preprocessor_config.json: images are prepared as is usual for "
             "this family",
