@@ -53,7 +53,8 @@ def clip():
 
 
 def dinov2():
-    return transformers.Dinov2Model(transformers.Dinov2Config(**VISION))
+    sizes = {name: x for name, x in VISION.items() if name != "intermediate_size"}
+    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
 
 
 def t5():

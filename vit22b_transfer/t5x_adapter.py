@@ -48,7 +48,8 @@ def for_t5x(model: Any) -> Any:
     if hasattr(model, "input_vocabulary"):
         t5x_models.BaseTransformerModel.register(type(model))
     model = copy.copy(model)
-    model.FEATURE_CONVERTER_CLS = image_lengths.converter_of(model)
+    if preparation.of_model(model) is not None:
+        model.FEATURE_CONVERTER_CLS = image_lengths.converter_of(model)
     if model.optimizer_def is not None:
         model.optimizer_def = Optimizer(model.optimizer_def, model.frozen)
     return model

@@ -114,7 +114,7 @@ def refuse(config: Mapping[str, Any], **computed: Any) -> None:
     for name, value in computed.items():
         if (got := config.get(name, value)) != value:
             raise UserError(
-                f"config.json says {name} = {brief(repr(got)[:99])}; this tower can "
+                f"config.json says {name} = {brief(repr(got)[:99])}; this model can "
                 f"only be computed with {value!r}."
             )
 

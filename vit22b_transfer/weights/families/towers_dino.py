@@ -45,6 +45,13 @@ DINOV3_DEFAULTS = _SIZES | dict(
 )
 
 
+def _no_registers(tower: vit.ViTConfig, prefix: str) -> dict[str, str]:
+    """What to leave out: without registers the class writes an empty tensor."""
+    if tower.num_registers:
+        return {}
+    return {rf"{prefix}embeddings\.register_tokens": "empty: there are no registers"}
+
+
 def _prefix_rows(tower: vit.ViTConfig, prefix: str) -> list[Row]:
     rows = [Row(f"{tr.TOWER}/cls/embedding", f"{prefix}embeddings.cls_token")]
     if tower.num_registers:
@@ -68,7 +75,8 @@ def _block_norms(layer: str) -> list[Row]:
 
 def _read_dinov2(config: Config, tensors: Config) -> Model:
     registers = config["model_type"] == "dinov2_with_registers"
-    config = hf.completed(config, REGISTERS_DEFAULTS if registers else DINOV2_DEFAULTS)
+    defaults = REGISTERS_DEFAULTS if registers else DINOV2_DEFAULTS
+    config = hf.completed(config, config["model_type"], defaults)
     images = hf.images_of(
         config, "BitImageProcessor", image_processors.IMAGENET, enlarged=(256, 224)
     )
@@ -78,6 +86,7 @@ def _read_dinov2(config: Config, tensors: Config) -> Model:
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
     # What the two classes' own code does.
     resampling = "bicubic_antialiased" if registers else "bicubic"
+    # The gate is SwiGLU's, whatever hidden_act says.
     form = dict(activation="silu") if gated else {}
     tower = hf.tower_config(
         config,
@@ -125,8 +134,9 @@ def _read_dinov2(config: Config, tensors: Config) -> Model:
         dropped={
             mask_token: "used in pretraining only",
             hf.CLASSIFIER: "the classifier",
-        },
-        carried=(hf.CLASSIFIER, mask_token),
+        }
+        | _no_registers(tower, prefix),
+        carried=(hf.CLASSIFIER, mask_token, *_no_registers(tower, prefix)),
         positions=(tr.POSITIONS,),
         resample=tr.resample(resampling),
         images=images.size,
@@ -152,7 +162,7 @@ def _swiglu_rows(layer: str) -> list[Row]:
 
 
 def _read_dinov3(config: Config, tensors: Config) -> Model:
-    config = hf.completed(config, DINOV3_DEFAULTS)
+    config = hf.completed(config, "dinov3_vit", DINOV3_DEFAULTS)
     images = hf.images_of(config, "DINOv3ViTImageProcessor", image_processors.IMAGENET)
     tr.refuse(
         config,
@@ -210,8 +220,9 @@ def _read_dinov3(config: Config, tensors: Config) -> Model:
         dropped={
             mask_token: "used in pretraining only",
             r".*rope_embeddings\.inv_freq": "computed, not learned",
-        },
-        carried=(mask_token,),
+        }
+        | _no_registers(tower, prefix),
+        carried=(mask_token, *_no_registers(tower, prefix)),
         images=images.size,
         facts=images.facts,
     )

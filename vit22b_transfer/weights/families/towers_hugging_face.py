@@ -10,7 +10,7 @@ from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import vit
-from vit22b_transfer.weights.families import image_processors
+from vit22b_transfer.weights.families import config_fields, image_processors
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
@@ -63,14 +63,19 @@ _OTHER_PARTS = {
 }
 
 
-def completed(config: Config, defaults: Config) -> dict[str, Any]:
+def completed(config: Config, kind: str, defaults: Config) -> dict[str, Any]:
     """The image tower's part of a config, what it leaves unsaid from the defaults.
 
     What has a default is of its type; `image_size` and `patch_size` are pairs.
+
+    Raises:
+      UserError: for a field that the class `kind` of `config_fields.TOWERS` has not.
     """
     part = config
     if "vision_config" in config:
         part = config_values.part(config, "vision_config")
+        config_fields.check_whole(config)
+    config_fields.check_tower(part, kind, defaults)
     said = {name: value for name, value in part.items() if value is not None}
     processor = config_values.part(config, "preprocessor")
     return said | config_values.like(said, defaults) | {"preprocessor": processor}
@@ -88,8 +93,9 @@ def tower_config(config: Config, **fields: Any) -> vit.ViTConfig:
         patch_size=patch_size,
         image_size=tr.whole_patches(config["image_size"], patch_size),
         norm_epsilon=config["layer_norm_eps"],
-        activation=tr.choose(config, "hidden_act", ACTIVATIONS),
     )
+    if "activation" not in fields:
+        usual["activation"] = tr.choose(config, "hidden_act", ACTIVATIONS)
     return vit.ViTConfig(**(usual | fields))
 
 
@@ -142,7 +148,7 @@ def has_model_type(*model_types: str):
 
 
 def _read_vit(config: Config, tensors: Config) -> Model:
-    config = completed(config, VIT_DEFAULTS)
+    config = completed(config, "vit", VIT_DEFAULTS)
     images = images_of(config, "ViTImageProcessor", image_processors.HALF)
     anchor = "embeddings.patch_embeddings.projection.weight"
     prefix = tr.find_prefix(tensors, anchor, ("", "vit."))
@@ -245,7 +251,7 @@ def siglip_rows(tower: vit.ViTConfig, prefix: str) -> list[Row]:
 
 def siglip_tower(config: Config) -> tuple[vit.ViTConfig, image_processors.Images]:
     """The tower of a SigLIP vision config, or of a config that holds one."""
-    config = completed(config, SIGLIP_DEFAULTS)
+    config = completed(config, "siglip_vision_model", SIGLIP_DEFAULTS)
     images = images_of(config, "SiglipImageProcessor", image_processors.HALF)
     tower = tower_config(
         config,
@@ -273,7 +279,7 @@ def _read_siglip(config: Config, tensors: Config) -> Model:
 
 
 def _read_naflex(config: Config, tensors: Config) -> Model:
-    config = completed(config, NAFLEX_DEFAULTS)
+    config = completed(config, "siglip2_vision_model", NAFLEX_DEFAULTS)
     side = tr.square(config["num_patches"], "config.json") * side_of_patches(config)
     config |= {"image_size": (side, side)}
     images = _naflex_images(config)
@@ -325,7 +331,7 @@ def _naflex_images(config: Config) -> image_processors.Images:
 
 
 def _read_clip(config: Config, tensors: Config) -> Model:
-    config = completed(config, CLIP_DEFAULTS)
+    config = completed(config, "clip_vision_model", CLIP_DEFAULTS)
     images = images_of(config, "CLIPImageProcessor", image_processors.CLIP)
     anchor = "embeddings.patch_embedding.weight"
     prefix = tr.find_prefix(tensors, anchor, ("", "vision_model."))

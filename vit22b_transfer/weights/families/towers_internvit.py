@@ -112,7 +112,7 @@ def _qk_norms(tower: vit.ViTConfig, attention: str) -> list[Row]:
 
 
 def _read_hugging_face(config: Config, tensors: Config) -> Model:
-    config = hf.completed(config, HF_DEFAULTS)
+    config = hf.completed(config, "internvl_vision", HF_DEFAULTS)
     tr.refuse(config, use_absolute_position_embeddings=True)
     if config["use_qk_norm"]:
         tr.refuse(config, layer_norm_eps=1e-6)
@@ -154,7 +154,7 @@ def _read_hugging_face(config: Config, tensors: Config) -> Model:
 
 
 def _read_published(config: Config, tensors: Config) -> Model:
-    config = hf.completed(config, PUBLISHED_DEFAULTS)
+    config = hf.completed(config, "intern_vit_6b", PUBLISHED_DEFAULTS)
     tower = _tower(
         config,
         qk_norm=config["qk_normalization"],

@@ -9,7 +9,7 @@ from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import vit
-from vit22b_transfer.weights.families import image_processors
+from vit22b_transfer.weights.families import config_fields, image_processors
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
 from vit22b_transfer.weights.files import config_values
@@ -32,6 +32,7 @@ def _tower(
     (head_dim,) = tr.shape(tensors, "blocks.0.q_norm.weight", 1)
     side = tr.square(tr.shape(tensors, "pos_embed", 3)[1], "pos_embed")
     pooled = config.get("global_pool", "token")
+    config_fields.check_timm(config)
     processor = config_values.part(config, "pretrained_cfg")
     images = image_processors.of_timm(processor, side * patch_size, patch_size)
     tower = vit.ViTConfig(
