@@ -14,7 +14,7 @@ import flax
 import jax.numpy as jnp
 import optax
 
-from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.checkpoints import identity, reading
 from vit22b_transfer.data import image_lengths
 from vit22b_transfer.models import preparation
 from vit22b_transfer.recipes import shipped
@@ -47,6 +47,7 @@ def for_t5x(model: Any) -> Any:
     """
     if hasattr(model, "input_vocabulary"):
         t5x_models.BaseTransformerModel.register(type(model))
+    identity.show_vocabulary(model)
     model = copy.copy(model)
     if preparation.of_model(model) is not None:
         model.FEATURE_CONVERTER_CLS = image_lengths.converter_of(model)

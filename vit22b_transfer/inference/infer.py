@@ -16,7 +16,7 @@ import numpy as np
 import rich.console
 
 from vit22b_transfer import NotFiniteError
-from vit22b_transfer.checkpoints import fingerprints, reading, restoring
+from vit22b_transfer.checkpoints import fingerprints, identity, reading, restoring
 from vit22b_transfer.host import progress, whole_files
 from vit22b_transfer.inference.prediction_files import LineWriter, PredictionFiles
 from vit22b_transfer.partitioning import processes
@@ -146,6 +146,7 @@ def restore(
     """The model with a checkpoint's parameters, laid out on the mesh."""
     from vit22b_transfer.data import batches, image_lengths, placement
 
+    identity.show_vocabulary(model)
     path = reading.resolve(checkpoint)
     # A batch that the mesh cannot hold is an error before gigabytes are read.
     placement.Placement.on(partitioning, batch_size)

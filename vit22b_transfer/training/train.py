@@ -103,6 +103,7 @@ def fine_tune(
     periods = periods or Periods()
     model_dir = whole_files.writable_directory(model_dir, "model_dir")
     _check_inputs(model, total_steps, num_microbatches)
+    identity.show_vocabulary(model)
     start_step = reading.latest_step(model_dir) or 0
     if start_step > total_steps:
         raise UserError(

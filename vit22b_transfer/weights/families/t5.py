@@ -161,7 +161,7 @@ def _read(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Model:
 
 def _facts(config: Mapping[str, Any]) -> tuple[str, ...]:
     if config.get("tokenizer_class") == "ByT5Tokenizer":
-        return ("tokenizer: bytes (VIT22B_VOCABULARY unset); 0 pads, 1 ends a text",)
+        return ("tokenizer: bytes (VIT22B_VOCABULARY=bytes); 0 pads, 1 ends a text",)
     return ("tokenizer: SentencePiece, cased; 0 pads, 1 ends a text",)
 
 
