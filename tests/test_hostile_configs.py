@@ -53,8 +53,7 @@ def clip():
 
 
 def dinov2():
-    sizes = {name: x for name, x in VISION.items() if name != "intermediate_size"}
-    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+    return transformers.Dinov2Model(transformers.Dinov2Config(**VISION))
 
 
 def t5():

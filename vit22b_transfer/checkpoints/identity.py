@@ -45,7 +45,7 @@ def vocabulary_in_use(model: Any) -> str:
     if vocabulary is None:
         return ""
     kind, size = type(vocabulary).__name__, int(vocabulary.vocab_size)
-    text_model = getattr(model.module, "text", None)
+    text_model = getattr(getattr(model, "module", None), "text", None)
     rows = getattr(text_model, "vocab_size", size)
     unsaid = kind == _BYTES and not os.environ.get(VOCABULARY_VARIABLE)
     if unsaid and rows > _MOST_ROWS * size:

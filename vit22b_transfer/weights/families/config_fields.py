@@ -50,10 +50,11 @@ TOWERS: dict[str, frozenset[str]] = {
     # The pooler and the masked-image decoder are left out.
     "vit": frozenset({"encoder_stride", "pooler_output_size", "pooler_act"}),
     "siglip_vision_model": frozenset({"num_image_tokens", "vocab_size"}),
-    "siglip2_vision_model": frozenset(),
+    "siglip2_vision_model": frozenset({"image_size"}),  # its class counts patches
     "clip_vision_model": frozenset(),
-    "dinov2": frozenset(),
-    "dinov2_with_registers": frozenset(),
+    # Their classes go by mlp_ratio.
+    "dinov2": frozenset({"intermediate_size"}),
+    "dinov2_with_registers": frozenset({"intermediate_size"}),
     # Changes of the grid while it is trained.
     "dinov3_vit": frozenset(
         {"pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"}
