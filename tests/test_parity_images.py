@@ -187,12 +187,19 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(folder):
-    """Name -> RGB image of each photograph, as the processors make them."""
+def originals(folder):
+    """Name -> each photograph, of whatever mode."""
+    paths = sorted(photographs.write(folder).items())
+    return {name: Image.open(path) for name, path in paths}
+
+
+@pytest.fixture(scope="module")
+def pictures(originals):
+    """Name -> RGB image of each photograph, for processors that take nothing else."""
     convert = transformers.image_transforms.convert_to_rgb
     return {
-        name: Image.fromarray(convert(Image.open(path), return_numpy=True))
-        for name, path in sorted(photographs.write(folder).items())
+        name: Image.fromarray(convert(image, return_numpy=True))
+        for name, image in originals.items()
     }
 
 
@@ -254,7 +261,7 @@ def compare(family, pictures, made, values, tokens, theirs, tower, few=0.0):
 
 @pytest.mark.parametrize("family", CASES)
 def test_photographs_become_what_the_familys_own_processor_makes_of_them(
-    family, folder, pictures, tmp_path
+    family, folder, originals, pictures, tmp_path
 ):
     build, processor = CASES[family]
     model, source = build(), tmp_path / "source"
@@ -271,7 +278,8 @@ def test_photographs_become_what_the_familys_own_processor_makes_of_them(
             source, backend=backend
         )
         assert process.backend == backend
-        values = process(list(pictures.values()), return_tensors="np")["pixel_values"]
+        given = originals if process.do_convert_rgb else pictures
+        values = process(list(given.values()), return_tensors="np")["pixel_values"]
         theirs = their_tokens(model, values, tower)
         label = f"{family} {backend}"
         few = FEW if backend == "torchvision" else 0.0

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import reading, restoring
+from vit22b_transfer.checkpoints import identity, reading, restoring
 from vit22b_transfer.host import progress
 from vit22b_transfer.models import int8
 from vit22b_transfer.partitioning import processes
@@ -57,6 +57,7 @@ def cache_features(
     Raises:
       UserError: if a task draws random numbers, or something does not fit together.
     """
+    identity.show_vocabulary(model)
     if examples_per_shard < 1:
         raise UserError(f"examples_per_shard={examples_per_shard} must be positive.")
     splits = [(data, data.task)]
