@@ -31,8 +31,6 @@ register_short_answers(
     options=ReadingOptions(
         # An unreadable image is left out, counted, and reported at the end.
         on_bad_image="skip",
-        # As CLIP, SigLIP and PaliGemma were shown their images.
-        resize_method="bicubic",
         # A question without its end is another one: raise the feature length.
         on_long_text="error",
     ),

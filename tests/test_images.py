@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from vit22b_transfer import UserError
 from vit22b_transfer.data import images
+from vit22b_transfer.models.preparation import Preparation
 
 RED = (200, 30, 40)
 
@@ -323,7 +325,9 @@ def test_files_are_named_in_errors(tmp_path):
 @pytest.mark.parametrize("method", list(images.RESIZE_METHODS))
 def test_resizing_squashes_to_exactly_the_size_asked_for(method):
     for size in ((20, 40), (16, 16), (64, 8)):
-        pixels = images.read_image(encode(halves(), "PNG"), size, method=method)
+        pixels = images.read_image(
+            encode(halves(), "PNG"), size, Preparation(filter=method)
+        )
         assert pixels.shape == (*size, 3)
         assert_close(pixels[size[0] // 2, 0], RED, 2)
         assert_close(pixels[size[0] // 2, -1], (20, 60, 220), 2)
@@ -333,23 +337,72 @@ def test_resizing_is_antialiased_and_methods_differ():
     stripes = np.zeros((32, 32, 3), np.uint8)
     stripes[:, ::2] = 255
     results = {
-        method: images.resize(stripes, (8, 8), method=method)
+        method: images.prepare(stripes, (8, 8), Preparation(filter=method))
         for method in images.RESIZE_METHODS
+        if method != "nearest"
     }
+    assert len({pixels.tobytes() for pixels in results.values()}) > 3
     for pixels in results.values():
         assert_close(pixels[4, 2:6], 127.5, 8)
 
 
-@pytest.mark.parametrize("method", list(images.RESIZE_METHODS))
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(16, 24), (9, 50), (80, 80)])
 def test_resizing_equals_tensorflows_antialiased_resize(method, size):
     # Mid-range values: Pillow also clips between its two passes.
     noise = np.random.default_rng(0).integers(90, 166, (37, 53, 3), np.uint8)
     expected = tf.image.resize(noise, size, method, antialias=True)
-    ours = images.resize(noise, size, method=method).astype(float)
+    ours = images.prepare(noise, size, Preparation(filter=method)).astype(float)
     np.testing.assert_allclose(ours, expected.numpy(), atol=1.6)
 
 
-def test_unknown_resize_methods_name_the_nearest():
-    with pytest.raises(ValueError, match="Did you mean 'bilinear'"):
-        images.resize(np.zeros((4, 4, 3), np.uint8), (2, 2), method="bilinar")
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "part"])
+@pytest.mark.parametrize("halves", ["down", "even"])
+@pytest.mark.parametrize("fit", ["squash", "shorter_side"])
+@pytest.mark.parametrize("shape", [(40, 61), (61, 40), (7, 90), (23, 23)], ids=str)
+def test_a_part_is_resized_as_if_it_were_cut_from_the_whole(
+    fit, shape, halves, whole, monkeypatch
+):
+    monkeypatch.setattr(images, "_WHOLE_PIXELS", 2**24 if whole else 0)
+    # Mid-range values: Pillow also clips between its two passes.
+    image = np.random.default_rng(2).integers(90, 166, (*shape, 3), np.uint8)
+    how = Preparation(
+        filter="bicubic", fit=fit, resized=26, cropped=23, kept=20, halves=halves
+    )
+    height, width = 26, 26
+    if fit == "shorter_side":
+        short = min(shape)
+        height, width = (26 * side // short for side in shape)
+    whole = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    halve = round if halves == "even" else int
+    top, left = halve((height - 23) / 2), halve((width - 23) / 2)
+    expected = np.asarray(whole)[top : top + 20, left : left + 20].astype(int)
+    assert_close(images.prepare(image, (20, 20), how), expected, 1)
+
+
+def test_at_another_size_all_sides_are_in_proportion():
+    ramp = np.repeat(np.arange(240, dtype=np.uint8)[None, :, None], 240, 0)
+    ramp = np.repeat(ramp, 3, 2)
+    how = Preparation(fit="shorter_side", resized=240, cropped=120, kept=120)
+    for side in (120, 60, 30):
+        pixels = images.prepare(ramp, (side, side), how)
+        assert_close(pixels[0, [0, -1], 0], (60, 179), 120 // side)
+
+
+def test_a_strip_of_a_pixel_is_never_resized_whole():
+    """Resized to 224 on its shorter side it would have 20 thousand million pixels."""
+    strip = np.full((1, 400_000, 3), 7, np.uint8)
+    how = Preparation(fit="shorter_side")
+    assert_close(images.prepare(strip, (224, 224), how), 7, 0)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(resized=224, cropped=256), "resized to 224, cropped to 256"),
+        (dict(kept=0), "must be at least 1"),
+    ],
+)
+def test_a_preparation_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        Preparation(**fields)

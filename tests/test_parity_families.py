@@ -8,19 +8,22 @@ largest absolute differences.
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import round_trips
 import safetensors.numpy
 from big_vision_peers import as_scanned, big_vision_blocks, flax_part, siglip_as_npz
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from tiny_models import assert_within, images, jit
 from torch_peers import drawn, import_peer, torch, without_gradients
 
 from vit22b_transfer.models import vit
 from vit22b_transfer.recipes import loading
 from vit22b_transfer.weights import convert, export, import_plan, sources
+from vit22b_transfer.weights.families import tower_rows
 from vit22b_transfer.weights.families.table import FAMILIES
 from vit22b_transfer.weights.files import tensor_files
 
@@ -49,6 +52,13 @@ HUGGING_FACE = {
     "DINOv2": lambda: built("Dinov2", mlp_ratio=2, **IMAGE),
     "DINOv2 g": lambda: built("Dinov2", use_swiglu_ffn=True, **IMAGE),
     "DINOv2 registers": lambda: built("Dinov2WithRegisters", mlp_ratio=2, **IMAGE),
+    "DINOv2 g, another hidden_act": lambda: built(
+        "Dinov2", use_swiglu_ffn=True, hidden_act="relu", **IMAGE
+    ),
+    "DINOv2, no registers": lambda: built(
+        "Dinov2WithRegisters", mlp_ratio=2, num_register_tokens=0, **IMAGE
+    ),
+    "DINOv3, no registers": lambda: built("DINOv3ViT", **MLP, **IMAGE),
     "DINOv3": lambda: built("DINOv3ViT", num_register_tokens=4, **MLP, **IMAGE),
     "DINOv3 7B": lambda: built(
         "DINOv3ViT", num_register_tokens=4, **SWIGLU, **NO_BIAS, **MLP, **IMAGE
@@ -200,6 +210,7 @@ def test_an_export_at_another_resolution_loads_and_gives_the_same_outputs(
     source, imported, out = (tmp_path / x for x in ("source", "imported", "out"))
     model.save_pretrained(source)
     processor = dict(size=dict(shortest_edge=30), crop_size=dict(height=24, width=24))
+    processor = processor if name == "CLIP" else dict(max_num_patches=9, patch_size=8)
     (source / "preprocessor_config.json").write_text(json.dumps(processor))
     tower, params = import_(source, imported, image_size=size)
     checkpoint, family = str(imported / "checkpoint_0"), family_of(imported)
@@ -207,10 +218,41 @@ def test_an_export_at_another_resolution_loads_and_gives_the_same_outputs(
     loaded, info = type(model).from_pretrained(out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys"))
     processor = json.loads((out / "preprocessor_config.json").read_text())
-    assert processor["size"]["shortest_edge"] == 40
-    assert processor["crop_size"] == dict(height=32, width=32)
+    expected = dict(size=dict(shortest_edge=40), crop_size=dict(height=32, width=32))
+    expected = expected if name == "CLIP" else dict(max_num_patches=16, patch_size=8)
+    assert processor == expected
     tower = dataclasses.replace(tower, image_size=size)
     assert_equal_outputs(loaded.eval(), tower, params, size, f"{name}, exported")
+
+
+@pytest.mark.parametrize("name", ["SigLIP", "CLIP"])
+def test_a_tower_trained_without_its_pooling_is_exported_with_the_imports(
+    name, tmp_path, capsys
+):
+    """As training with a text model leaves it: no head, for CLIP no last norm."""
+    model = HUGGING_FACE[name]()
+    source, imported = tmp_path / "source", tmp_path / "imported"
+    model.save_pretrained(source)
+    tower, params = import_(source, imported)
+    plain = tower.without_pooling()
+    shapes = tower_rows.tower_shapes(plain).keys()
+    flat = flatten_dict({"encoder": {"tower": params}}, sep="/")
+    assert shapes < flat.keys()
+    trained = unflatten_dict({n: flat[n] + 0.01 for n in shapes}, sep="/")
+    family = family_of(imported)
+    out = round_trips.exported(trained, tmp_path / "run", family, imported / family)
+    assert "of the tower's pooling are not in the checkpoint" in capsys.readouterr().out
+    loaded, info = type(model).from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    tokens, _ = reference(loaded.eval(), tower, OWN)
+    params = trained["encoder"]["tower"]
+    if name == "SigLIP":  # CLIP's class norms its pooled vector alone
+        actual = run(plain, params, OWN).tokens
+        assert_within(MODEL, actual, tokens, "SigLIP, trained without pooling")
+    shutil.rmtree(imported / "checkpoint_0")
+    with pytest.raises(AssertionError):
+        round_trips.exported(trained, tmp_path / "no", family, imported / family)
+    assert "training with a text model leaves out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NPZ)
@@ -311,7 +353,10 @@ RESAMPLING = {
     "CLIP": "bicubic",
     "DINOv2": "bicubic",
     "DINOv2 g": "bicubic",
+    "DINOv2 g, another hidden_act": "bicubic",
     "DINOv2 registers": "bicubic_antialiased",
+    "DINOv2, no registers": "bicubic_antialiased",
+    "DINOv3, no registers": None,
     "DINOv3": None,
     "DINOv3 7B": None,
     "InternViT 6B": "bicubic",

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import round_trips
 import safetensors.numpy
 from tiny_models import assert_within, jit, tower_config
 from torch_peers import torch
@@ -65,6 +66,18 @@ def test_logits_of_an_imported_text_model_equal_hugging_faces(text):
 
 def test_import_and_then_export_of_a_text_gives_every_byte_back(text):
     peers.assert_same_bytes(text.source, text.exported)
+
+
+def test_what_was_trained_is_exported_by_the_sources_own_config(text, tmp_path):
+    module = peers.our_module(text.out, blind=True)
+    params = round_trips.moved(peers.our_params(module, text.out))
+    out = round_trips.exported(params, tmp_path / "run", "hf-gemma", text.source)
+    peers.loaded(out, text.theirs)
+    written = tensor_files.open_tensors(out)
+    (table,) = (n for n in written if n.endswith("embed_tokens.weight"))
+    ours = params["token_embedder"]["embedding"]
+    np.testing.assert_array_equal(written[table].read(), ours)
+    assert written.keys() == tensor_files.open_tensors(text.source).keys()
 
 
 def test_an_image_text_model_starts_from_it_by_the_rules_of_the_gin_file(text):

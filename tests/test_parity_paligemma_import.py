@@ -11,6 +11,7 @@ import shutil
 import gemma_peers as peers
 import numpy as np
 import pytest
+import round_trips
 import safetensors.numpy
 from big_vision_peers import as_scanned, flax_part, siglip_as_npz
 from tiny_models import Vocabulary, assert_within, images, jit
@@ -121,6 +122,15 @@ def test_logits_of_an_imported_paligemma_equal_hugging_faces(whole):
 
 def test_import_and_then_export_of_a_paligemma_gives_every_byte_back(whole):
     peers.assert_same_bytes(whole.source, whole.exported)
+
+
+@pytest.mark.parametrize("whole", ["Gemma2"], indirect=True)
+def test_what_was_trained_is_exported_by_the_sources_own_config(whole, tmp_path):
+    module = peers.our_module(whole.out)
+    params = round_trips.moved(peers.our_params(module, whole.out))
+    out = round_trips.exported(params, tmp_path / "run", "hf-paligemma", whole.source)
+    ours, (theirs,) = both_logits(module, params, [peers.loaded(out, whole.theirs)])
+    assert_within(peers.TOLERANCE, ours, theirs, "a trained PaliGemma 2 vs HF")
 
 
 def test_greedy_text_of_an_imported_paligemma_is_hugging_faces_token_for_token(whole):

@@ -24,7 +24,7 @@ from vit22b_transfer import cli
 from vit22b_transfer.models import encoder_decoder, lora, multimodal, prefix_lm, vit
 from vit22b_transfer.recipes import loading
 from vit22b_transfer.weights.adapters import peft_adapters, peft_modules
-from vit22b_transfer.weights.families.tower_rows import CLIP, HALF, IMAGENET
+from vit22b_transfer.weights.families.image_processors import CLIP, HALF, IMAGENET
 from vit22b_transfer.weights.files import tensor_files
 
 transformers = import_peer("transformers")

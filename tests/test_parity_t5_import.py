@@ -4,19 +4,19 @@ import ast
 import dataclasses
 import json
 import re
-import shutil
 
 import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import round_trips
 from published_layouts import check_layout
 from tiny_models import Vocabulary, assert_within, jit, tower_config
 from torch_peers import import_peer, torch
 
 from vit22b_transfer import cli
-from vit22b_transfer.checkpoints import restoring, writing
+from vit22b_transfer.checkpoints import restoring
 from vit22b_transfer.inference import decoding
 from vit22b_transfer.models import encoder_decoder, multimodal
 from vit22b_transfer.recipes import loading
@@ -61,6 +61,9 @@ VARIANTS = {
     ),
     "mT5": Variant("MT5", V1_1, True, {"tie_word_embeddings": False}),
     "mT5, tied by transformers 5": Variant("MT5", V1_1, False, {}),
+    "T5 v1.1, tied by transformers 5": Variant(
+        "T5", V1_1 | {"tie_word_embeddings": False}, False, {}
+    ),
 }
 
 
@@ -335,25 +338,24 @@ def test_a_t5_that_our_model_cannot_compute_is_refused(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("imported", ["mT5, tied by transformers 5"], indirect=True)
-def test_what_was_one_tensor_is_written_apart_once_it_differs(
-    imported, tmp_path, capsys
+def test_what_was_trained_is_exported_by_the_sources_own_config(
+    imported, tokens, tmp_path
 ):
-    """transformers 5 ties a new mT5; fine-tuned here, its logits differ."""
     model, params = our_model(imported.out)
-    kernel = params["decoder"]["logits_dense"]["kernel"]
-    params["decoder"]["logits_dense"]["kernel"] = kernel + 1
-    tuned = tmp_path / "tuned"
-    tuned.mkdir()
-    writer = writing.CheckpointWriter(str(tuned))
-    writer.save(7, {"target": params, "state": {"step": jnp.int32(7)}}, {})
-    writer.close()
-    shutil.copytree(f"{imported.out}/hf-t5", tuned / "hf-t5")
-    arguments = ["export", str(tuned), "--format", "hf-t5", "--out"]
-    assert cli.main([*arguments, str(tmp_path / "no")]) == 1
-    assert "are one tensor, shared.weight" in capsys.readouterr().err
-    assert not (tmp_path / "no").exists()
-    (tuned / "hf-t5" / "import.json").unlink()
-    assert cli.main([*arguments, str(tmp_path / "yes")]) == 0
-    written = tensor_files.open_tensors(str(tmp_path / "yes"))
-    np.testing.assert_array_equal(written["lm_head.weight"].read(), (kernel + 1).T)
+    params = round_trips.moved(params)
+    out = round_trips.exported(params, tmp_path / "run", "hf-t5", imported.source)
+    prompts, shifted = map(jnp.asarray, tokens)
+    ours = jit(lambda p: model.module.apply({"params": p}, None, prompts, shifted))
+    loaded, info = type(imported.theirs).from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    theirs = their_logits(loaded.eval(), *tokens)
+    assert_within(TOLERANCE, ours(params), theirs, "logits of a trained T5 vs HF")
+
+
+@pytest.mark.parametrize("imported", ["T5 v1.1, tied by transformers 5"], indirect=True)
+def test_logits_of_their_own_are_not_lost_in_a_tied_config(imported, tmp_path, capsys):
+    _, params = our_model(imported.out)
+    params["decoder"]["logits_dense"] = {"kernel": jnp.ones((24, VOCAB))}
+    with pytest.raises(AssertionError):
+        round_trips.exported(params, tmp_path / "run", "hf-t5", imported.source)
+    assert "logits are taken from the token table" in capsys.readouterr().err

@@ -91,3 +91,18 @@ def test_a_recipe_trains_and_infers_from_an_import(recipe, make, files, tmp_path
     (written,) = tmp_path.glob("scenes_vqa-test-*.jsonl")
     lines = [json.loads(line) for line in written.read_text().splitlines()]
     assert len(lines) >= 8 and all("prediction" in line for line in lines)
+
+
+def test_an_import_that_was_never_trained_together_says_to_train_first(
+    tmp_path, capsys
+):
+    imported = tiny_imports.tower_and_t5(tmp_path)
+    arguments = arguments_of("scenes_caption_vqa", imported, tmp_path)
+    checkpoint = f"--gin.CHECKPOINT={str(imported / 'checkpoint_0')!r}"
+    capsys.readouterr()
+    assert cli.main(["infer", *arguments, checkpoint]) == 1
+    said = capsys.readouterr()
+    (line,) = [x for x in said.err.splitlines() if "error:" in x]
+    assert "tower and text model have not been trained together: train first" in line
+    assert "vocabulary: bytes, 259 tokens" in said.out
+    assert len(said.err.splitlines()) < 3

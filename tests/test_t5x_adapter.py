@@ -12,6 +12,8 @@ import pytest
 import tiny_models
 from flax.core import FrozenDict, freeze, unfreeze
 
+from vit22b_transfer.data import converters
+from vit22b_transfer.models.preparation import Preparation
 from vit22b_transfer.training import optimizers
 
 _REASON = "T5X is not importable: pip install --no-deps -r requirements-t5x.txt"
@@ -43,6 +45,17 @@ def test_t5x_compares_the_vocabularies_of_our_models():
     assert isinstance(adapted.optimizer_def, t5x_adapter.Optimizer)
     assert adapted.get_initial_variables.__self__ is adapted
     assert not isinstance(model.optimizer_def, t5x_adapter.Optimizer)
+
+
+def test_tasks_of_t5x_are_told_how_the_tower_takes_its_images():
+    how = Preparation(filter="bicubic")
+    model = tiny_models.image_text_model(tiny_models.tower_config(preparation=how))
+    model.FEATURE_CONVERTER_CLS = converters.ImageTextFeatureConverter
+    lengths = t5x_adapter.feature_lengths(model, {"images": 16, "inputs": 4})
+    assert lengths["images"].how == how and tuple(lengths["images"]) == (16, 16)
+    assert (
+        t5x_adapter.for_t5x(model).FEATURE_CONVERTER_CLS(pack=False).preparation == how
+    )
 
 
 def test_parameters_come_back_in_the_structure_they_were_given_in():

@@ -478,9 +478,7 @@ def test_own_questions_are_scored_with_one_answer_each(tmp_path, monkeypatch):
     task = seqio.TaskRegistry.get("my_vqa")
     [example] = examples(task, "validation", LENGTHS | {"images": 16})
     image = images.decode((tmp_path / "000000000007.jpg").read_bytes())
-    np.testing.assert_array_equal(
-        example["images"], images.resize(image, (16, 16), method="bicubic")
-    )
+    np.testing.assert_array_equal(example["images"], images.prepare(image, (16, 16)))
     scores = task_metrics.metrics(
         "my_vqa", [_texts(example)], ["a bed dog"], {"scores": [0.0]}
     )
@@ -505,7 +503,7 @@ def _texts(example):
     [
         ({"on_bad_image": "ignore"}, "on_bad_image is 'ignore'"),
         ({"on_long_text": "truncat"}, "Did you mean 'truncate'"),
-        ({"resize_method": "nearest"}, "resize_method is 'nearest'"),
+        ({"resize_method": "bicubi"}, "Did you mean 'bicubic'"),
         ({"image_size": 0}, "must be positive"),
         ({"image_size": (8, -8)}, "must be positive"),
     ],

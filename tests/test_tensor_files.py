@@ -343,6 +343,16 @@ def test_what_is_no_source_is_refused_with_what_would_be(tmp_path):
     assert "several files of weights: a.safetensors, b.safet" in refusal(tmp_path)
 
 
+def test_the_root_of_a_downloaded_repository_names_its_revisions(tmp_path):
+    root = tmp_path / "models--org--name"
+    (root / "snapshots" / "0123abc").mkdir(parents=True)
+    (root / "refs").mkdir()
+    for folder in (root, root / "snapshots"):
+        message = refusal(folder)
+        assert "root of a downloaded repository" in message
+        assert f"{root}/snapshots/0123abc" in message
+
+
 def test_a_config_that_is_a_web_page_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("<html>")
     with pytest.raises(ValueError, match="config.json, line 1, .*JSON.*gated or"):

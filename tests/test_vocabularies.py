@@ -4,11 +4,15 @@ import json
 import pytest
 import sentencepiece
 import seqio
+import tiny_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import identity
 from vit22b_transfer.data import vocabularies
 from vit22b_transfer.demo import scenes
+from vit22b_transfer.models import encoder_decoder, multimodal
 
 CAPTIONS = [
     f"a {size} {color} {shape}, number {n}"
@@ -184,3 +188,74 @@ def test_files_without_texts_are_refused(tmp_path):
     path.write_text(json.dumps({"annotations": [{"caption": "  "}]}))
     with pytest.raises(ValueError, match="no text to train"):
         vocabularies.train([path], tmp_path / "a.model", vocab_size=300)
+
+
+# --- Control tokens and T5's extra ids ---
+
+
+@pytest.mark.parametrize("text", ["</s>", "<bos> a", "<pad>", "<unk>", "<extra_id_0>"])
+def test_what_looks_like_a_control_token_is_text(trained, text):
+    ids = trained.encode(text)
+    assert len(ids) > 2 and min(ids) > 2
+    assert trained.decode(ids) == text
+
+
+def test_extra_ids_are_single_tokens_where_they_are_asked_for(trained, monkeypatch):
+    path = trained.sentencepiece_model_file
+    monkeypatch.setenv("VIT22B_VOCABULARY", path)
+    assert vocabularies.from_environment() == trained
+    monkeypatch.setenv("VIT22B_EXTRA_IDS", "100")
+    extended = vocabularies.from_environment()
+    assert extended == vocabularies.load(path, extra_ids=100)
+    assert extended.vocab_size == 480
+    text = "a <extra_id_0> square <extra_id_99>"
+    ids = extended.encode(text)
+    assert [n for n in ids if n >= 380] == [479, 380] and len(ids) == 4
+    assert extended.decode(ids) == text
+    monkeypatch.setenv("VIT22B_EXTRA_IDS", "-1")
+    with pytest.raises(UserError, match="VIT22B_EXTRA_IDS is '-1'; it must be a whole"):
+        vocabularies.from_environment()
+
+
+def test_extra_ids_in_the_vocabulary_file_are_used(tmp_path):
+    special = dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    symbols = ["<extra_id_0>", "<extra_id_1>"]
+    content = sentencepiece_model(**special, user_defined_symbols=symbols)
+    (tmp_path / "own.model").write_bytes(content)
+    vocabulary = vocabularies.load(tmp_path / "own.model")
+    ids = vocabulary.encode("a <extra_id_1> b")
+    assert vocabulary.tokenizer.piece_to_id("<extra_id_1>") in ids
+
+
+# --- The vocabulary of a run ---
+
+
+def model_with(vocabulary, rows):
+    text = tiny_models.text_config(vocab_size=rows)
+    module = encoder_decoder.ImageTextModule(None, text)
+    return multimodal.ImageTextModel(module, vocabulary, vocabulary)
+
+
+def test_a_run_says_which_vocabulary_it_has(trained, capsys, monkeypatch):
+    monkeypatch.delenv("VIT22B_VOCABULARY", raising=False)
+    identity.show_vocabulary(model_with(vocabularies.load(), 300))
+    said = capsys.readouterr().out
+    assert said.startswith("vocabulary: bytes, 259 tokens; the table has 300 rows")
+    identity.show_vocabulary(model_with(trained, 380))
+    assert f"vocabulary: {trained.sentencepiece_model_file}, 380 tokens\n" in (
+        capsys.readouterr().out
+    )
+    identity.show_vocabulary(object())  # a model without texts
+    assert not capsys.readouterr().out
+
+
+def test_bytes_are_refused_for_a_table_of_pieces_unless_they_are_asked_for(
+    monkeypatch, trained
+):
+    monkeypatch.delenv("VIT22B_VOCABULARY", raising=False)
+    model = model_with(vocabularies.from_environment(), 8064)
+    with pytest.raises(UserError, match="has 8064 rows, for a SentencePiece .*bytes"):
+        identity.vocabulary_in_use(model)
+    identity.vocabulary_in_use(model_with(trained, 8064))
+    monkeypatch.setenv("VIT22B_VOCABULARY", "bytes")
+    assert "bytes, 259" in identity.vocabulary_in_use(model)

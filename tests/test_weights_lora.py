@@ -148,7 +148,6 @@ def refusal(source, folder, capsys, tensors=GOOD, options=(), **settings):
         dict(modules_to_save=["lm_head"]),
         dict(fan_in_fan_out=True),
         dict(init_lora_weights="pissa"),
-        dict(peft_type="LOHA"),
         dict(a_setting_of_tomorrow=True),
     ],
     ids=lambda settings: next(iter(settings)),
@@ -157,6 +156,12 @@ def test_what_our_updates_do_not_compute_is_refused(source, tmp_path, capsys, se
     said = refusal(source, tmp_path, capsys, **settings)
     ((name, value),) = settings.items()
     assert f"{name} = {value!r}" in said and "merge_and_unload" in said
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "IA3"])
+def test_an_adapter_of_another_type_names_it(source, tmp_path, capsys, kind):
+    said = refusal(source, tmp_path, capsys, peft_type=kind, r=None)
+    assert f"is of the type {kind}; only LORA" in said and "merge_and_unload" in said
 
 
 # What an adapter holds, and what is said of it.

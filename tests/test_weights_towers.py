@@ -172,7 +172,7 @@ def siglip_shapes(**sizes):
         )
         | sizes
     )
-    tower = towers_hugging_face.siglip_tower(sizes)
+    tower, _ = towers_hugging_face.siglip_tower(sizes)
     ours = tower_rows.tower_shapes(tower)
     plan = mapping.steps(towers_hugging_face.siglip_rows(tower, ""), (), ours)
     return sizes, mapping.expected_shapes(plan, ours)
@@ -196,7 +196,7 @@ def test_an_image_processors_file_decides_on_mean_deviation_and_size():
     said = read(config | {"preprocessor": processor}, shapes)
     assert said.tower.pixel_mean == (0.1, 0.2, 0.3)
     assert said.tower.pixel_std == (0.4, 0.5, 0.6)
-    assert "24" in said.facts[0] and "bicubic" in said.facts[0]
+    assert said.images == (24, 24) and said.tower.preparation.filter == "bicubic"
 
 
 def test_an_image_processor_is_read_from_either_of_its_files(tmp_path):
@@ -213,7 +213,9 @@ def test_an_image_that_patches_do_not_tile_is_cropped_as_the_convolution_does():
     config, shapes = siglip_shapes(image_size=30)
     model = read(config, shapes)
     assert model.tower.image_size == (24, 24)
-    assert "30x30" in model.facts[1] and "top left 24x24" in model.facts[1]
+    how = model.tower.preparation
+    assert (how.resized, how.cropped, how.kept) == (30, 30, 24)
+    assert "its top left (24 of 30) kept" in str(how)
 
 
 def test_the_text_tower_of_a_whole_model_is_left_out():

@@ -1,5 +1,7 @@
 """Tiny random public models, imported as `vit22b import` does, for runs from them."""
 
+import json
+
 import gemma_peers
 from torch_peers import torch
 
@@ -10,12 +12,18 @@ transformers = gemma_peers.transformers
 VOCAB = 320
 
 
-def import_(out, *models):
-    """The directory of an import of the models, which are saved as published."""
+def import_(out, *models, processor=None):
+    """The directory of an import of the models, which are saved as published.
+
+    processor: values of an image processor's file beside the first.
+    """
     names = []
     for i, model in enumerate(models):
         names.append(str(out / f"source_{i}"))
         model.save_pretrained(names[-1])
+    if processor:
+        path = out / "source_0" / "preprocessor_config.json"
+        path.write_text(json.dumps(processor))
     assert cli.main(["import", *names, "--out", str(out / "imported")]) == 0
     return out / "imported"
 
@@ -26,7 +34,7 @@ def paligemma(out):
     return import_(out, model)
 
 
-def tower_and_t5(out):
+def tower_and_t5(out, processor=None):
     """That of SigLIP and T5 v1.1: all of a model but the projection between them."""
     tower = transformers.SiglipVisionModel(
         transformers.SiglipVisionConfig(
@@ -49,4 +57,4 @@ def tower_and_t5(out):
     text = transformers.T5ForConditionalGeneration(config)
     with torch.no_grad():
         text.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, 24))
-    return import_(out, tower, text)
+    return import_(out, tower, text, processor=processor)

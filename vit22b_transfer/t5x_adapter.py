@@ -7,14 +7,16 @@ wrapper knows the state of some optax parts only.
 
 import copy
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax
 import jax.numpy as jnp
 import optax
 
-from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.checkpoints import identity, reading
+from vit22b_transfer.data import image_lengths
+from vit22b_transfer.models import preparation
 from vit22b_transfer.recipes import shipped
 from vit22b_transfer.training import optimizers, state, steps
 
@@ -37,15 +39,26 @@ shipped.offer_tasks()
 def for_t5x(model: Any) -> Any:
     """`model` as T5X takes it: with a T5X optimizer made of its own and its `frozen`.
 
+    Its converter refuses images that are not prepared as its tower's were: see
+    `feature_lengths`.
+
     T5X compares the vocabularies of tasks only with those of models of its own base
     class, so the class of a model that has vocabularies is declared one.
     """
     if hasattr(model, "input_vocabulary"):
         t5x_models.BaseTransformerModel.register(type(model))
+    identity.show_vocabulary(model)
     model = copy.copy(model)
+    if preparation.of_model(model) is not None:
+        model.FEATURE_CONVERTER_CLS = image_lengths.converter_of(model)
     if model.optimizer_def is not None:
         model.optimizer_def = Optimizer(model.optimizer_def, model.frozen)
     return model
+
+
+def feature_lengths(model: Any, lengths: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of a run, which tell every task how the model's tower takes its images."""
+    return image_lengths.prepared(lengths, preparation.of_model(model))
 
 
 def absolute_path(path: str) -> str:

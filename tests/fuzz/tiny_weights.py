@@ -41,10 +41,10 @@ GEMMA = dict(
 WINDOWED = GEMMA | dict(
     query_pre_attn_scalar=4,
     sliding_window=4,
-    attn_logit_softcapping=2.0,
     final_logit_softcapping=3.0,
     layer_types=["sliding_attention", "full_attention"],
 )
+GEMMA_2 = dict(model_type="gemma2", attn_logit_softcapping=2.0)
 PROCESSOR = {
     "image_processor_type": "SiglipImageProcessor",
     "size": {"height": 16, "width": 16},
@@ -103,7 +103,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | dict(model_type="mt5", num_decoder_layers=1, tokenizer_class="T5Tokenizer"),
     ),
     "hf-gemma": ("hf-gemma", GEMMA | dict(model_type="gemma", rope_theta=10_000.0)),
-    "hf-gemma2": ("hf-gemma", WINDOWED | dict(model_type="gemma2", bos_token_id=2)),
+    "hf-gemma2": ("hf-gemma", WINDOWED | GEMMA_2 | dict(bos_token_id=2)),
     "hf-gemma3": (
         "hf-gemma",
         dict(
@@ -120,7 +120,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "hf-paligemma",
         dict(
             model_type="paligemma",
-            text_config=WINDOWED | dict(model_type="gemma2"),
+            text_config=WINDOWED | GEMMA_2,
             vision_config=VISION,
             image_token_index=31,
             projection_dim=8,

@@ -1,10 +1,21 @@
 """What a checkpoint was trained with: its vocabularies and its low-rank updates."""
 
 import hashlib
+import os
 from typing import Any
+
+import jax
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.host import progress
+
+# Of the file of a vocabulary, or `bytes`: see `data.vocabularies`.
+VOCABULARY_VARIABLE = "VIT22B_VOCABULARY"
+_BYTES = "ByteVocabulary"
+# Rows of a table for each token of its vocabulary: ByT5 has 1.5, the recipes for drawn
+# scenes have 1.7 if they are run on bytes.
+_MOST_ROWS = 3
 
 
 def vocabulary_record(model: Any) -> dict[str, Any]:
@@ -21,6 +32,41 @@ def vocabulary_record(model: Any) -> dict[str, Any]:
         digest = hashlib.sha256(content).hexdigest()
         record[name] = {"class": kind, "size": size, "sha256": digest}
     return record
+
+
+def vocabulary_in_use(model: Any) -> str:
+    """A line on the vocabulary of a run, "" for a model without texts.
+
+    Raises:
+      UserError: for bytes that nobody asked for, where the token table was made for
+        a far larger vocabulary.
+    """
+    vocabulary = getattr(model, "output_vocabulary", None)
+    if vocabulary is None:
+        return ""
+    kind, size = type(vocabulary).__name__, int(vocabulary.vocab_size)
+    text_model = getattr(getattr(model, "module", None), "text", None)
+    rows = getattr(text_model, "vocab_size", size)
+    unsaid = kind == _BYTES and not os.environ.get(VOCABULARY_VARIABLE)
+    if unsaid and rows > _MOST_ROWS * size:
+        raise UserError(
+            f"${VOCABULARY_VARIABLE} is not set, so texts would be read as bytes "
+            f"({size} tokens), but the text model's table has {rows} rows, for a "
+            f"SentencePiece vocabulary. Set {VOCABULARY_VARIABLE} to its file "
+            "(`vit22b vocab` makes one), or to bytes if you want bytes."
+        )
+    where = getattr(vocabulary, "sentencepiece_model_file", "")
+    text = "bytes" if kind == _BYTES else f"{where or kind}"
+    text = f"vocabulary: {text}, {size} tokens"
+    if rows > size:
+        text += f"; the table has {rows} rows, of which those beyond are never decoded"
+    return text
+
+
+def show_vocabulary(model: Any) -> None:
+    """Prints `vocabulary_in_use`, at the start of a run; errors as of it."""
+    if text := vocabulary_in_use(model):
+        progress.console(quiet=jax.process_index() > 0).print(text, markup=False)
 
 
 def check_vocabularies(path: str, model: Any) -> None:

@@ -16,6 +16,9 @@ from vit22b_transfer.models import lora
 
 Tree = Any
 
+# Between a tower and a text model.
+_PROJECTION = "encoder/projection/"
+
 
 @dataclasses.dataclass(frozen=True)
 class PartialRestore:
@@ -144,6 +147,18 @@ def _sources(flat, rules):
     return sources
 
 
+def _check_trained_together(path: str, abstract_params: reading.Tree) -> None:
+    """Raises UserError if a model with a tower is to be read from parts of it."""
+    ours = reading.flatten(abstract_params)
+    if any(name.startswith(_PROJECTION) for name in ours) and not any(
+        name.startswith(f"target/{_PROJECTION}") for name in reading.saved_arrays(path)
+    ):
+        raise UserError(
+            f"{path} has no projection between them: tower and text model have not "
+            "been trained together: train first."
+        )
+
+
 def restore_params(
     path: str,
     abstract_params: reading.Tree,
@@ -162,6 +177,7 @@ def restore_params(
     """
     path = reading.resolve(path)
     if model is not None:
+        _check_trained_together(path, abstract_params)
         identity.check_vocabularies(path, model)
         identity.check_lora(path, model)
     abstract = jax.tree.map(

@@ -15,11 +15,12 @@ def add_to(add: Add) -> None:
     command = add(
         "import",
         _import,
-        "Make a checkpoint of public weights, to start training or inference from.",
+        "Make a checkpoint of public weights, to start training from.",
         "SOURCE is a directory with config.json and safetensors, a .safetensors or "
         ".npz file, or a checkpoint of T5X; beside these, one adapter in PEFT's "
         "format. Behind a recipe, --gin_file=OUT/model.gin "
-        "makes it a run from OUT/checkpoint_0.",
+        "makes it a run from OUT/checkpoint_0. A tower and a text model that were not "
+        "trained together need training first; a PaliGemma can infer at once.",
     )
     command.add_argument(
         "source", nargs="+", help="weights; several, such as a tower and a text model"

@@ -229,7 +229,8 @@ def batch_shapes(
         )
         for name, shape in converter.shapes(feature_lengths).items()
     }
-    converted = converter(tf.data.Dataset.from_tensors(example), feature_lengths)
+    lengths = converter.prepared(feature_lengths)
+    converted = converter(tf.data.Dataset.from_tensors(example), lengths)
     specs = feature_specs(converted)
     shapes = {name: (batch_size, *known_shape(spec)) for name, spec in specs.items()}
     types = {name: np.dtype(spec.dtype.as_numpy_dtype) for name, spec in specs.items()}

@@ -7,6 +7,8 @@ import seqio
 import tensorflow as tf
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data import image_lengths
+from vit22b_transfer.models.preparation import Preparation
 
 Spec = seqio.FeatureConverter.FeatureSpec
 # Task feature lengths: int, or of images a sequence of them (SeqIO says int only).
@@ -27,8 +29,9 @@ class ImageFeatureConverter(seqio.FeatureConverter):
     Task feature lengths: of `images` as `image_shape` says, of the others how many
     values. SeqIO's `get_dataset` crops and trims to them beforehand, silently, unless
     `trim_output_features` is False; `data.batches` sets it so. The constructor takes
-    SeqIO's arguments, as T5X passes them. Lengths are checked whatever
-    `apply_length_check` says.
+    SeqIO's arguments, as T5X passes them, and `preparation`, how the images of a tower
+    are made (`image_lengths.converter_of`): lengths that say otherwise are an error.
+    Lengths are checked whatever `apply_length_check` says.
     """
 
     TEXTS: tuple[str, ...] = ()
@@ -43,7 +46,9 @@ class ImageFeatureConverter(seqio.FeatureConverter):
         apply_length_check: bool = True,
         bos_id: int = 0,
         passthrough_features: Mapping[str, Spec] | None = None,
+        preparation: Preparation | None = None,
     ):
+        self.preparation = preparation
         if pack:
             raise UserError(
                 f"{type(self).__name__} got pack=True, but images cannot be packed: "
@@ -108,6 +113,20 @@ class ImageFeatureConverter(seqio.FeatureConverter):
             )
         return (*sizes, 3)
 
+    def prepared(self, lengths: Lengths) -> Lengths:
+        """The lengths with which a task makes images as the tower takes them."""
+        return image_lengths.prepared(lengths, self.preparation)
+
+    def _check_preparation(self, length: Any) -> None:
+        """Raises UserError if the tasks do not know of the tower's preparation."""
+        if self.preparation not in (None, image_lengths.preparation_of(length)):
+            raise UserError(
+                f"the tower was trained on images that are {self.preparation}, but the "
+                f"feature length of images is {length!r}, and tasks see no more than "
+                "that. Under T5X, bind TASK_FEATURE_LENGTHS as "
+                "gin_configs/runs/t5x_train.gin does."
+            )
+
     def converted_images(
         self, ds: tf.data.Dataset, length: Any
     ) -> Callable[[Example], tf.Tensor]:
@@ -117,6 +136,7 @@ class ImageFeatureConverter(seqio.FeatureConverter):
         iterating.
         """
         shape = self.image_shape(length)
+        self._check_preparation(length)
         known = feature_specs(ds)["images"].shape
         if known.rank is not None and not known.is_compatible_with(shape):
             raise UserError(

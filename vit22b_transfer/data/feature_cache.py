@@ -129,9 +129,7 @@ class CacheKey:
 
     def dataset(self, ranges: Sequence[range]) -> tf.data.Dataset:
         """Pixels `images` and everything else `packed`, of the numbered examples."""
-        examples = numbered_examples(
-            self.task, self.split, self.feature_lengths, ranges
-        )
+        examples = numbered_examples(self.task, self.split, self._lengths, ranges)
         return map_examples(
             examples,
             lambda example: {
@@ -146,9 +144,7 @@ class CacheKey:
 
     def stored_features(self) -> dict[str, tuple[str, list[int | None]]]:
         """dtype and shape of each feature in a packed example."""
-        examples = numbered_examples(
-            self.task, self.split, self.feature_lengths, [range(1)]
-        )
+        examples = numbered_examples(self.task, self.split, self._lengths, [range(1)])
         return {
             name: (spec.dtype.name, spec.shape.as_list() if spec.shape.rank else [])
             for name, spec in _without_images(feature_specs(examples)).items()
@@ -156,7 +152,12 @@ class CacheKey:
 
     def num_examples(self) -> int:
         """Number of examples; a task that does not tell is read to count them."""
-        return count_examples(self.task, self.split, self.feature_lengths)
+        return count_examples(self.task, self.split, self._lengths)
+
+    @property
+    def _lengths(self) -> Lengths:
+        """Those with which the task makes images as the tower takes them."""
+        return self.converter_cls(pack=False).prepared(self.feature_lengths)
 
 
 @dataclasses.dataclass(frozen=True)

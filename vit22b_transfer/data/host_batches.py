@@ -45,6 +45,9 @@ class Request:
         if self.batch_size < 1:
             raise UserError(f"batch_size must be positive, got {self.batch_size}.")
         self.converter.shapes(self.feature_lengths)
+        # Tasks make images as the tower takes them.
+        lengths = self.converter.prepared(self.feature_lengths)
+        object.__setattr__(self, "feature_lengths", lengths)
         _ = self.provider  # found now, not at the first batch
 
     @functools.cached_property

@@ -1,7 +1,7 @@
 """Pixels from image files: any mode and orientation becomes uint8 RGB of one size.
 
-Resizing squashes the aspect ratio to the size asked for, as PaliGemma does; it never
-crops or pads.
+How they are resized is a `models.preparation.Preparation`; the default squashes the
+aspect ratio to the size asked for, as PaliGemma does. Nothing is ever padded.
 """
 
 import io
@@ -15,8 +15,9 @@ from PIL import Image, UnidentifiedImageError
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data import image_extras
-from vit22b_transfer.data.records import check_choice, printable
+from vit22b_transfer.data.records import printable
 from vit22b_transfer.host import memory_limit
+from vit22b_transfer.models.preparation import FILTERS, Preparation
 
 # 256 MiB of RGB pixels, and what Pillow itself begins to warn about.
 MAX_PIXELS = 2**28 // 3
@@ -38,10 +39,10 @@ _FORMATS = sorted(set(IMAGE_FORMATS.values()))
 _BYTES_PER_PIXEL = 12
 # Of all images that are decoded at a time; a larger one is decoded alone.
 _DECODING = memory_limit.MemoryLimit(2**30)
-RESIZE_METHODS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
+RESIZE_METHODS = {name: Image.Resampling[name.upper()] for name in FILTERS}
+USUAL = Preparation()
+# Of a long strip, only the part that is kept is resized: the whole would be huge.
+_WHOLE_PIXELS = 2**24
 
 _WHITE = (255, 255, 255, 255)
 _ORIENTATION = 0x0112  # EXIF's tag
@@ -62,17 +63,16 @@ _NOTED: set[str] = set()
 def read_image(
     source: bytes | str | os.PathLike,
     size: tuple[int, int],
-    *,
-    method: str = "bilinear",
+    how: Preparation = USUAL,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The image in a file or in encoded bytes, resized to `size` = (height, width).
+    """The image in a file or in encoded bytes, made into one of (height, width).
 
     Raises:
       UserError: it cannot be read or has more than `MAX_PIXELS` pixels; the message
         says why but not which image it is, unless a path was given.
     """
     if isinstance(source, bytes):
-        return resize(decode(source), size, method=method)
+        return prepare(decode(source), size, how)
     name = printable(os.fspath(source))
     try:
         if not stat.S_ISREG(os.stat(source).st_mode):
@@ -82,7 +82,7 @@ def read_image(
     except OSError as e:
         raise UserError(f"{name}: {e.strerror or e}") from e
     try:
-        return resize(decode(data), size, method=method)
+        return prepare(decode(data), size, how)
     except ValueError as e:
         raise UserError(f"{name}: {e}") from e
 
@@ -193,16 +193,46 @@ def _grey_to_8_bits(image):
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def resize(
+def prepare(
     image: UInt8[np.ndarray, "rows columns 3"],
     size: tuple[int, int],
-    *,
-    method: str = "bilinear",
+    how: Preparation = USUAL,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The image at `size` = (height, width), antialiased when it becomes smaller."""
-    check_choice("resize method", method, list(RESIZE_METHODS))
-    height, width = size
-    if image.shape[:2] == (height, width):
+    """The image at `size` = (height, width), antialiased when it becomes smaller.
+
+    Its pixels are Pillow's. Those of torchvision on bytes differ by a grey level in
+    some places and by 2 in very few: both round between rows and columns, Pillow in the
+    order that is cheaper.
+    """
+    if image.shape[:2] == size and how.resized == how.kept:
         return image
-    resized = Image.fromarray(image).resize((width, height), RESIZE_METHODS[method])
-    return np.asarray(resized)
+    rows, columns = image.shape[:2]
+    whole, (top, left) = _resized_size(image.shape[:2], size, how)
+    pillow, filter_ = Image.fromarray(image), RESIZE_METHODS[how.filter]
+    if whole[0] * whole[1] <= _WHOLE_PIXELS:
+        resized = np.asarray(pillow.resize((whole[1], whole[0]), filter_))
+        return resized[top : top + size[0], left : left + size[1]]
+    down, across = rows / whole[0], columns / whole[1]
+    part = (
+        left * across,
+        top * down,
+        min((left + size[1]) * across, columns),
+        min((top + size[0]) * down, rows),
+    )
+    return np.asarray(pillow.resize((size[1], size[0]), filter_, box=part))
+
+
+def _resized_size(
+    image: tuple[int, ...], size: tuple[int, int], how: Preparation
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) of the whole image resized; (top, left) of what is kept of it."""
+    along = max(size) if how.fit == "shorter_side" else None
+    height, width = (how.resized * (along or side) // how.kept for side in size)
+    if how.fit == "shorter_side":
+        short, long = min(image), max(image)
+        longer = int(height * long / short)
+        height, width = (height, longer) if image[0] <= image[1] else (longer, height)
+    cropped = [how.cropped * side // how.kept for side in size]
+    halve = round if how.halves == "even" else int
+    top, left = halve((height - cropped[0]) / 2), halve((width - cropped[1]) / 2)
+    return (height, width), (top, left)

@@ -28,12 +28,14 @@ from seqio.vocabularies import Vocabulary
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.converters import feature_specs, map_examples
-from vit22b_transfer.data.images import RESIZE_METHODS, read_image, resize
+from vit22b_transfer.data.image_lengths import PreparedImages, preparation_of
+from vit22b_transfer.data.images import RESIZE_METHODS, prepare, read_image
 from vit22b_transfer.data.records import (
     Tally,
     check_choice,
     half_character,
 )
+from vit22b_transfer.models.preparation import Preparation
 
 BAD_IMAGE_POLICIES = ("error", "skip")
 LONG_TEXT_POLICIES = ("error", "truncate")
@@ -48,7 +50,9 @@ class ReadingOptions:
 
     Attributes:
       image_size: side, or (height, width); None takes the feature length `images`.
-      resize_method: 'bilinear' (PaliGemma) or 'bicubic' (SigLIP).
+      resize_method: the filter of resizing, such as 'bicubic'; None, the default, takes
+        what the run's tower was trained with, and 'bilinear' where nothing says it.
+        A run that asks for another filter is an error.
       on_bad_image: 'error' stops and names the image; 'skip' leaves its slot empty,
         and counts it (`batches.BatchCounters`).
       on_long_text: 'error' stops; 'truncate' cuts to the run's feature length (EOS is
@@ -56,12 +60,13 @@ class ReadingOptions:
     """
 
     image_size: int | tuple[int, int] | None = None
-    resize_method: str = "bilinear"
+    resize_method: str | None = None
     on_bad_image: str = "error"
     on_long_text: str = "truncate"
 
     def __post_init__(self):
-        check_choice("resize_method", self.resize_method, list(RESIZE_METHODS))
+        if self.resize_method is not None:
+            check_choice("resize_method", self.resize_method, list(RESIZE_METHODS))
         check_choice("on_bad_image", self.on_bad_image, BAD_IMAGE_POLICIES)
         check_choice("on_long_text", self.on_long_text, LONG_TEXT_POLICIES)
         if self.image_size is not None and min(_height_width(self.image_size)) < 1:
@@ -143,6 +148,21 @@ def _target_size(options, sequence_length) -> tuple[int, int]:
     return size
 
 
+def _preparation(options, sequence_length) -> Preparation:
+    """How images are made; UserError if the task and the run disagree."""
+    run = preparation_of((sequence_length or {}).get("images"))
+    task = options.resize_method
+    if run is None:
+        return Preparation(filter=task or "bilinear")
+    if task is not None and task != run.filter:
+        raise UserError(
+            f"the task resizes images with resize_method {task!r}, but the tower of "
+            f"the run was trained on images that are {run}. Register the task without "
+            "resize_method, and it takes the tower's."
+        )
+    return run
+
+
 class _DecodedImages:
     """Decoded images of the files that were read first, up to a number of bytes.
 
@@ -161,13 +181,13 @@ class _DecodedImages:
         self,
         source: bytes | str,
         size: tuple[int, int],
-        method: str,
+        how: Preparation,
     ) -> np.ndarray:
         """`read_image` of encoded bytes, or of the file at a path."""
-        key = (source, size, method)
+        key = (source, size, how)
         pixels = self._images.get(key) if isinstance(source, str) else None
         if pixels is None:
-            pixels = read_image(source, size, method=method)
+            pixels = read_image(source, size, how)
             with self._lock:
                 fits = self._bytes + pixels.nbytes <= self._max_bytes
                 if isinstance(source, str) and fits and key not in self._images:
@@ -197,16 +217,16 @@ def load_images(
     count, sequence_length = _number_of_images(sequence_length, several)
     height, width = _target_size(options, sequence_length)
     shape = (*([count] if several else []), height, width, 3)
-    method = options.resize_method
+    how = _preparation(options, sequence_length)
 
     def pixels_of(image):
         if isinstance(image, np.ndarray):
-            return resize(image, (height, width), method=method)
+            return prepare(image, (height, width), how)
         if isinstance(image, str) and half_character(image):
             name = os.fsencode(os.path.basename(image))
             name = name.decode(errors="backslashreplace")
             raise UserError(f"the file name is no UTF-8 text: {name}; rename the file")
-        return _SMALL_SETS.read(image, (height, width), method)
+        return _SMALL_SETS.read(image, (height, width), how)
 
     def read(images, image_id):
         name = _shown(image_id)
@@ -272,7 +292,9 @@ def _number_of_images(sequence_length, several):
             "with several images per example the feature length 'images' must be "
             f"(number, height, width), got {asked!r}."
         )
-    return asked[0], {**(sequence_length or {}), "images": asked[1:]}
+    how, one = preparation_of(asked), tuple(asked[1:])
+    one = one if how is None else PreparedImages(one, how)
+    return asked[0], {**(sequence_length or {}), "images": one}
 
 
 def _as_string(value):

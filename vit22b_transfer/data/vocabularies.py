@@ -1,6 +1,12 @@
 """Vocabularies: bytes, a SentencePiece file, or one trained from the user's own texts.
 
 Batches need two ids: 0 is padding and 1 ends a text. T5's and Gemma's files have them.
+
+A text is a text: `</s>`, `<bos>`, `<pad>` or `<unk>` in a caption or question are read
+letter by letter, and never become control tokens, so that no text of a data set ends or
+begins another. (Hugging Face's tokenizers make control tokens of them.) T5's
+`<extra_id_0>` and so on are single tokens where the vocabulary file has them as symbols
+of the user's, or where they are asked for: `load(extra_ids=100)`, VIT22B_EXTRA_IDS=100.
 """
 
 import hashlib
@@ -14,12 +20,15 @@ import seqio
 from seqio.vocabularies import Vocabulary
 
 from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import identity
 from vit22b_transfer.data.annotations import read_texts
 from vit22b_transfer.data.records import PathLike, resolve_path
 from vit22b_transfer.host import whole_files
 
 BYTES = "bytes"
-ENVIRONMENT_VARIABLE = "VIT22B_VOCABULARY"
+ENVIRONMENT_VARIABLE = identity.VOCABULARY_VARIABLE
+EXTRA_IDS_VARIABLE = "VIT22B_EXTRA_IDS"
+_MOST_EXTRA_IDS = 10_000
 
 # They stand before every example, but in no annotation file.
 _PROMPTS = ["caption en", "answer en"]
@@ -30,7 +39,9 @@ def load(name: PathLike = BYTES, *, extra_ids: int = 0) -> Vocabulary:
     """The vocabulary called "bytes", or of a SentencePiece model file.
 
     Two vocabularies of one file are equal if their paths are, as SeqIO compares them;
-    so paths are made absolute. `extra_ids` are added at the end (T5: 100).
+    so paths are made absolute. `extra_ids` are added at the end (T5: 100): the last id
+    is `<extra_id_0>`, the one before `<extra_id_1>`, each after a space or first in its
+    text.
     """
     if name == BYTES:
         return seqio.ByteVocabulary(extra_ids=extra_ids)
@@ -48,8 +59,18 @@ def load(name: PathLike = BYTES, *, extra_ids: int = 0) -> Vocabulary:
 
 
 def from_environment() -> Vocabulary:
-    """The vocabulary that $VIT22B_VOCABULARY names: a file; bytes if it is not set."""
-    return load(os.environ.get(ENVIRONMENT_VARIABLE) or BYTES)
+    """The vocabulary that $VIT22B_VOCABULARY names: a file or `bytes`.
+
+    Bytes too if it is not set; a run of a model whose token table is far larger than
+    that is then refused. $VIT22B_EXTRA_IDS is `extra_ids` of `load`, 0 by default.
+    """
+    said = os.environ.get(EXTRA_IDS_VARIABLE) or "0"
+    if not said.isdecimal() or int(said) > _MOST_EXTRA_IDS:
+        raise UserError(
+            f"${EXTRA_IDS_VARIABLE} is {said!r}; it must be a whole number from 0 to "
+            f"{_MOST_EXTRA_IDS}, such as T5's 100."
+        )
+    return load(os.environ.get(ENVIRONMENT_VARIABLE) or BYTES, extra_ids=int(said))
 
 
 def fingerprint(vocabulary: Vocabulary) -> str:

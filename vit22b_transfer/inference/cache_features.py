@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import reading, restoring
+from vit22b_transfer.checkpoints import identity, reading, restoring
 from vit22b_transfer.host import disk_errors, locks, progress
 from vit22b_transfer.models import int8
 from vit22b_transfer.partitioning import processes
@@ -59,6 +59,7 @@ def cache_features(
       UserError: if a task draws random numbers, something does not fit together, or
         another process is caching the same split.
     """
+    identity.show_vocabulary(model)
     if examples_per_shard < 1:
         raise UserError(f"examples_per_shard={examples_per_shard} must be positive.")
     splits = [(data, data.task)]

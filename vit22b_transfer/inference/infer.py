@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from vit22b_transfer.checkpoints import fingerprints, reading, restoring
+from vit22b_transfer.checkpoints import fingerprints, identity, reading, restoring
 from vit22b_transfer.host import disk_errors, progress, whole_files
 from vit22b_transfer.inference import prediction_lines
 from vit22b_transfer.inference.prediction_files import LineWriter, PredictionFiles
@@ -133,13 +133,14 @@ def restore(
     batch_size: int,
 ) -> RestoredModel:
     """The model with a checkpoint's parameters, laid out on the mesh."""
-    from vit22b_transfer.data import batches, placement
+    from vit22b_transfer.data import batches, image_lengths, placement
 
+    identity.show_vocabulary(model)
     path = reading.resolve(checkpoint)
     # A batch that the mesh cannot hold is an error before gigabytes are read.
     placement.Placement.on(partitioning, batch_size)
     shapes, types = batches.batch_shapes(
-        model.FEATURE_CONVERTER_CLS, feature_lengths, batch_size
+        image_lengths.converter_of(model), feature_lengths, batch_size
     )
     batch = {
         name: jax.ShapeDtypeStruct(shape, types[name]) for name, shape in shapes.items()
@@ -228,7 +229,7 @@ def _predict(
     seed: int,
 ) -> None:
     """Writes this host's lines from example `start` on."""
-    from vit22b_transfer.data import batches
+    from vit22b_transfer.data import batches, image_lengths
     from vit22b_transfer.data import tasks as registered
 
     model = restored.model
@@ -241,7 +242,7 @@ def _predict(
             data.task,
             data.split,
             feature_lengths=data.feature_lengths,
-            converter_cls=model.FEATURE_CONVERTER_CLS,
+            converter_cls=image_lengths.converter_of(model),
             batch_size=data.batch_size,
             partitioning=restored.partitioning,
             start_index=start,
@@ -280,8 +281,8 @@ def _predict(
 
 
 def _fingerprint(restored, data, seed):
+    from vit22b_transfer.data import image_lengths, vocabularies
     from vit22b_transfer.data import tasks as registered
-    from vit22b_transfer.data import vocabularies
 
     model = restored.model
     facts = {
@@ -291,7 +292,7 @@ def _fingerprint(restored, data, seed):
         "checkpoint": os.path.basename(restored.checkpoint),
         "parameters": restored.params_digest,
         "model": fingerprints.text_digest(repr(model.module)),
-        "feature_lengths": dict(data.feature_lengths),
+        "feature_lengths": image_lengths.described(data.feature_lengths, model),
         "batch_size": data.batch_size,
         "seed": seed,
     }

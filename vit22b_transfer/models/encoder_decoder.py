@@ -46,7 +46,11 @@ class ImageTextModule(nn.Module):
     def setup(self):
         cfg = self.text
         self.token_embedder = layers.Embedding(
-            cfg.vocab_size, cfg.width, cfg.dtype, cfg.param_dtype
+            cfg.vocab_size,
+            cfg.width,
+            cfg.dtype,
+            cfg.param_dtype,
+            scaled_logits=cfg.scaled_logits,
         )
         self.encoder = ImageTextEncoder(self.tower, cfg)
         self.decoder = t5.TextDecoder(cfg)

@@ -230,8 +230,9 @@ class LayerScale(nn.Module):
 class Embedding(nn.Module):
     """Token table [V, E]; `__call__` looks ids up, `attend` gives tied logits.
 
-    T5 divides the tied logits by sqrt(width); with `scaled_inputs` the embeddings are
-    multiplied by it instead, and the table starts that much smaller (Gemma).
+    T5 divides the tied logits by sqrt(width), unless `scaled_logits` is False (mT5);
+    with `scaled_inputs` the embeddings are multiplied by it instead, and the table
+    starts that much smaller (Gemma).
     """
 
     vocab_size: int
@@ -239,6 +240,7 @@ class Embedding(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scaled_inputs: bool = False
+    scaled_logits: bool = True
 
     def setup(self):
         self.embedding = param_with_axes(
@@ -261,7 +263,8 @@ class Embedding(nn.Module):
     ) -> Float[Array, "batch length vocab"]:
         """Logits in float32."""
         table, x = self.embedding.astype(self.dtype), x.astype(self.dtype)
-        x = x if self.scaled_inputs else x * self._scale(-0.5)
+        if self.scaled_logits and not self.scaled_inputs:
+            x = x * self._scale(-0.5)
         return linear(x, table.T, jnp.float32)
 
     def _scale(self, power):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import (
+    attention,
     encoder_decoder,
     freezing,
     losses,
@@ -222,6 +223,7 @@ class ImageTextModel:
         # T5X keeps parameters in a FrozenDict.
         params = flax.core.unfreeze(params)
         init_cache, step_fn = self.module.start_decoding(params, images, tokens, time)
+        step_fn = self._within_vocabulary(step_fn)
         decoded = self.decode_fn(
             init_cache,
             step_fn,
@@ -231,6 +233,19 @@ class ImageTextModel:
             rng=rng,
         )
         return decoded.tokens, {"scores": decoded.scores}
+
+    def _within_vocabulary(self, step_fn):
+        """The decoding step without the rows of the table that no token has."""
+        size = self.output_vocabulary.vocab_size
+        if size >= self.module.text.vocab_size:
+            return step_fn
+
+        def step(*arguments):
+            logits, cache = step_fn(*arguments)
+            ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+            return jnp.where(ids < size, logits, attention.MASKED_LOGIT), cache
+
+        return step
 
     def prediction_record(
         self, tokens: np.ndarray, aux: Mapping[str, Any]

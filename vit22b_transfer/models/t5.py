@@ -33,7 +33,8 @@ class T5Config:
 
     `num_encoder_layers=0` leaves a pure cross-attending decoder: the encoder then only
     normalises what it is given. T5 v1.1, mT5 and ByT5 have a gated gelu, UL2 a gated
-    silu; the first T5 has relu without a gate, and tied logits.
+    silu; the first T5 has relu without a gate, and tied logits. Those are divided by
+    the root of the width unless `scaled_logits` is False (transformers 5's new models).
     """
 
     vocab_size: int
@@ -44,6 +45,7 @@ class T5Config:
     head_dim: int
     mlp_dim: int
     tied_logits: bool = False
+    scaled_logits: bool = True
     activation: Literal["gelu", "silu", "relu"] = "gelu"
     gated_mlp: bool = True
     dropout_rate: float = 0.0

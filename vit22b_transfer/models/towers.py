@@ -42,7 +42,8 @@ class TowerConfig(Protocol):
 
     Beside these methods it has the fields `width`, `image_size` (height and width of
     its own resolution), `pixel_mean` and `pixel_std` (of pixels in [0, 1]), `dtype` and
-    `param_dtype`.
+    `param_dtype`. It may have `preparation`, a `models.preparation.Preparation`: how
+    image files become its pixels, which every task of a run then does.
     """
 
     def build(self) -> nn.Module:

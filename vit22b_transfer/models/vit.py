@@ -19,6 +19,7 @@ from jaxtyping import Array, UInt8
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import layers, stacking, towers, vit_blocks
+from vit22b_transfer.models.preparation import Preparation
 from vit22b_transfer.models.vit_blocks import MapPooling
 from vit22b_transfer.models.vit_positions import (
     RESAMPLINGS,
@@ -48,6 +49,10 @@ class ViTConfig(vit_blocks.BlockConfig):
     final_norm: of `all` tokens, of the `pooled` vector only (CLIP), or `none`
       (InternViT).
     pooling: of the patch tokens after the final norm, or `cls`: the class token.
+    pixel_scale: of pixels from 0 to 255, before the mean is taken off and the deviation
+      divided by.
+    preparation: how files become pixels of the run's size, which tasks then have to do;
+      None leaves it to the tasks.
     """
 
     patch_size: int
@@ -65,6 +70,8 @@ class ViTConfig(vit_blocks.BlockConfig):
     remat: Remat = "none"
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_scale: float = 1 / 255
+    preparation: Preparation | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -221,8 +228,8 @@ class VisionTower(nn.Module):
         """Normalised pixels to patch embeddings with positions, [n, k, E]."""
         cfg = self.config
         p, (rows, columns) = cfg.patch_size, grid
-        # (x / 255 - mean) / std with one multiplication and one subtraction
-        scale = 1.0 / (255.0 * np.asarray(cfg.pixel_std, np.float32))
+        # (x * scale - mean) / std with one multiplication and one subtraction
+        scale = 1.0 / (1 / cfg.pixel_scale * np.asarray(cfg.pixel_std, np.float32))
         shift = np.asarray(cfg.pixel_mean, np.float32) / np.asarray(
             cfg.pixel_std, np.float32
         )

@@ -13,7 +13,7 @@ def cache_keys(
     cache: Any, model: Any, name: str, split: str, feature_lengths: Mapping[str, Any]
 ) -> list[Any]:
     """`feature_cache.CacheKey` of each task of a mixture, or of the task itself."""
-    from vit22b_transfer.data import feature_cache
+    from vit22b_transfer.data import feature_cache, image_lengths
     from vit22b_transfer.data import tasks as registered
 
     if model.module.tower is None:
@@ -24,7 +24,7 @@ def cache_keys(
             task=task,
             split=split,
             feature_lengths=feature_lengths,
-            converter_cls=model.FEATURE_CONVERTER_CLS,
+            converter_cls=image_lengths.converter_of(model),
             weights=reading.tower_digest(cache.tower),
             tower=model.module.tower.token_settings(),
         )
@@ -36,12 +36,13 @@ def batch_arguments(
     cache: Any, model: Any, name: str, split: str, feature_lengths: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Arguments of `batches.train_batches` and `eval_batches`: live or from a cache."""
+    from vit22b_transfer.data import feature_cache, image_lengths
+
     if cache is None:
         return {
             "feature_lengths": feature_lengths,
-            "converter_cls": model.FEATURE_CONVERTER_CLS,
+            "converter_cls": image_lengths.converter_of(model),
         }
-    from vit22b_transfer.data import feature_cache
 
     keys = cache_keys(cache, model, name, split, feature_lengths)
     cached = feature_cache.open_tasks(keys)

@@ -11,7 +11,7 @@ import jax
 from flax import traverse_util
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import reading, restoring, writing
+from vit22b_transfer.checkpoints import identity, reading, restoring, writing
 from vit22b_transfer.host import disk_errors, locks, whole_files
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning import processes
@@ -103,6 +103,7 @@ def fine_tune(
     periods = periods or Periods()
     model_dir = whole_files.writable_directory(model_dir, "model_dir")
     _check_inputs(model, total_steps, num_microbatches)
+    identity.show_vocabulary(model)
 
     with (
         disk_errors.said(model_dir, lambda: finite.last_good(model_dir)),

@@ -229,11 +229,12 @@ def _report(parts: Sequence[Part], out: str, checkpoint: str) -> list[str]:
 def _facts(part: Part) -> Iterator[str]:
     tower = part.resized.tower
     if tower is not None:
-        height, width = tower.image_size
+        height, width = part.resized.images or tower.image_size
         yield (
             f"images {height}x{width}, pixel mean {tower.pixel_mean}, "
-            f"std {tower.pixel_std}"
+            f"std {tower.pixel_std}, of pixels times {tower.pixel_scale:.6g}"
         )
+        yield f"images are prepared: {tower.preparation}"
     yield from part.model.facts
     dropped: dict[str, int] = {}
     for name in part.source.tensors:

@@ -38,6 +38,7 @@ from vit22b_transfer.weights.mapping import SHOWN, Family, Model, Slot, Step
 
 MAX_SHARD_BYTES = 5 * 10**9
 _TARGET = "target/"
+_LOGITS = "decoder/logits_dense/kernel"
 
 
 def export_weights(
@@ -81,8 +82,9 @@ def export_weights(
     with naming(folder):
         model = found.read(config, theirs)
         model_sizes.check(model, theirs or params)
+    lines: list[str] = []
+    params |= _pooling(found, model, params, folder, lines)
     plan = _plan(found, model, theirs, params, checkpoint)
-    lines = []
     if alpha is not None:
         if adapter:
             return peft_adapters.write_adapter(out, family, plan, params, alpha)
@@ -146,10 +148,16 @@ def _config_folder(checkpoint: str, given: str | None, family: str) -> str:
 
 
 def _recorded(folder: str, family: str) -> dict[str, Any]:
-    """Names and shapes of the tensors that the import read; empty without a record."""
+    """Names and shapes of the tensors that the import read.
+
+    Without a record, of the safetensors that lie there; empty without any.
+    """
     record = config_values.read_json(folder, RECORD)
     if not record:
-        return {}
+        if not any(".safetensors" in name for name in os.listdir(folder)):
+            return {}
+        beside = tensor_files.open_tensors(folder)
+        return {n: transforms.abstract(tensor.shape) for n, tensor in beside.items()}
     path = os.path.join(folder, RECORD)
     with naming(path):
         said = config_values.text(record, "family")
@@ -167,6 +175,54 @@ def _recorded(folder: str, family: str) -> dict[str, Any]:
                 "model again."
             )
     return {name: transforms.abstract(shape) for name, shape in shapes.items()}
+
+
+def _pooling(
+    family: Family,
+    model: Model,
+    params: Mapping[str, StoredTensor],
+    folder: str,
+    lines: list[str],
+) -> dict[str, StoredTensor]:
+    """The tower's pooling from the import, where the checkpoint has none of it.
+
+    Training with a text model leaves it out, and so never changes it. The second
+    checkpoint is the import's own, beside its `folder`; a line says what was taken.
+    """
+    if model.tower is None:
+        return {}
+    whole, without = (
+        mapping.stack_shapes(family.shapes(tower, model.text)).keys()
+        for tower in (model.tower, model.tower.without_pooling())
+    )
+    wanted = whole - without
+    if not wanted or wanted & params.keys() or not without & params.keys():
+        return {}
+    path = os.path.join(os.path.dirname(folder), "checkpoint_0")
+    if not os.path.isdir(path):
+        raise UserError(
+            f"the checkpoint lacks {len(wanted)} arrays of the tower's pooling, which "
+            f"training with a text model leaves out, and there is no {path} to take "
+            "them from. Name with --config the directory that the import wrote, its "
+            "checkpoint_0 beside it; or, for a SigLIP, set vision_use_head to false in "
+            f"{os.path.join(folder, sources.CONFIG)}."
+        )
+    imported = _parameters(path)
+    dtype = next(iter(params.values())).dtype
+    found = {name: imported[name] for name in wanted & imported.keys()}
+    lines.append(
+        f"{len(found)} arrays of the tower's pooling are not in the checkpoint, which "
+        f"was trained without: they are those of {path}"
+    )
+    return {
+        name: StoredTensor(
+            tensor.shape,
+            dtype,
+            tensor.file,
+            lambda *layer, tensor=tensor: tensor.read(*layer).astype(dtype),
+        )
+        for name, tensor in found.items()
+    }
 
 
 def _plan(
@@ -193,6 +249,11 @@ def _plan(
             )
         elif params[name].dtype not in blocks.FLOATS:
             problems.append(f"{name}: dtype {params[name].dtype} cannot be exported")
+    if _LOGITS in params and _LOGITS not in shapes and model.text is not None:
+        problems.append(
+            f"{_LOGITS}: in the checkpoint, but by the config logits are taken from "
+            "the token table (tie_word_embeddings)"
+        )
     if problems:
         more = len(problems) - SHOWN
         lines = problems[:SHOWN] + ([f"and {more} more"] if more > 0 else [])

@@ -54,12 +54,16 @@ def gin_text(
     for family, model in parts:
         body += [_comment(f"{family.name}: {line}") for line in model.facts]
         if model.tower is not None:
-            binding = "TOWER = @{}()"
-            body += _bindings(binding, model.tower, "image_size", "IMAGE_SIZE")
+            binding, size = "TOWER = @{}()", model.images or model.tower.image_size
+            body += _bindings(binding, model.tower, "image_size", "IMAGE_SIZE", size)
             modules.add(type(model.tower).__module__)
+            if (how := getattr(model.tower, "preparation", None)) is not None:
+                body += _fields("preparation.Preparation", how)
+                modules.add(type(how).__module__)
         if model.text is not None:
             binding = f"{family.text_binding} = @{{}}()"
-            body += _bindings(binding, model.text, "vocab_size", "VOCAB_SIZE")
+            size = model.text.vocab_size
+            body += _bindings(binding, model.text, "vocab_size", "VOCAB_SIZE", size)
             modules.add(type(model.text).__module__)
             owner = family.text_binding.partition(".")[0]
             modules.add(f"vit22b_transfer.models.{owner}")
@@ -83,22 +87,37 @@ def gin_text(
     return "\n".join([*lines, "", *body]) + "\n"
 
 
-def _bindings(binding: str, config: Any, macro_field: str, macro: str) -> list[str]:
-    """A configuration's fields, as a recipe may bind any; one through a macro."""
+def _bindings(
+    binding: str, config: Any, macro_field: str, macro: str, value: Any
+) -> list[str]:
+    """A macro, and a configuration's fields, as a recipe may bind any.
+
+    The field is bound through the macro where it has its value.
+    """
     module = type(config).__module__.rpartition(".")[2]
     name = f"{module}.{type(config).__name__}"
     hints = typing.get_type_hints(type(config))
-    lines = [
-        _binding(macro, getattr(config, macro_field), hints[macro_field]),
+    through = {macro_field: macro} if getattr(config, macro_field) == value else {}
+    return [
+        _binding(macro, value, hints[macro_field]),
         binding.format(name),
-        f"{name}:",
-        f"  {macro_field} = %{macro}",
+        *_fields(name, config, through),
     ]
+
+
+def _fields(name: str, config: Any, macros: Mapping[str, str] | None = None) -> list:
+    """The fields of a configuration; `macros` names those bound through one."""
+    hints = typing.get_type_hints(type(config))
+    lines = [f"{name}:"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name == macro_field:
+        if field.name in (macros or {}):
+            lines.append(f"  {field.name} = %{(macros or {})[field.name]}")
             continue
         if field.name in _OF_THE_RUN and value == field.default:
+            continue
+        if field.name == "preparation" and value is not None:
+            lines.append("  preparation = @preparation.Preparation()")
             continue
         if field.name.endswith("dtype"):
             value = np.dtype(value).name

@@ -152,7 +152,7 @@ def check_options(parts: Sequence[Part], options: ImportOptions) -> None:
 
 def _resized(model: Model, options: ImportOptions, dtype: np.dtype) -> Model:
     """The model whose configurations say what is written."""
-    tower, text = model.tower, model.text
+    tower, text, images = model.tower, model.text, model.images
     fields: dict[str, Any] = {}
     if dtype != np.float32:
         fields["param_dtype"] = dtype.name
@@ -160,11 +160,12 @@ def _resized(model: Model, options: ImportOptions, dtype: np.dtype) -> Model:
         fields["scan_layers"] = True
     if tower is not None:
         size = {"image_size": options.image_size} if options.image_size else {}
+        images = options.image_size or images
         tower = towers.changed(tower, "this import", **fields, **size)
     if text is not None:
         size = {"vocab_size": options.vocab_size} if options.vocab_size else {}
         text = dataclasses.replace(text, **fields, **size)
-    return dataclasses.replace(model, tower=tower, text=text)
+    return dataclasses.replace(model, tower=tower, text=text, images=images)
 
 
 def origin(

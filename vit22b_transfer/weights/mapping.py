@@ -88,10 +88,12 @@ class Model:
     positions: our tables [rows * columns, E] over the patch grid.
     resample: (table [rows * columns, E], old grid, new grid) -> table, as the source's
       own code changes the resolution.
+    images: (height, width) that the source's image processor makes, which a run takes
+      at first; None for the tower's `image_size`.
     bindings: further names of the gin file, on the module that `text_binding` names,
       and their integers.
-    facts: lines on preprocessing that our configurations have no field for (resize
-      method, tokenizer, lower-casing); printed, and comments of the gin file.
+    facts: lines on what our configurations have no field for (tokenizer, prompts);
+      printed, and comments of the gin file.
     """
 
     rows: tuple[Row, ...]
@@ -103,6 +105,7 @@ class Model:
     vocabulary: Mapping[str, int] = dataclasses.field(default_factory=dict)
     positions: tuple[str, ...] = ()
     resample: Callable[..., np.ndarray] | None = None
+    images: tuple[int, int] | None = None
     bindings: Mapping[str, int] = dataclasses.field(default_factory=dict)
     facts: tuple[str, ...] = ()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.host.file_errors import naming, quoted
+from vit22b_transfer.models.preparation import Preparation
 from vit22b_transfer.weights import model_sizes
 from vit22b_transfer.weights.files import config_values, tensor_files
 from vit22b_transfer.weights.files.stored_tensors import (
@@ -137,17 +138,13 @@ def write_sizes(folder: str, old: Model, new: Model) -> None:
     if old.tower is not None and old.tower.image_size != new.tower.image_size:
         height, width = new.tower.image_size
         rows, columns = new.tower.grid_of(height, width)
-        for name in ("image_size", "size", "crop_size"):
-            sizes[name] = height if height == width else [height, width]
+        sizes["image_size"] = height if height == width else [height, width]
         for name in _COUNTS:
             sizes[name] = rows * columns
-        sizes |= dict(height=height, width=width)
-        shape = read_config(folder).get("preprocessor", {}).get("size", {})
-        if isinstance(shape, dict) and shape.get("shortest_edge") is not None:
-            # As much larger than what is cut from the centre as it was.
-            with naming(folder):
-                edge = config_values.size(shape, "shortest_edge") * max(height, width)
-            sizes["shortest_edge"] = edge // min(old.tower.image_size)
+        # As much larger than what is kept as they were.
+        how = old.tower.preparation or Preparation()
+        for name, side in (("size", how.resized), ("crop_size", how.cropped)):
+            sizes[name] = tuple(side * x // how.kept for x in (height, width))
     for name in (CONFIG, "preprocessor_config.json", "processor_config.json"):
         path = os.path.join(folder, name)
         if sizes and os.path.isfile(path):
@@ -158,12 +155,24 @@ def write_sizes(folder: str, old: Model, new: Model) -> None:
 
 def _replaced(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the values at every place that has their names."""
-    return {
-        name: _replaced(value, values)
-        if isinstance(value, dict)
-        else values.get(name, value)
-        for name, value in config.items()
-    }
+    result = {}
+    for name, value in config.items():
+        new = values.get(name, value)
+        if isinstance(new, tuple) and value is not None:
+            result[name] = _in_form_of(value, *new)
+        elif isinstance(value, dict):
+            result[name] = _replaced(value, values)
+        else:
+            result[name] = value if value is None else new
+    return result
+
+
+def _in_form_of(said: Any, height: int, width: int) -> Any:
+    """A size as a processor said another one."""
+    if not isinstance(said, dict):
+        return height if height == width else [height, width]
+    sides = dict(height=height, width=width, shortest_edge=max(height, width))
+    return {side: sides.get(side, said[side]) for side in said}
 
 
 def by_name(families: Sequence[Family], name: str) -> Family:

@@ -177,6 +177,12 @@ def open_adapter(path: str) -> Adapter:
     folder = os.path.abspath(os.path.expanduser(path))
     config = config_values.read_json(folder, CONFIG)
     with naming(os.path.join(path, CONFIG)):
+        kind = config_values.text(config, "peft_type", "LORA")
+        if kind != "LORA":
+            raise UserError(
+                f"this adapter is of the type {kind}; only LORA can be imported. Merge "
+                "it into its model with PEFT (merge_and_unload) and import that."
+            )
         rank = config_values.size(config, "r", most=2**16)
         alpha = config_values.number(config, "lora_alpha")
         dropout = config_values.number(config, "lora_dropout", 0.0, least=0.0)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from vit22b_transfer import UserError
 from vit22b_transfer.host.file_errors import brief
 from vit22b_transfer.models import gemma, prefix_lm, vit
+from vit22b_transfer.weights.families import config_fields
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import (
@@ -83,8 +84,9 @@ _ROPE_BASES = {
 }
 # Every n-th layer is global.
 _PERIODS = {"gemma2": 2, "gemma3_text": 6}
-# Gemma 1's first files say "gelu" and mean the approximation.
-_ACTIVATIONS = {name: "gelu" for name in ("gelu_pytorch_tanh", "gelu")}
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu"}
+# Gemma 1's first files say "gelu" and mean the approximation, as their class knows.
+_ACTIVATIONS_OF_1 = _ACTIVATIONS | {"gelu": "gelu"}
 
 
 # --- Configurations ---
@@ -102,11 +104,19 @@ def text_config(config: Config) -> gemma.GemmaConfig:
             f"config.json says model_type {kind!r} of the text; known are "
             f"{', '.join(_DEFAULTS)}."
         )
+    config_fields.check_text(config, kind)
     said = _completed(config, kind)
     tr.refuse(said, rms_norm_eps=1e-6, attention_bias=False, tie_word_embeddings=True)
-    tr.choose(
-        said, "hidden_act" if kind == "gemma" else "hidden_activation", _ACTIVATIONS
-    )
+    if kind == "gemma":
+        tr.choose(said, "hidden_act", _ACTIVATIONS_OF_1)
+    if "hidden_activation" in said:
+        tr.choose(said, "hidden_activation", _ACTIVATIONS)
+    if kind == "gemma3_text" and said["attn_logit_softcapping"] is not None:
+        raise UserError(
+            "config.json says attn_logit_softcapping = "
+            f"{said['attn_logit_softcapping']}, which Gemma 3's own class does not "
+            "apply. Set it to null if the model was trained with that class."
+        )
     fields: dict[str, Any] = dict(
         vocab_size=said["vocab_size"],
         width=said["hidden_size"],
@@ -287,6 +297,7 @@ def _read(config: Config, tensors: Config) -> Model:
     whole = config["model_type"] == "gemma3"
     said = config
     if whole:
+        config_fields.check_whole(config)
         said = dict(config_values.part(config, "text_config"))
         said = {"model_type": "gemma3_text"} | said
     if said.get("use_bidirectional_attention"):

@@ -51,7 +51,8 @@ def _read(config: Config, tensors: Config) -> Model:
         if part not in config:
             raise UserError(f"config.json lacks {part}; fetch it again.")
     text = gemma.text_config(config_values.part(config, "text_config"))
-    tower = dataclasses.replace(hf.siglip_tower(config), pooling="none")
+    tower, images = hf.siglip_tower(config)
+    tower = dataclasses.replace(tower, pooling="none")
     prefix = tr.find_prefix(
         tensors,
         "embed_tokens.weight",
@@ -85,12 +86,9 @@ def _read(config: Config, tensors: Config) -> Model:
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic"),
         bindings=gemma.framing(config, SEPARATOR_ID),
+        images=images.size,
         facts=(
-            *tr.resizing(
-                hf.completed(config, hf.SIGLIP_DEFAULTS),
-                "to the tower's size whatever their shape, bicubic",
-                tower,
-            ),
+            *images.facts,
             *_FACTS,
             f"token {_image_token(config)} stands for the image in Hugging Face's "
             "prompts; here the image needs no tokens",
@@ -142,8 +140,6 @@ def _read_npz(config: Config, tensors: Config) -> Model:
         resample=image.resample,
         bindings=gemma.framing({}, SEPARATOR_ID),
         facts=(
-            "images were resized to the tower's size whatever their shape, bilinear, "
-            "antialiased",
             *_FACTS,
             *([_NO_BOUND] if text.post_norms else []),
         ),

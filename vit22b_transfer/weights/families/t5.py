@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from vit22b_transfer import UserError
 from vit22b_transfer.host.file_errors import brief
 from vit22b_transfer.models import encoder_decoder, t5
+from vit22b_transfer.weights.families import config_fields
+from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import (
     Family,
@@ -68,6 +70,7 @@ def _config(config: Mapping[str, Any], tied: bool) -> t5.T5Config:
             "umT5 has a relative position bias in every layer, which models/t5.py has "
             "not; take mT5, which is the same otherwise."
         )
+    config_fields.check_text(config, config["model_type"])
     if missing := [name for name in _SIZES if name not in config]:
         raise UserError(f"config.json lacks {', '.join(missing)}; fetch it again.")
     sizes = {
@@ -85,6 +88,14 @@ def _config(config: Mapping[str, Any], tied: bool) -> t5.T5Config:
             f"{nearest(said, _ACTIVATIONS)}; it has {', '.join(_ACTIVATIONS)}."
         )
     activation, gated = _ACTIVATIONS[said]
+    act = said.removeprefix("gated-").replace("gelu_new", "gelu")
+    tr.refuse(
+        {name: value for name, value in config.items() if value is not None},
+        is_gated_act=gated,
+        dense_act_fn="gelu_new" if act == "gelu" else act,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
     depth, most = sizes["num_layers"], config_values.MOST_LAYERS
     return t5.T5Config(
         vocab_size=sizes["vocab_size"],
@@ -102,21 +113,26 @@ def _config(config: Mapping[str, Any], tied: bool) -> t5.T5Config:
     )
 
 
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether logits are taken from the scaled token table.
+def _logits(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether logits are taken from the token table, and whether they are scaled.
 
-    In T5's configs `tie_word_embeddings` means the scaling, and files written by
-    transformers 5 say so in a name of its own. mT5 never scales.
+    In T5's older configs `tie_word_embeddings` means both; files written by
+    transformers 5 always set it, have the scaling under a name of its own, and are tied
+    if they hold one of the two tensors. mT5 never scales.
     """
-    if config["model_type"] == "mt5":
-        return False
-    tied = config_values.flag(config, "tie_word_embeddings", True)
-    return config_values.flag(config, "scale_decoder_outputs", tied)
+    said = config_values.flag(config, "tie_word_embeddings", True)
+    scaled = config_values.flag(config, "scale_decoder_outputs", said)
+    scaled = scaled and config["model_type"] != "mt5"
+    if scaled or not tensors:
+        return said, scaled
+    return _HEAD not in tensors and _TABLE in tensors, False
 
 
 def _read(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Model:
-    tied = _is_tied(config)
+    tied, scaled = _logits(config, tensors)
     text = _config(config, tied)
+    if tied and not scaled:
+        text = dataclasses.replace(text, scaled_logits=False)
     rows = [
         Row("token_embedder/embedding", _TABLE),
         *_stack("encoder", text.num_encoder_layers, text.gated_mlp),
@@ -126,10 +142,7 @@ def _read(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Model:
     if tied:
         copies[_HEAD] = _TABLE
     else:
-        # transformers 5 ties new models and then saves one of the two.
-        alone = tensors and _HEAD not in tensors and _TABLE in tensors
-        head = _TABLE if alone else _HEAD
-        rows.append(Row("decoder/logits_dense/kernel", head, TRANSPOSE))
+        rows.append(Row("decoder/logits_dense/kernel", _HEAD, TRANSPOSE))
     return Model(
         tuple(rows),
         text=text,
@@ -148,7 +161,7 @@ def _read(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Model:
 
 def _facts(config: Mapping[str, Any]) -> tuple[str, ...]:
     if config.get("tokenizer_class") == "ByT5Tokenizer":
-        return ("tokenizer: bytes (VIT22B_VOCABULARY unset); 0 pads, 1 ends a text",)
+        return ("tokenizer: bytes (VIT22B_VOCABULARY=bytes); 0 pads, 1 ends a text",)
     return ("tokenizer: SentencePiece, cased; 0 pads, 1 ends a text",)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host.file_errors import brief, quoted
+from vit22b_transfer.host.file_errors import quoted
 from vit22b_transfer.models import vit, vit_positions
 from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import Row, Shape, unrolled_shapes
@@ -21,15 +21,6 @@ TOWER = "encoder/tower"
 BLOCK = f"{TOWER}/layers_{{i}}"
 POSITIONS = f"{TOWER}/position_embedding/embedding"
 
-# Mean and deviation of pixels in [0, 1], per channel.
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CLIP = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)
-# PIL's numbers, which preprocessor_config.json uses.
-FILTERS = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
 # What every public tower but ViT-22B's relatives has.
 SEQUENTIAL: dict[str, Any] = dict(
     parallel=False, qk_norm=False, qkv_bias=True, norm_centering=True, norm_bias=True
@@ -92,55 +83,6 @@ def attention(ours: str, theirs: Sequence[str], tower: vit.ViTConfig) -> list[Ro
         for name, their, bias in zip(names, theirs, biases, strict=True)
         for row in linear(f"{ours}/attention/{name}", their, bias=bias)
     ]
-
-
-def pixels(config: Mapping[str, Any], usual: tuple) -> dict[str, Any]:
-    """Mean and deviation: those of the source's image processor, or the usual ones."""
-    processor = config_values.part(config, "preprocessor")
-    return pixels_of(processor, "image_mean", "image_std", usual)
-
-
-def pixels_of(
-    config: Mapping[str, Any], mean: str, deviation: str, usual: tuple
-) -> dict[str, Any]:
-    """`pixels` by other names."""
-    return dict(
-        pixel_mean=config_values.numbers(config, mean, usual[0]),
-        pixel_std=config_values.numbers(config, deviation, usual[1], least=1e-6),
-    )
-
-
-def resizing(config: Mapping[str, Any], usual: str, tower: vit.ViTConfig) -> tuple:
-    """Facts on how the source's images are resized."""
-    processor = config_values.part(config, "preprocessor")
-    said = usual
-    if "size" in processor:
-        said = f"to {_said_size(processor, 'size')}"
-        filter_ = config_values.size(processor, "resample", -1, least=-1)
-        if filter_ in FILTERS:
-            said += f", {FILTERS[filter_]}"
-        if config_values.flag(processor, "do_center_crop", False):
-            said += f", then the centre {_said_size(processor, 'crop_size')}"
-    facts = [f"images were resized {said}"]
-    if "image_size" in config:
-        full = config_values.pair(config, "image_size")
-        if full != tower.image_size:
-            facts.append(
-                f"its images are {full[0]}x{full[1]}, of which the tower sees the top "
-                f"left {tower.image_size[0]}x{tower.image_size[1]}: crop, do not resize"
-            )
-    return tuple(facts)
-
-
-def _said_size(processor: Mapping[str, Any], name: str) -> Any:
-    """The size as a processor says it: a number, a list of two, or named numbers."""
-    value = processor.get(name)
-    if not isinstance(value, Mapping):
-        return None if value is None else config_values.pair(processor, name)
-    sides = [side for side in value if value[side] is not None]
-    if len(sides) > 8 or not all(side.isidentifier() for side in sides):
-        raise UserError(f"the image processor says {name} = {brief(value)}.")
-    return {side: config_values.size(value, side) for side in sides}
 
 
 def square(positions: int, source: str) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vit22b_transfer.models import vit
+from vit22b_transfer.weights.families import image_processors
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
 from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
@@ -122,7 +123,7 @@ def _read(config: Mapping[str, Any], tensors: Tensors) -> Model:
         pooling="cls" if has_cls else "gap" if head is None else "map",
         position_resampling=resampling,
         **tr.SEQUENTIAL,
-        **tr.pixels({}, tr.HALF),
+        **image_processors.squashed(image_processors.HALF),
     )
     second = _part(tensors, block, ("LayerNorm_1", "LayerNorm_2"))
     rows = [
@@ -156,9 +157,7 @@ def _read(config: Mapping[str, Any], tensors: Tensors) -> Model:
         carried=(classifier,),
         positions=(tr.POSITIONS,),
         resample=tr.resample(resampling),
-        facts=(
-            "images were resized to the tower's size whatever their shape, bilinear",
-        ),
+        facts=("images are taken to be prepared as SigLIP's and PaliGemma's were",),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import vit, vit_positions
+from vit22b_transfer.weights.families import image_processors
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
 from vit22b_transfer.weights.files import config_values
@@ -46,6 +47,13 @@ DINOV3_DEFAULTS = _SIZES | dict(
 )
 
 
+def _no_registers(tower: vit.ViTConfig, prefix: str) -> dict[str, str]:
+    """What to leave out: without registers the class writes an empty tensor."""
+    if tower.num_registers:
+        return {}
+    return {rf"{prefix}embeddings\.register_tokens": "empty: there are no registers"}
+
+
 def _prefix_rows(tower: vit.ViTConfig, prefix: str) -> list[Row]:
     rows = [Row(f"{tr.TOWER}/cls/embedding", f"{prefix}embeddings.cls_token")]
     if tower.num_registers:
@@ -69,7 +77,11 @@ def _block_norms(layer: str) -> list[Row]:
 
 def _read_dinov2(config: Config, tensors: Config) -> Model:
     registers = config["model_type"] == "dinov2_with_registers"
-    config = hf.completed(config, REGISTERS_DEFAULTS if registers else DINOV2_DEFAULTS)
+    defaults = REGISTERS_DEFAULTS if registers else DINOV2_DEFAULTS
+    config = hf.completed(config, config["model_type"], defaults)
+    images = hf.images_of(
+        config, "BitImageProcessor", image_processors.IMAGENET, enlarged=(256, 224)
+    )
     hidden = int(config["hidden_size"] * config["mlp_ratio"])
     if not 1 <= hidden <= config_values.MOST:
         raise UserError(
@@ -81,6 +93,7 @@ def _read_dinov2(config: Config, tensors: Config) -> Model:
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
     # What the two classes' own code does.
     resampling = "bicubic_antialiased" if registers else "bicubic"
+    # The gate is SwiGLU's, whatever hidden_act says.
     form = dict(activation="silu") if gated else {}
     tower = hf.tower_config(
         config,
@@ -94,7 +107,7 @@ def _read_dinov2(config: Config, tensors: Config) -> Model:
         pooling="cls",
         position_resampling=resampling,
         **form,
-        **tr.pixels(config, tr.IMAGENET),
+        **images.fields,
     )
     anchor = "embeddings.patch_embeddings.projection.weight"
     prefixes = ("", "dinov2_with_registers." if registers else "dinov2.")
@@ -128,13 +141,13 @@ def _read_dinov2(config: Config, tensors: Config) -> Model:
         dropped={
             mask_token: "used in pretraining only",
             hf.CLASSIFIER: "the classifier",
-        },
-        carried=(hf.CLASSIFIER, mask_token),
+        }
+        | _no_registers(tower, prefix),
+        carried=(hf.CLASSIFIER, mask_token, *_no_registers(tower, prefix)),
         positions=(tr.POSITIONS,),
         resample=tr.resample(resampling),
-        facts=tr.resizing(
-            config, "to 256 on the shorter side, bicubic, centre 224x224", tower
-        ),
+        images=images.size,
+        facts=images.facts,
     )
 
 
@@ -156,7 +169,8 @@ def _swiglu_rows(layer: str) -> list[Row]:
 
 
 def _read_dinov3(config: Config, tensors: Config) -> Model:
-    config = hf.completed(config, DINOV3_DEFAULTS)
+    config = hf.completed(config, "dinov3_vit", DINOV3_DEFAULTS)
+    images = hf.images_of(config, "DINOv3ViTImageProcessor", image_processors.IMAGENET)
     tr.refuse(
         config,
         proj_bias=True,
@@ -174,7 +188,7 @@ def _read_dinov3(config: Config, tensors: Config) -> Model:
         class_token=True,
         num_registers=config["num_register_tokens"],
         pooling="cls",
-        **tr.pixels(config, tr.IMAGENET),
+        **images.fields,
     )
     anchor = "embeddings.patch_embeddings.weight"
     prefix = tr.find_prefix(tensors, anchor, ("", "model."))
@@ -213,9 +227,11 @@ def _read_dinov3(config: Config, tensors: Config) -> Model:
         dropped={
             mask_token: "used in pretraining only",
             r".*rope_embeddings\.inv_freq": "computed, not learned",
-        },
-        carried=(mask_token,),
-        facts=tr.resizing(config, "to the tower's size, bilinear", tower),
+        }
+        | _no_registers(tower, prefix),
+        carried=(mask_token, *_no_registers(tower, prefix)),
+        images=images.size,
+        facts=images.facts,
     )
 
 

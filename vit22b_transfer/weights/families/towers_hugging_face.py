@@ -10,6 +10,7 @@ from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import vit
+from vit22b_transfer.weights.families import config_fields, image_processors
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
@@ -62,14 +63,19 @@ _OTHER_PARTS = {
 }
 
 
-def completed(config: Config, defaults: Config) -> dict[str, Any]:
+def completed(config: Config, kind: str, defaults: Config) -> dict[str, Any]:
     """The image tower's part of a config, what it leaves unsaid from the defaults.
 
     What has a default is of its type; `image_size` and `patch_size` are pairs.
+
+    Raises:
+      UserError: for a field that the class `kind` of `config_fields.TOWERS` has not.
     """
     part = config
     if "vision_config" in config:
         part = config_values.part(config, "vision_config")
+        config_fields.check_whole(config)
+    config_fields.check_tower(part, kind, defaults)
     said = {name: value for name, value in part.items() if value is not None}
     processor = config_values.part(config, "preprocessor")
     return said | config_values.like(said, defaults) | {"preprocessor": processor}
@@ -87,8 +93,9 @@ def tower_config(config: Config, **fields: Any) -> vit.ViTConfig:
         patch_size=patch_size,
         image_size=tr.whole_patches(config["image_size"], patch_size),
         norm_epsilon=config["layer_norm_eps"],
-        activation=tr.choose(config, "hidden_act", ACTIVATIONS),
     )
+    if "activation" not in fields:
+        usual["activation"] = tr.choose(config, "hidden_act", ACTIVATIONS)
     return vit.ViTConfig(**(usual | fields))
 
 
@@ -98,6 +105,16 @@ def side_of_patches(config: Config) -> int:
     if height != width:
         raise UserError(f"patches of {height}x{width}; they must be square.")
     return height
+
+
+def images_of(
+    config: Config, usual: str, pixels: tuple, enlarged: tuple[int, int] = (1, 1)
+) -> image_processors.Images:
+    """`image_processors.of_hugging_face` of a completed config."""
+    size, patch = config["image_size"], side_of_patches(config)
+    return image_processors.of_hugging_face(
+        config, usual, pixels, size, patch, enlarged
+    )
 
 
 def patch_rows(tower: vit.ViTConfig, theirs: str) -> list[Row]:
@@ -131,7 +148,8 @@ def has_model_type(*model_types: str):
 
 
 def _read_vit(config: Config, tensors: Config) -> Model:
-    config = completed(config, VIT_DEFAULTS)
+    config = completed(config, "vit", VIT_DEFAULTS)
+    images = images_of(config, "ViTImageProcessor", image_processors.HALF)
     anchor = "embeddings.patch_embeddings.projection.weight"
     prefix = tr.find_prefix(tensors, anchor, ("", "vit."))
     tower = tower_config(
@@ -141,7 +159,7 @@ def _read_vit(config: Config, tensors: Config) -> Model:
         class_position=True,
         pooling="cls",
         position_resampling="bicubic",
-        **tr.pixels(config, tr.HALF),
+        **images.fields,
     )
     layer = f"{prefix}encoder.layer.{{i}}"
     attention = [f"{layer}.attention.attention.{x}" for x in ("query", "key", "value")]
@@ -176,7 +194,8 @@ def _read_vit(config: Config, tensors: Config) -> Model:
         carried=(CLASSIFIER, head, mask_token),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic"),
-        facts=tr.resizing(config, "to the tower's size, bilinear", tower),
+        images=images.size,
+        facts=images.facts,
     )
 
 
@@ -230,22 +249,23 @@ def siglip_rows(tower: vit.ViTConfig, prefix: str) -> list[Row]:
     ]
 
 
-def siglip_tower(config: Config) -> vit.ViTConfig:
+def siglip_tower(config: Config) -> tuple[vit.ViTConfig, image_processors.Images]:
     """The tower of a SigLIP vision config, or of a config that holds one."""
-    config = completed(config, SIGLIP_DEFAULTS)
-    return tower_config(
+    config = completed(config, "siglip_vision_model", SIGLIP_DEFAULTS)
+    images = images_of(config, "SiglipImageProcessor", image_processors.HALF)
+    tower = tower_config(
         config,
         pooling="map" if config["vision_use_head"] else "none",
         position_resampling="bicubic",
-        **tr.pixels(config, tr.HALF),
+        **images.fields,
     )
+    return tower, images
 
 
 def _read_siglip(config: Config, tensors: Config) -> Model:
-    tower = siglip_tower(config)
+    tower, images = siglip_tower(config)
     anchor = "embeddings.patch_embedding.weight"
     prefix = tr.find_prefix(tensors, anchor, ("", "vision_model."))
-    config = completed(config, SIGLIP_DEFAULTS)
     return Model(
         tuple(siglip_rows(tower, prefix)),
         tower,
@@ -253,20 +273,21 @@ def _read_siglip(config: Config, tensors: Config) -> Model:
         carried=(CLASSIFIER,),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic"),
-        facts=tr.resizing(
-            config, "to the tower's size whatever their shape, bicubic", tower
-        ),
+        images=images.size,
+        facts=images.facts,
     )
 
 
 def _read_naflex(config: Config, tensors: Config) -> Model:
-    config = completed(config, NAFLEX_DEFAULTS)
-    side = tr.square(config["num_patches"], "config.json")
+    config = completed(config, "siglip2_vision_model", NAFLEX_DEFAULTS)
+    side = tr.square(config["num_patches"], "config.json") * side_of_patches(config)
+    config |= {"image_size": (side, side)}
+    images = _naflex_images(config)
     tower = tower_config(
-        config | {"image_size": side * side_of_patches(config)},
+        config,
         pooling="map" if config["vision_use_head"] else "none",
         position_resampling="bilinear_antialiased",
-        **tr.pixels(config, tr.HALF),
+        **images.fields,
     )
     anchor = "embeddings.patch_embedding.weight"
     prefix = tr.find_prefix(tensors, anchor, ("", "vision_model."))
@@ -285,16 +306,33 @@ def _read_naflex(config: Config, tensors: Config) -> Model:
         carried=(CLASSIFIER,),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bilinear_antialiased"),
+        images=images.size,
         facts=(
-            "images were resized, bilinear, to multiples of the patch size that keep "
-            "their shape within a number of patches; here all images of a batch have "
-            "one size, any that patches tile",
+            "its images keep their shape, in multiples of the patch size within a "
+            "number of patches; here all images of a run have one size, any that "
+            "patches tile, and are squashed to it",
+            *images.facts,
         ),
     )
 
 
+def _naflex_images(config: Config) -> image_processors.Images:
+    """Images of the tower's own size; its processor counts patches."""
+    said = dict(config_values.part(config, "preprocessor"))
+    patch = config_values.size(said, "patch_size", side_of_patches(config))
+    tr.refuse({"patch_size": patch}, patch_size=side_of_patches(config))
+    config_values.size(said, "max_num_patches", 1)
+    counted = ("patch_size", "max_num_patches")
+    said = {name: value for name, value in said.items() if name not in counted}
+    if said:
+        said["size"] = list(config["image_size"])
+    whole = {**config, "preprocessor": said}
+    return images_of(whole, "Siglip2ImageProcessor", image_processors.HALF)
+
+
 def _read_clip(config: Config, tensors: Config) -> Model:
-    config = completed(config, CLIP_DEFAULTS)
+    config = completed(config, "clip_vision_model", CLIP_DEFAULTS)
+    images = images_of(config, "CLIPImageProcessor", image_processors.CLIP)
     anchor = "embeddings.patch_embedding.weight"
     prefix = tr.find_prefix(tensors, anchor, ("", "vision_model."))
     tower = tower_config(
@@ -306,7 +344,7 @@ def _read_clip(config: Config, tensors: Config) -> Model:
         final_norm="pooled",
         pooling="cls",
         position_resampling="bicubic",
-        **tr.pixels(config, tr.CLIP),
+        **images.fields,
     )
     rows = [
         Row(
@@ -327,11 +365,8 @@ def _read_clip(config: Config, tensors: Config) -> Model:
         carried=(CLASSIFIER, _PROJECTION),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic"),
-        facts=tr.resizing(
-            config,
-            "to the tower's size on the shorter side, bicubic, centre cut",
-            tower,
-        ),
+        images=images.size,
+        facts=images.facts,
     )
 
 

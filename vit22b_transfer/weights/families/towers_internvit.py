@@ -9,6 +9,7 @@ from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import vit
+from vit22b_transfer.weights.families import image_processors
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
 from vit22b_transfer.weights.mapping import Family, Model, Row, per_layer
@@ -78,8 +79,13 @@ def _tower(config: Config, *, qk_norm: bool, **fields: Any) -> vit.ViTConfig:
         position_resampling="bicubic",
         **fields,
         **form,
-        **tr.pixels(config, tr.IMAGENET),
+        **_images(config).fields,
     )
+
+
+def _images(config: Config) -> image_processors.Images:
+    """Of one tile; the whole models also show a large image as several tiles."""
+    return hf.images_of(config, "GotOcr2ImageProcessor", image_processors.IMAGENET)
 
 
 def _model(config: Config, tower: vit.ViTConfig, rows: list[Row]) -> Model:
@@ -90,7 +96,8 @@ def _model(config: Config, tower: vit.ViTConfig, rows: list[Row]) -> Model:
         carried=(_MASK_TOKEN,),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic"),
-        facts=tr.resizing(config, "to the tower's size, bicubic", tower),
+        images=_images(config).size,
+        facts=_images(config).facts,
     )
 
 
@@ -105,7 +112,7 @@ def _qk_norms(tower: vit.ViTConfig, attention: str) -> list[Row]:
 
 
 def _read_hugging_face(config: Config, tensors: Config) -> Model:
-    config = hf.completed(config, HF_DEFAULTS)
+    config = hf.completed(config, "internvl_vision", HF_DEFAULTS)
     tr.refuse(config, use_absolute_position_embeddings=True)
     if config["use_qk_norm"]:
         tr.refuse(config, layer_norm_eps=1e-6)
@@ -147,7 +154,7 @@ def _read_hugging_face(config: Config, tensors: Config) -> Model:
 
 
 def _read_published(config: Config, tensors: Config) -> Model:
-    config = hf.completed(config, PUBLISHED_DEFAULTS)
+    config = hf.completed(config, "intern_vit_6b", PUBLISHED_DEFAULTS)
     tower = _tower(
         config,
         qk_norm=config["qk_normalization"],

@@ -9,6 +9,7 @@ from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import vit
+from vit22b_transfer.weights.families import config_fields, image_processors
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.families import towers_hugging_face as hf
 from vit22b_transfer.weights.files import config_values
@@ -18,7 +19,9 @@ from vit22b_transfer.weights.transforms import TRANSPOSE, leading_ones, split, t
 Config = Mapping[str, Any]
 
 
-def _tower(config: Config, tensors: Config) -> vit.ViTConfig:
+def _tower(
+    config: Config, tensors: Config
+) -> tuple[vit.ViTConfig, image_processors.Images]:
     tr.need_tensors(tensors, "timm's towers")
     width, _, patch_size, _ = tr.shape(tensors, "patch_embed.proj.weight", 4)
     if "blocks.0.q_norm.weight" not in tensors:
@@ -29,8 +32,10 @@ def _tower(config: Config, tensors: Config) -> vit.ViTConfig:
     (head_dim,) = tr.shape(tensors, "blocks.0.q_norm.weight", 1)
     side = tr.square(tr.shape(tensors, "pos_embed", 3)[1], "pos_embed")
     pooled = config.get("global_pool", "token")
+    config_fields.check_timm(config)
     processor = config_values.part(config, "pretrained_cfg")
-    return vit.ViTConfig(
+    images = image_processors.of_timm(processor, side * patch_size, patch_size)
+    tower = vit.ViTConfig(
         width=width,
         depth=sum(name.endswith(".in_proj.weight") for name in tensors),
         mlp_dim=_mlp_dim(tensors, width),
@@ -48,8 +53,9 @@ def _tower(config: Config, tensors: Config) -> vit.ViTConfig:
             {"token": "cls", "avg": "gap", "": "none"},
         ),
         position_resampling="bicubic_antialiased",
-        **tr.pixels_of(processor, "mean", "std", tr.HALF),
+        **images.fields,
     )
+    return tower, images
 
 
 def _mlp_dim(tensors: Config, width: int) -> int:
@@ -63,7 +69,7 @@ def _mlp_dim(tensors: Config, width: int) -> int:
 
 
 def _read(config: Config, tensors: Config) -> Model:
-    tower = _tower(config, tensors)
+    tower, images = _tower(config, tensors)
     width, layer = tower.width, "blocks.{i}"
     parts = [f"{tr.BLOCK}/mlp/wi/kernel"]
     parts += [f"{tr.BLOCK}/attention/{x}/kernel" for x in ("query", "key", "value")]
@@ -90,9 +96,6 @@ def _read(config: Config, tensors: Config) -> Model:
         rows.append(Row(f"{tr.TOWER}/cls/embedding", "cls_token"))
     if tower.stem_norm:
         rows += tr.norm(f"{tr.TOWER}/stem_norm", "norm_pre", bias=False)
-    how = config_values.part(config, "pretrained_cfg")
-    interpolation = config_values.text(how, "interpolation", "bicubic")
-    crop = config_values.number(how, "crop_pct", 0.9)
     return Model(
         tuple(rows),
         tower,
@@ -100,10 +103,7 @@ def _read(config: Config, tensors: Config) -> Model:
         carried=(r"head\..*",),
         positions=(tr.POSITIONS,),
         resample=tr.resample("bicubic_antialiased"),
-        facts=(
-            f"images were resized {interpolation}, then the centre cut out, {crop} "
-            "of each side",
-        ),
+        images=images.size,
     )
 
 

@@ -192,7 +192,8 @@ def _like(config: Config, name: str, default: Any) -> Any:
         return flag(config, name, default)
     if isinstance(default, int):
         most = MOST_LAYERS if name.endswith("layers") else MOST
-        return size(config, name, default, least=min(1, default), most=most)
+        least = 0 if name == "num_register_tokens" else 1
+        return size(config, name, default, least=least, most=most)
     if isinstance(default, float):
         return number(config, name, default, least=0.0)
     assert isinstance(default, str), name

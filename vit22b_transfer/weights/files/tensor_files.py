@@ -77,6 +77,7 @@ def find_weights(source: str) -> str:
                 else f"{source} holds several files of weights: {listed(found)}. "
                 "Name the file instead of the directory."
             )
+    _refuse_repository(source, path)
     for name in names:
         _refuse_pickle(os.path.join(path, name))
     raise UserError(
@@ -86,6 +87,20 @@ def find_weights(source: str) -> str:
 
 
 # --- What is refused unread ---
+
+
+def _refuse_repository(source: str, path: str) -> None:
+    """Says where the files of a downloaded repository are, given its root."""
+    inner = os.path.join(path, "snapshots")
+    shown = os.path.join(source, "snapshots")
+    if os.path.basename(path) == "snapshots":
+        inner, shown = path, source
+    if os.path.isdir(inner) and (revisions := sorted(os.listdir(inner))):
+        raise UserError(
+            f"{source} is the root of a downloaded repository, whose files lie below "
+            f"it in a folder for each revision: name "
+            f"{listed([os.path.join(shown, name) for name in revisions])}."
+        )
 
 
 def _refuse_pickle(path: str) -> None:

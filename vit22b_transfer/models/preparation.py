@@ -1,0 +1,75 @@
+"""How an image file becomes the pixels that a tower was trained on, in plain words.
+
+A tower's configuration has it as `preparation`; `data.images` does what it says, and
+`data.image_lengths` carries it to the tasks of a run.
+"""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+from vit22b_transfer import UserError
+
+Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+Fit = Literal["squash", "shorter_side"]
+Halves = Literal["down", "even"]
+FILTERS = get_args(Filter)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What is done to an image, whatever its shape, until it has the run's size.
+
+    filter: of the resizing, Pillow's, which smooths what becomes smaller.
+    fit: `squash` resizes both sides to the tower's, whatever becomes of the shape;
+      `shorter_side` resizes that one, keeps the shape, and cuts off what is too long.
+    resized, cropped, kept: sides in pixels, from 1: an image is resized to the first,
+      of which the second is cut from the centre, of which the third is kept from the
+      top left corner. Where `kept` is not the run's longer side, all are in proportion.
+    halves: where half a pixel of the centre goes: `down` (Hugging Face), or to the
+      nearest `even` number (torchvision, timm).
+
+    Raises:
+      UserError: for other names, or sides that grow.
+    """
+
+    filter: Filter = "bilinear"
+    fit: Fit = "squash"
+    resized: int = 1
+    cropped: int = 1
+    kept: int = 1
+    halves: Halves = "down"
+
+    def __post_init__(self):
+        for name, valid in (
+            ("filter", FILTERS),
+            ("fit", get_args(Fit)),
+            ("halves", get_args(Halves)),
+        ):
+            if getattr(self, name) not in valid:
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r}; valid are {', '.join(valid)}."
+                )
+        if not 1 <= self.kept <= self.cropped <= self.resized:
+            raise UserError(
+                f"images are resized to {self.resized}, cropped to {self.cropped} and "
+                f"{self.kept} of that are kept; each must be at least 1 and not more "
+                "than the one before."
+            )
+
+    def __str__(self) -> str:
+        text = f"{self.filter}, "
+        if self.fit == "squash":
+            text += "squashed"
+        else:
+            text += "the shorter side resized, what is longer cut off"
+        if self.resized > self.cropped:
+            text += f", the centre ({self.cropped} of {self.resized}) cut out"
+        if self.cropped > self.kept:
+            text += f", its top left ({self.kept} of {self.cropped}) kept"
+        return text
+
+
+def of_model(model: Any) -> Preparation | None:
+    """That of a model's tower; None if it has none, or does not say."""
+    tower = getattr(getattr(model, "module", None), "tower", None)
+    return getattr(tower, "preparation", None)
