@@ -120,7 +120,6 @@ def test_every_family_with_a_config_is_in_the_tables():
             "pad2square = True",
         ),
     ],
-    ids=str,
 )
 def test_what_would_be_computed_otherwise_is_refused(read, config, message):
     if read is READERS["T5"]:

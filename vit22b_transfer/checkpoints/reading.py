@@ -282,7 +282,9 @@ def _arrays_in(path):
     """Shape and dtype of the arrays that lie in `path`, no tower from elsewhere."""
     if legacy.is_legacy(path):
         return legacy.saved_arrays(path)
-    return flatten(metadata(os.path.join(path, "state")))
+    leaves = flatten(metadata(os.path.join(path, "state")))
+    # Orbax also stores texts, which no run of ours or T5X's writes.
+    return {n: leaf for n, leaf in leaves.items() if hasattr(leaf, "shape")}
 
 
 def metadata(path: str) -> Tree:

@@ -97,7 +97,7 @@ def _check_ids(content, path):
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(content)
-    except RuntimeError as e:
+    except (RuntimeError, UnicodeDecodeError) as e:  # its messages hold pieces
         raise UserError(f"vocabulary {path} is not a SentencePiece model file.") from e
     if model.pad_id() != _PAD_ID or model.eos_id() != _EOS_ID:
         raise UserError(

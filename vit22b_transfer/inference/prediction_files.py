@@ -269,7 +269,9 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     """The object of a line, None if it is not one as `_encoded` writes them."""
     try:
         line = json_files.parse(text, "")
-    except UserError:
+        if b"\\u" in text:  # of these only halves of characters are never written
+            _encoded(line)
+    except ValueError:
         return None
     is_line = (
         isinstance(line, dict)
