@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+import subprocess
+import sys
 import threading
 
 import array_tasks
@@ -454,3 +456,30 @@ def test_shapes_are_known_without_reading():
     lengths = LENGTHS | {"images": (2, 8, 6)}
     shapes, _ = batch_shapes(MultiImageTextFeatureConverter, lengths, 4)
     assert shapes["encoder_input_images"] == (4, 2, 8, 6, 3)
+
+
+_ENDS = """
+import tensorflow as tf
+from vit22b_transfer.data import streams
+
+def read(x):
+    time.sleep(0.02)
+    if x == 3:
+        raise ValueError("broken")
+    return x
+
+def example(x):
+    return {"x": tf.numpy_function(read, [x], tf.int64)}
+
+numbers = tf.data.Dataset.range(10**6).map(example, num_parallel_calls=8)
+try:
+    list(streams.as_numpy(numbers.batch(4).prefetch(2)))
+except ValueError as error:
+    kept = error  # to the end of the program
+    assert str(error) == "broken"
+"""
+
+
+def test_a_program_ends_after_an_error_of_reading():
+    """TensorFlow's iterator must not live to its end, where it waits for ever."""
+    subprocess.run([sys.executable, "-c", f"import time{_ENDS}"], check=True)

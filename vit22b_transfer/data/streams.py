@@ -3,6 +3,7 @@
 import inspect
 import logging
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -303,11 +304,23 @@ def as_numpy(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
     """
     try:
         yield from cast(Iterator[dict[str, np.ndarray]], dataset.as_numpy_iterator())
-    except tf.errors.InvalidArgumentError as error:
-        message = _raised_text(error.message)
-        if message is None:
+    except tf.errors.OpError as error:
+        _let_go_of_frames(error)
+        message = _raised_text(error.message or "")
+        if message is None or not isinstance(error, tf.errors.InvalidArgumentError):
             raise
         raise UserError(message) from error
+
+
+def _let_go_of_frames(error: BaseException | None) -> None:
+    """Frees what the frames of an error hold: TensorFlow's iterator.
+
+    Whoever keeps the error would keep that up to the end of the program, where it
+    waits for threads that Python has ended: for ever.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _raised_text(message: str) -> str | None:
