@@ -480,6 +480,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_program_ends_after_an_error_of_reading():
     """TensorFlow's iterator must not live to its end, where it waits for ever."""
     subprocess.run([sys.executable, "-c", f"import time{_ENDS}"], check=True)
