@@ -1,5 +1,6 @@
 """Gin files as T5X's launchers read them, in this process."""
 
+# pyright: reportMissingImports=false
 import contextlib
 import importlib
 import os
@@ -18,7 +19,7 @@ LAUNCHED = {
     "eval": "t5x.eval.evaluate",
     "infer": "t5x.infer.infer",
 }
-PATHS = ["", str(gin_files.ROOT), os.path.dirname(os.path.dirname(t5x.__file__))]
+PATHS = ["", str(gin_files.ROOT), os.path.dirname(*t5x.__path__)]
 
 
 @contextlib.contextmanager
@@ -27,12 +28,10 @@ def parsed(job, files, bindings=()):
     module, _, name = LAUNCHED[job].rpartition(".")
     launched = getattr(importlib.import_module(module), name)
     main = sys.modules["__main__"]
-    before = {name: getattr(main, name, None) for name in (name,)}
-    setattr(main, name, launched)
-    if job == "infer":
-        main.write_inferences_to_file = importlib.import_module(
-            module
-        ).write_inferences_to_file
+    # What a launcher defines, gin files reach as `__main__`.
+    defined = {n: v for n, v in vars(sys.modules[module]).items() if callable(v)}
+    before = {name: vars(main)[name] for name in defined.keys() & vars(main).keys()}
+    vars(main).update(defined)
     readers = list(gin_config._FILE_READERS)
     gin.clear_config()
     try:
@@ -47,5 +46,6 @@ def parsed(job, files, bindings=()):
     finally:
         gin.clear_config()
         gin_config._FILE_READERS[:] = readers
-        for name, value in before.items():
-            setattr(main, name, value)
+        for name in defined:
+            del vars(main)[name]
+        vars(main).update(before)

@@ -295,10 +295,9 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
                     return to is None  # T5X itself refuses a name that is not there
             return name not in saved
 
-        restoring.check_none_stays_random(
-            [name for name, frozen in mask.items() if frozen and is_fresh(f"target/{name}")],
-            path,
-        )
+        frozen = [name for name, is_frozen in mask.items() if is_frozen]
+        fresh = [name for name in frozen if is_fresh(f"target/{name}")]
+        restoring.check_none_stays_random(fresh, path)
 
 
 def mean_gradient_trainer(

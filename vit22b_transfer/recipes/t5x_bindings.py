@@ -104,8 +104,8 @@ def _unused_macros() -> list[str]:
         value = _plain(macros[name])
         default, instead = t5x_options.UNUSED_MACROS.get(name, (..., ""))
         if not _same(value, default):
-            instead = instead or nearest(name, list(used), "Used macros").rstrip(".")
-            said.append(f"{name} = {_text(value)}, which nothing uses: {instead}.")
+            way_out = f"{instead}." if instead else nearest(name, list(used), "Used")
+            said.append(f"{name} = {_text(value)}, which nothing uses: {way_out}")
     return sorted(said)
 
 
@@ -131,7 +131,7 @@ def _plain(value: Any) -> Any:
             return _plain(gin_config._CONFIG[name, _MACRO]["value"])
         scopes = "".join(f"{scope}/" for scope in value.scopes)
         call = "()" if value.evaluate else ""
-        return f"@{scopes}{value.configurable.selector}{call}"
+        return f"@{scopes}{value.config_key[1]}{call}"
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -140,7 +140,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_macro(reference: gin_config.ConfigurableReference) -> bool:
-    return reference.configurable.wrapped is gin_config.macro
+    return reference.config_key[1] == _MACRO
 
 
 def _text(value: Any) -> str:

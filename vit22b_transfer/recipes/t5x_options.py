@@ -1,8 +1,8 @@
 """What each option of our runtime is under T5X: carried over, T5X's own, or refused.
 
 T5X reads the same recipe, but calls its own functions: what is bound to ours (`train`,
-`inputs`, `evaluate`, `infer`, `Partitioning`) would do nothing, without a word. `t5x_bindings.check`
-compares what gin has read with the table here before anything is built. Models, data,
+`inputs`, `evaluate`, `infer`, `Partitioning`) would do nothing, without a word.
+`t5x_bindings.check` compares what gin has read with the table here. Models, data,
 decoding and optimizers are the same objects in both runtimes.
 """
 
