@@ -51,7 +51,7 @@ def settings_of_t5x():
 # --- Runs of some steps, in either runtime ---
 
 
-def model_of(*, frozen=()):
+def model_of(*, frozen=(), **settings):
     """A tiny image-text model with dropout; a frozen tower is in bfloat16."""
     schedule = optimizers.cosine(3e-3, total_steps=100, warmup_steps=2)
     return tiny_models.image_text_model(
@@ -61,9 +61,9 @@ def model_of(*, frozen=()):
         tiny_models.text_config(
             num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.1
         ),
-        optimizer_def=optimizers.adamw(schedule, weight_decay=0.1),
         frozen=frozen,
         feature_converter_cls=ImageTextFeatureConverter,
+        **{"optimizer_def": optimizers.adamw(schedule, weight_decay=0.1)} | settings,
     )
 
 
@@ -210,6 +210,42 @@ def test_ten_steps_in_t5x_are_ten_steps_in_ours(uninterrupted, tmp_path, microba
     assert_same_arrays(
         arrays_of(tmp_path / "t5x", 10), arrays_of(ours, 10), tolerance=1e-4
     )
+
+
+@pytest.mark.slow
+def test_gradients_are_means_for_an_optimizer_that_sees_their_scale(tmp_path):
+    """AdamW behind a clip would not: SGD without one moves by the gradients."""
+    model = model_of(optimizer_def=optimizers.sgd(0.05, clip_norm=None))
+    text = dataclasses.replace(model.module.text, dropout_rate=0.0)
+    model.module = model.module.clone(text=text)
+    ours = train_in_ours(tmp_path / "ours", model, 3)
+    for microbatches in (None, 2):
+        folder = tmp_path / f"t5x_{microbatches}"
+        theirs = train_in_t5x(folder, model, 0, 3, microbatches=microbatches)
+        assert_same_curve(theirs, ours)
+        assert_same_arrays(
+            arrays_of(folder, 3), arrays_of(tmp_path / "ours", 3), tolerance=1e-4
+        )
+    assert ours[3] < ours[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches", [None, 2])
+def test_an_int8_tower_is_not_differentiated(tmp_path, microbatches):
+    """T5X's own step differentiates all parameters, which of int8 ones is an error."""
+    model = model_of(int8_tower=True)
+    text = dataclasses.replace(model.module.text, dropout_rate=0.0)
+    model.module = model.module.clone(text=text)
+    ours = train_in_ours(tmp_path / "ours", model, 3)
+    theirs = train_in_t5x(tmp_path / "t5x", model, 0, 3, microbatches=microbatches)
+    assert_same_curve(theirs, ours)
+    first, last = arrays_of(tmp_path / "t5x", 0), arrays_of(tmp_path / "t5x", 3)
+    int8 = {name for name, value in first.items() if value.dtype == np.int8}
+    assert int8 and not any("param_states" in name for name in int8)
+    for name in first:
+        if name.startswith("target/"):
+            still = first[name].tobytes() == last[name].tobytes()
+            assert still == ("/tower/" in name), name
 
 
 @pytest.mark.parametrize("frozen", [(), FROZEN], ids=["trained", "frozen-bfloat16"])
