@@ -392,9 +392,12 @@ def test_launchers_train_evaluate_and_infer(drawn, tmp_path, recipe, setting, mo
         json.loads(line)["prediction"] for line in own
     ]
     for line in lines:
-        assert line.keys() == {"inputs", "prediction"}
-        assert line["inputs"].keys() == {"inputs_pretokenized", "targets_pretokenized"}
+        assert line.keys() == {"image_id", "inputs", "prediction"}
+        fields = {"inputs_pretokenized", "targets_pretokenized", "image_id"}
+        assert line["inputs"].keys() - {"question_id"} == fields
         assert all(isinstance(value, str) for value in line["inputs"].values())
+    told = [json.loads(line)["image_id"] for line in own]
+    assert [line["image_id"] for line in lines] == told
 
 
 def assert_frozen_tower_stood_still(model_dir):

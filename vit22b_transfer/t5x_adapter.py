@@ -6,6 +6,7 @@ wrapper knows the state of some optax parts only.
 """
 
 import copy
+import json
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ import optax
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading, restoring
 from vit22b_transfer.data import tasks as registered
+from vit22b_transfer.inference.prediction_lines import ERROR_FEATURE
 from vit22b_transfer.models import freezing
 from vit22b_transfer.recipes import shipped, t5x_bindings
 from vit22b_transfer.training import optimizers, state, steps
@@ -28,6 +30,7 @@ from vit22b_transfer.training.train import InitialCheckpoint
 
 # pyright: reportMissingImports=false
 try:
+    from t5x import infer as t5x_infer
     from t5x import models as t5x_models
     from t5x import optimizers as t5x_optimizers
     from t5x import train_state as t5x_train_state
@@ -108,6 +111,59 @@ def latest_checkpoint(path: str) -> str:
             "eval` or `vit22b infer`, which read both."
         )
     return path
+
+
+def output_directory(path: str) -> str:
+    """The recipe's OUTPUT from the root; T5X names the file in it.
+
+    Raises:
+      UserError: for the path of a file.
+    """
+    if path.endswith(".jsonl"):
+        raise UserError(
+            f"OUTPUT={path!r} is a file, but T5X names its own in a directory: "
+            "TASK-predict.jsonl-00000-of-00001. Give the directory."
+        )
+    return absolute_path(path)
+
+
+def write_predictions(
+    path: str,
+    inferences: Any,
+    task_ds: Any,
+    mode: str,
+    vocabulary: Any = None,
+    *,
+    write_fn: Callable[..., None],
+) -> None:
+    """The lines of T5X's `write_fn`, each with the `image_id` of its example.
+
+    The line of an image that could not be read holds why, as `error`, and null in the
+    place of what the model says of a black image. A `write_fn` of T5X.
+    """
+    write_fn(path, inferences, task_ds, mode, vocabulary)
+    told = [name for name in ("image_id", ERROR_FEATURE) if name in task_ds.element_spec]
+    examples = task_ds.map(lambda example: {name: example[name] for name in told})
+    with t5x_infer.gfile.GFile(path) as file:
+        lines = file.read().split("\n")[:-1]
+    with t5x_infer.gfile.GFile(path, "w") as file:
+        for line, example in zip(lines, examples.as_numpy_iterator(), strict=True):
+            line = _with_error(json.loads(line), example)
+            file.write(json.dumps(line) + "\n")
+
+
+def _with_error(line, example):
+    example = {name: _plain(value) for name, value in example.items()}
+    error = example.pop(ERROR_FEATURE, "")
+    inputs = {n: v for n, v in line.pop("inputs").items() if n != ERROR_FEATURE}
+    said = dict.fromkeys(line) if error else line
+    return example | {"inputs": inputs} | said | ({"error": error} if error else {})
+
+
+def _plain(value):
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    return value.item()
 
 
 # --- Training ---
