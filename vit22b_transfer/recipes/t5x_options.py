@@ -12,7 +12,8 @@ from typing import Any
 
 # The jobs of T5X that a gin file of ours is for.
 JOBS = ("train", "finetune", "eval", "infer", "precompile", "export")
-_TRAINING = ("train", "finetune", "precompile")
+_TRAINING = ("train", "finetune")
+_STEPS = (*_TRAINING, "precompile")
 # Modules whose functions and classes are the same objects in both runtimes.
 SHARED = (
     "vit22b_transfer.models.",
@@ -102,7 +103,7 @@ _OF_BENCH = _own("it is of `vit22b bench` alone")
 # Configurable -> (the jobs that it matters to, what each of its parameters is there).
 TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
     f"{_TRAIN}.fine_tune": (
-        _TRAINING,
+        _STEPS,
         {
             "model": _MODEL,
             "model_dir": _macro("MODEL_DIR"),
@@ -155,7 +156,7 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
         },
     ),
     f"{_INPUTS}.TrainData": (
-        _TRAINING,
+        _STEPS,
         {
             "task": _macro("TRAIN_TASK"),
             "split": _refused(
@@ -264,6 +265,10 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
 
 # (job, configurable, parameter) -> what it is in that job alone.
 IN_ONE_JOB: Mapping[tuple[str, str, str], Meaning] = {
+    **{
+        ("precompile", f"{_TRAIN}.fine_tune", name): _carried("no step depends on it")
+        for name in ("eval_data", "total_steps", "initial", "periods", "keep", "seed")
+    },
     ("finetune", f"{_TRAIN}.fine_tune", "initial"): _refused(
         "t5x_finetune.gin starts from INITIAL_CHECKPOINT_PATH. Name t5x_train.gin, "
         "which takes the recipe's initial checkpoint, or leave "
