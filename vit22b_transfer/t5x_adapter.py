@@ -21,6 +21,7 @@ import optax
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading, restoring
+from vit22b_transfer.data import served_inputs
 from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.inference.prediction_lines import ERROR_FEATURE
 from vit22b_transfer.models import freezing
@@ -125,6 +126,12 @@ def output_directory(path: str) -> str:
             "TASK-predict.jsonl-00000-of-00001. Give the directory."
         )
     return absolute_path(path)
+
+
+def trailing_shapes(feature_lengths: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """What T5X's export does not know of the model's images: (width, 3)."""
+    shape = served_inputs.image_shape(feature_lengths)
+    return {"encoder_input_images": shape[1:]}
 
 
 def write_predictions(

@@ -18,6 +18,7 @@ _STEPS = (*_TRAINING, "precompile")
 SHARED = (
     "vit22b_transfer.models.",
     "vit22b_transfer.data.converters.",
+    "vit22b_transfer.data.served_inputs.",
     "vit22b_transfer.data.vocabularies.",
     "vit22b_transfer.inference.decoding.",
     "vit22b_transfer.training.optimizers.",
