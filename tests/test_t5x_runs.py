@@ -7,24 +7,20 @@ about fifteen minutes on two cores: `-m "not slow"` leaves them out.
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import t5x_launchers
 import tiny_imports
 import tiny_models
 import tiny_runs
 from flax.traverse_util import unflatten_dict
+from t5x_launchers import command
 
 from vit22b_transfer.checkpoints import reading
-from vit22b_transfer.data import vocabularies
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
-from vit22b_transfer.demo import scenes
 from vit22b_transfer.training import optimizers
 from vit22b_transfer.training.train import Periods
 
@@ -37,7 +33,6 @@ from t5x import partitioning as t5x_partitioning  # noqa: E402
 from t5x import trainer as t5x_trainer  # noqa: E402
 from t5x import utils as t5x_utils  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 FROZEN = ("encoder/tower/.*",)
 
 
@@ -307,31 +302,7 @@ STEPS = 30
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """Drawn scenes and a vocabulary, as environment variables."""
-    folder = tmp_path_factory.mktemp("scenes")
-    sizes = {"train": 64, "validation": 16, "test": 16}
-    paths = scenes.write_scenes(folder / "data", seed=3, sizes=sizes)
-    annotations = paths["train"].captions.parent
-    files = [
-        str(annotations / f"{kind}_train.json")
-        for kind in ("captions", "questions", "answers")
-    ]
-    vocabulary = str(folder / "scenes.model")
-    vocabularies.train(files, vocabulary, vocab_size=320)
-    return {"VIT22B_DATA_DIR": str(folder / "data"), "VIT22B_VOCABULARY": vocabulary}
-
-
-def command(environment, devices, *arguments):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env=os.environ | environment | {"XLA_FLAGS": flags, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+    return t5x_launchers.draw(tmp_path_factory.mktemp("scenes"))
 
 
 CASES = [

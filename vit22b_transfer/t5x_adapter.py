@@ -149,7 +149,9 @@ def write_predictions(
     place of what the model says of a black image. A `write_fn` of T5X.
     """
     write_fn(path, inferences, task_ds, mode, vocabulary)
-    told = [name for name in ("image_id", ERROR_FEATURE) if name in task_ds.element_spec]
+    told = [
+        name for name in ("image_id", ERROR_FEATURE) if name in task_ds.element_spec
+    ]
     examples = task_ds.map(lambda example: {name: example[name] for name in told})
     with t5x_infer.gfile.GFile(path) as file:
         lines = file.read().split("\n")[:-1]
