@@ -372,3 +372,18 @@ def test_t5x_evaluates_and_predicts_what_our_runtime_does(job):
 
 def subtask_names(name):
     return [task.name for task in seqio.get_subtasks(seqio.get_mixture_or_task(name))]
+
+
+@pytest.mark.parametrize("job", ["train", "finetune", "eval", "infer"])
+def test_every_gin_file_keeps_the_dtype_of_each_parameter(job):
+    """Saved or restored as float32, a bfloat16 tower would be twice as wide."""
+    places = {
+        "train": ["MODEL_DIR='/nowhere'"],
+        "finetune": ["INITIAL_CHECKPOINT_PATH='/nowhere'"],
+    }.get(job, ["CHECKPOINT_PATH='/nowhere'"])
+    with in_t5x(job, (T5_RECIPE,), ON_CPUS, *places) as made:
+        if job in ("eval", "infer"):
+            configs = [made["restore_checkpoint_cfg"]]
+        else:
+            configs = [made["checkpoint_cfg"].save, made["checkpoint_cfg"].restore]
+    assert [config.dtype for config in configs] == [None] * len(configs)

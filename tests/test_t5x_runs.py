@@ -7,6 +7,7 @@ about fifteen minutes on two cores: `-m "not slow"` leaves them out.
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
