@@ -218,7 +218,7 @@ def test_activations_are_constrained_in_programs_of_the_partitioner():
     lowered = step.lower(params, BATCH).as_text()
     constrained = re.findall(r"sharding_constraint %(\w+) <@mesh, \[(.*?)\]>", lowered)
     assert len(constrained) == lowered.count("sharding_constraint")
-    # A parameter is an argument of the program; there are more of them than activations.
+    # Parameters, arguments of the program, are constrained too: they are more.
     activations = [spec for value, spec in constrained if not value.startswith("arg")]
     query_key_value, hidden, block = 3, 1, 1
     patches, cross_attention = 1, query_key_value

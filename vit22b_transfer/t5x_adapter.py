@@ -9,7 +9,6 @@ import copy
 import json
 import logging
 import os
-import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -21,9 +20,8 @@ import optax
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading, restoring
-from vit22b_transfer.data import served_inputs
 from vit22b_transfer.data import tasks as registered
-from vit22b_transfer.inference.prediction_lines import ERROR_FEATURE
+from vit22b_transfer.inference import prediction_lines
 from vit22b_transfer.models import freezing
 from vit22b_transfer.recipes import shipped, t5x_bindings
 from vit22b_transfer.training import optimizers, state, steps
@@ -49,6 +47,7 @@ shipped.offer_tasks()
 
 
 _FINE_TUNE = "vit22b_transfer.training.train.fine_tune"
+_RESTORE = "t5x.utils.RestoreCheckpointConfig"
 
 
 def for_t5x(model: Any, job: str | None = None) -> Any:
@@ -128,12 +127,6 @@ def output_directory(path: str) -> str:
     return absolute_path(path)
 
 
-def trailing_shapes(feature_lengths: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """What T5X's export does not know of the model's images: (width, 3)."""
-    shape = served_inputs.image_shape(feature_lengths)
-    return {"encoder_input_images": shape[1:]}
-
-
 def write_predictions(
     path: str,
     inferences: Any,
@@ -149,30 +142,14 @@ def write_predictions(
     place of what the model says of a black image. A `write_fn` of T5X.
     """
     write_fn(path, inferences, task_ds, mode, vocabulary)
-    told = [
-        name for name in ("image_id", ERROR_FEATURE) if name in task_ds.element_spec
-    ]
+    told = prediction_lines.IN_LINES_OF_T5X & task_ds.element_spec.keys()
     examples = task_ds.map(lambda example: {name: example[name] for name in told})
     with t5x_infer.gfile.GFile(path) as file:
         lines = file.read().split("\n")[:-1]
     with t5x_infer.gfile.GFile(path, "w") as file:
         for line, example in zip(lines, examples.as_numpy_iterator(), strict=True):
-            line = _with_error(json.loads(line), example)
+            line = prediction_lines.of_t5x(json.loads(line), example)
             file.write(json.dumps(line) + "\n")
-
-
-def _with_error(line, example):
-    example = {name: _plain(value) for name, value in example.items()}
-    error = example.pop(ERROR_FEATURE, "")
-    inputs = {n: v for n, v in line.pop("inputs").items() if n != ERROR_FEATURE}
-    said = dict.fromkeys(line) if error else line
-    return example | {"inputs": inputs} | said | ({"error": error} if error else {})
-
-
-def _plain(value):
-    if isinstance(value, bytes):
-        return value.decode(errors="backslashreplace")
-    return value.item()
 
 
 # --- Training ---
@@ -279,7 +256,11 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
             does not fit.
         """
         if self._fallback_of is not None:
-            self._check_fallback(self._fallback_of)
+            rules = t5x_bindings.bound_to(_RESTORE, "assignment_map", ())
+            params = flax.core.unfreeze(self.global_train_state_shape.params)
+            restoring.check_frozen_are_loaded(
+                self._fallback_of, params, self._model.frozen, rules
+            )
         if self._initial is None:
             return super().from_scratch(init_rng)
         path = self._initial.path
@@ -344,25 +325,6 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
             in_axis_resources=(flax.core.unfreeze(self.train_state_axes.params),),
             out_axis_resources=self.train_state_axes,
         )(params)
-
-    def _check_fallback(self, path: str) -> None:
-        """Raises UserError if T5X's restore leaves a frozen parameter fresh."""
-        rules = t5x_bindings.bound_to(
-            "t5x.utils.RestoreCheckpointConfig", "assignment_map", ()
-        )
-        saved = reading.saved_arrays(reading.resolve(path))
-        params = flax.core.unfreeze(self.global_train_state_shape.params)
-        mask = reading.flatten(freezing.frozen_mask(params, self._model.frozen))
-
-        def is_fresh(name):
-            for pattern, to in rules or ():
-                if re.fullmatch(pattern, name):
-                    return to is None  # T5X itself refuses a name that is not there
-            return name not in saved
-
-        frozen = [name for name, is_frozen in mask.items() if is_frozen]
-        fresh = [name for name in frozen if is_fresh(f"target/{name}")]
-        restoring.check_none_stays_random(fresh, path)
 
 
 def mean_gradient_trainer(

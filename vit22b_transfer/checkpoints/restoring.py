@@ -121,6 +121,30 @@ def restore_initial(
     return restored
 
 
+def check_frozen_are_loaded(
+    path: str,
+    abstract_params: Tree,
+    frozen: Sequence[str],
+    rules: Sequence[tuple[str, str | None]] | None,
+) -> None:
+    """Raises UserError if T5X's own restore leaves a frozen parameter fresh.
+
+    rules: T5X's `assignment_map`: over names that begin with `target/`, the first one
+      that matches decides, None means fresh; T5X refuses a name that is not there.
+    """
+    saved = reading.saved_arrays(reading.resolve(path))
+    mask = reading.flatten(freezing.frozen_mask(abstract_params, frozen))
+
+    def is_fresh(name):
+        for pattern, to in rules or ():
+            if re.fullmatch(pattern, name):
+                return to is None
+        return name not in saved
+
+    names = [name for name, is_frozen in mask.items() if is_frozen]
+    check_none_stays_random([n for n in names if is_fresh(f"target/{n}")], path)
+
+
 def check_none_stays_random(names: Sequence[str], path: str) -> None:
     """Raises UserError if there are frozen parameters that nothing was loaded for."""
     if names:

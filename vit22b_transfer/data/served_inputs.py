@@ -26,6 +26,11 @@ def image_shape(feature_lengths: Mapping[str, Any]) -> tuple[int, ...]:
     return ImageTextFeatureConverter().image_shape(length)
 
 
+def trailing_shapes(feature_lengths: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """What T5X's export does not know of the model's images: (width, 3)."""
+    return {ImageTextFeatureConverter.IMAGES: image_shape(feature_lengths)[1:]}
+
+
 def preprocessor(
     batch_size: int | None,
     output_features: Mapping[str, Any],
