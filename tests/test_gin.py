@@ -238,12 +238,18 @@ def test_recipes_stay_short_and_say_what_to_expect(path):
 @pytest.mark.parametrize("path", T5X_RUNS, ids=stem)
 def test_t5x_run_files_bind_what_the_adapter_has(path):
     tree = ast.parse((ROOT / "vit22b_transfer/t5x_adapter.py").read_text())
-    arguments = {
-        node.name: {a.arg for a in node.args.args + node.args.kwonlyargs}
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef)
-    }
+    arguments = {}
+    for node in tree.body:
+        name = getattr(node, "name", "")
+        if isinstance(node, ast.ClassDef):
+            node = next(n for n in node.body if isinstance(n, ast.FunctionDef))
+        if isinstance(node, ast.FunctionDef):
+            arguments[name] = {a.arg for a in node.args.args + node.args.kwonlyargs}
     text = path.read_text()
+    for block in re.findall(r"^t5x_adapter\.\w+:\n(?:  .*\n)+", text, re.M):
+        head, *lines = block.splitlines()
+        single = [f"{head[:-1]}.{line.strip()}" for line in lines]
+        text = text.replace(block, "\n".join(single) + "\n")
     for function in re.findall(r"@t5x_adapter\.(\w+)", text):
         assert function in arguments
     for function, name in re.findall(r"^t5x_adapter\.(\w+)\.(\w+) =", text, re.M):

@@ -216,4 +216,13 @@ def test_activations_are_constrained_in_programs_of_the_partitioner():
         out_axis_resources=None,
     )
     lowered = step.lower(params, BATCH).as_text()
-    assert len(re.findall(r"sharding_constraint|@Sharding", lowered)) > 20
+    constrained = re.findall(r"sharding_constraint %(\w+) <@mesh, \[(.*?)\]>", lowered)
+    assert len(constrained) == lowered.count("sharding_constraint")
+    # Parameters, arguments of the program, are constrained too: they are more.
+    activations = [spec for value, spec in constrained if not value.startswith("arg")]
+    query_key_value, hidden, block = 3, 1, 1
+    patches, cross_attention = 1, query_key_value
+    layer = query_key_value + hidden + block
+    tower, encoder, decoder = patches + layer, layer, layer + cross_attention
+    assert len(activations) == tower + encoder + decoder == 19
+    assert all(spec.startswith('{"data"}, {}, {"model"}') for spec in activations)

@@ -3,6 +3,7 @@
 Needs T5X beside the project.
 """
 
+import functools
 import os
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 import tiny_models
 from flax.core import FrozenDict, freeze, unfreeze
 
+from vit22b_transfer import UserError
 from vit22b_transfer.data import converters
 from vit22b_transfer.models.preparation import Preparation
 from vit22b_transfer.training import optimizers
@@ -21,6 +23,7 @@ t5x_adapter = pytest.importorskip("vit22b_transfer.t5x_adapter", reason=_REASON)
 
 from t5x import models as t5x_models  # noqa: E402
 from t5x import partitioning as t5x_partitioning  # noqa: E402
+from t5x import trainer as t5x_trainer  # noqa: E402
 from t5x import utils as t5x_utils  # noqa: E402
 
 
@@ -104,6 +107,50 @@ def test_optimizer_state_is_laid_out_like_its_parameters(name):
     ]
     assert moments == params
     assert jax.sharding.PartitionSpec(None, "model") in params
+
+
+@pytest.mark.parametrize("of_recipe, own", [(2, None), (None, 2), (2, 2), (None, None)])
+def test_the_step_is_taken_in_microbatches_whoever_asks_for_them(of_recipe, own):
+    model = t5x_adapter.for_t5x(
+        tiny_models.image_text_model(optimizer_def=optimizers.adamw(0.1))
+    )
+    rows, loss_fn = set(), model.loss_fn
+
+    def recorded(params, batch, dropout_rng):
+        rows.add(len(batch["encoder_input_tokens"]))
+        return loss_fn(params, batch, dropout_rng)
+
+    model.loss_fn = recorded
+    batch = tiny_models.batch(8)
+    initializer = t5x_utils.TrainStateInitializer(
+        optimizer_def=model.optimizer_def,
+        init_fn=model.get_initial_variables,
+        input_shapes={name: array.shape for name, array in batch.items()},
+        partitioner=partitioner(),
+    )
+    trained = initializer.global_train_state_shape
+
+    def trainer(of_recipe):
+        return t5x_adapter.mean_gradient_trainer(
+            model,
+            trained,
+            partitioner(),
+            [],
+            None,
+            initializer.train_state_axes,
+            jax.random.PRNGKey(0),
+            trainer_cls=functools.partial(
+                t5x_trainer.Trainer, learning_rate_fn=None, num_microbatches=own
+            ),
+            num_microbatches=of_recipe,
+        )
+
+    with trainer(of_recipe) as made:
+        made._partitioned_train_step.lower(trained, batch)
+    assert rows == {4 if of_recipe or own else 8}
+    if own:
+        with pytest.raises(UserError, match="num_microbatches=4, but T5X's .*=2"):
+            trainer(4)
 
 
 def test_paths_are_made_absolute_and_addresses_left():

@@ -7,24 +7,21 @@ about fifteen minutes on two cores: `-m "not slow"` leaves them out.
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import t5x_launchers
 import tiny_imports
 import tiny_models
 import tiny_runs
 from flax.traverse_util import unflatten_dict
+from t5x_launchers import command
 
 from vit22b_transfer.checkpoints import reading
-from vit22b_transfer.data import vocabularies
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
-from vit22b_transfer.demo import scenes
 from vit22b_transfer.training import optimizers
 from vit22b_transfer.training.train import Periods
 
@@ -37,7 +34,6 @@ from t5x import partitioning as t5x_partitioning  # noqa: E402
 from t5x import trainer as t5x_trainer  # noqa: E402
 from t5x import utils as t5x_utils  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 FROZEN = ("encoder/tower/.*",)
 
 
@@ -51,7 +47,7 @@ def settings_of_t5x():
 # --- Runs of some steps, in either runtime ---
 
 
-def model_of(*, frozen=()):
+def model_of(*, frozen=(), **settings):
     """A tiny image-text model with dropout; a frozen tower is in bfloat16."""
     schedule = optimizers.cosine(3e-3, total_steps=100, warmup_steps=2)
     return tiny_models.image_text_model(
@@ -61,9 +57,9 @@ def model_of(*, frozen=()):
         tiny_models.text_config(
             num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.1
         ),
-        optimizer_def=optimizers.adamw(schedule, weight_decay=0.1),
         frozen=frozen,
         feature_converter_cls=ImageTextFeatureConverter,
+        **{"optimizer_def": optimizers.adamw(schedule, weight_decay=0.1)} | settings,
     )
 
 
@@ -212,6 +208,42 @@ def test_ten_steps_in_t5x_are_ten_steps_in_ours(uninterrupted, tmp_path, microba
     )
 
 
+@pytest.mark.slow
+def test_gradients_are_means_for_an_optimizer_that_sees_their_scale(tmp_path):
+    """AdamW behind a clip would not: SGD without one moves by the gradients."""
+    model = model_of(optimizer_def=optimizers.sgd(0.05, clip_norm=None))
+    text = dataclasses.replace(model.module.text, dropout_rate=0.0)
+    model.module = model.module.clone(text=text)
+    ours = train_in_ours(tmp_path / "ours", model, 3)
+    for microbatches in (None, 2):
+        folder = tmp_path / f"t5x_{microbatches}"
+        theirs = train_in_t5x(folder, model, 0, 3, microbatches=microbatches)
+        assert_same_curve(theirs, ours)
+        assert_same_arrays(
+            arrays_of(folder, 3), arrays_of(tmp_path / "ours", 3), tolerance=1e-4
+        )
+    assert ours[3] < ours[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches", [None, 2])
+def test_an_int8_tower_is_not_differentiated(tmp_path, microbatches):
+    """T5X's own step differentiates all parameters, which of int8 ones is an error."""
+    model = model_of(int8_tower=True)
+    text = dataclasses.replace(model.module.text, dropout_rate=0.0)
+    model.module = model.module.clone(text=text)
+    ours = train_in_ours(tmp_path / "ours", model, 3)
+    theirs = train_in_t5x(tmp_path / "t5x", model, 0, 3, microbatches=microbatches)
+    assert_same_curve(theirs, ours)
+    first, last = arrays_of(tmp_path / "t5x", 0), arrays_of(tmp_path / "t5x", 3)
+    int8 = {name for name, value in first.items() if value.dtype == np.int8}
+    assert int8 and not any("param_states" in name for name in int8)
+    for name in first:
+        if name.startswith("target/"):
+            still = first[name].tobytes() == last[name].tobytes()
+            assert still == ("/tower/" in name), name
+
+
 @pytest.mark.parametrize("frozen", [(), FROZEN], ids=["trained", "frozen-bfloat16"])
 def test_a_run_goes_from_t5x_to_ours_and_back(uninterrupted, tmp_path, frozen):
     ours, losses = uninterrupted(frozen)
@@ -271,31 +303,7 @@ STEPS = 30
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """Drawn scenes and a vocabulary, as environment variables."""
-    folder = tmp_path_factory.mktemp("scenes")
-    sizes = {"train": 64, "validation": 16, "test": 16}
-    paths = scenes.write_scenes(folder / "data", seed=3, sizes=sizes)
-    annotations = paths["train"].captions.parent
-    files = [
-        str(annotations / f"{kind}_train.json")
-        for kind in ("captions", "questions", "answers")
-    ]
-    vocabulary = str(folder / "scenes.model")
-    vocabularies.train(files, vocabulary, vocab_size=320)
-    return {"VIT22B_DATA_DIR": str(folder / "data"), "VIT22B_VOCABULARY": vocabulary}
-
-
-def command(environment, devices, *arguments):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env=os.environ | environment | {"XLA_FLAGS": flags, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+    return t5x_launchers.draw(tmp_path_factory.mktemp("scenes"))
 
 
 CASES = [
@@ -356,9 +364,12 @@ def test_launchers_train_evaluate_and_infer(drawn, tmp_path, recipe, setting, mo
         json.loads(line)["prediction"] for line in own
     ]
     for line in lines:
-        assert line.keys() == {"inputs", "prediction"}
-        assert line["inputs"].keys() == {"inputs_pretokenized", "targets_pretokenized"}
+        assert line.keys() == {"image_id", "inputs", "prediction"}
+        fields = {"inputs_pretokenized", "targets_pretokenized", "image_id"}
+        assert line["inputs"].keys() - {"question_id"} == fields
         assert all(isinstance(value, str) for value in line["inputs"].values())
+    told = [json.loads(line)["image_id"] for line in own]
+    assert [line["image_id"] for line in lines] == told
 
 
 def assert_frozen_tower_stood_still(model_dir):

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import identity, int8_restore, reading
-from vit22b_transfer.models import lora
+from vit22b_transfer.models import freezing, lora
 
 Tree = Any
 
@@ -103,6 +103,60 @@ def restore_partial(
         kept=[name for name in flat if name not in sources],
         unused=[name for name in saved if name not in by_source],
     )
+
+
+def restore_initial(
+    path: str,
+    abstract_params: Tree,
+    rules: Sequence[tuple[str, str | None]] = (),
+    *,
+    cast: bool = False,
+    model: Any,
+) -> PartialRestore:
+    """As `restore_partial`, for a training that starts from these parameters.
+
+    Raises:
+      UserError: as `restore_partial`, and if a parameter is neither loaded nor trained.
+    """
+    restored = restore_partial(path, abstract_params, rules, cast=cast, model=model)
+    mask = reading.flatten(freezing.frozen_mask(abstract_params, model.frozen))
+    check_none_stays_random([name for name in restored.kept if mask[name]], path)
+    return restored
+
+
+def check_frozen_are_loaded(
+    path: str,
+    abstract_params: Tree,
+    frozen: Sequence[str],
+    rules: Sequence[tuple[str, str | None]] | None,
+) -> None:
+    """Raises UserError if T5X's own restore leaves a frozen parameter fresh.
+
+    rules: T5X's `assignment_map`: over names that begin with `target/`, the first one
+      that matches decides, None means fresh; T5X refuses a name that is not there.
+    """
+    saved = reading.saved_arrays(reading.resolve(path))
+    mask = reading.flatten(freezing.frozen_mask(abstract_params, frozen))
+
+    def is_fresh(name):
+        for pattern, to in rules or ():
+            if re.fullmatch(pattern, name):
+                return to is None
+        return name not in saved
+
+    names = [name for name, is_frozen in mask.items() if is_frozen]
+    check_none_stays_random([n for n in names if is_fresh(f"target/{n}")], path)
+
+
+def check_none_stays_random(names: Sequence[str], path: str) -> None:
+    """Raises UserError if there are frozen parameters that nothing was loaded for."""
+    if names:
+        raise UserError(
+            f"{names[0]} (one of {len(names)}) is neither loaded from the initial "
+            f"checkpoint {path} nor trained, so it would stay random. Choose "
+            "other rules of InitialCheckpoint or other `frozen` patterns of the model; "
+            "with LoRA, LoraConfig.trained names what is trained beside its updates."
+        )
 
 
 def restore_whole(path: str, abstract_params: Tree, *, model: Any = None) -> Tree:

@@ -2,7 +2,7 @@
 
 import collections
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import seqio
@@ -187,6 +187,29 @@ def check_vocabularies(task_name: str, model: Any) -> None:
                 f"task {task_name!r} has {feature} in the vocabulary {theirs}, but the "
                 f"model's {attribute} is {ours}. Register the task with the model's."
             )
+
+
+def one_name(names_of_tasks: str | Sequence[str]) -> str:
+    """One name for tasks and mixtures: their own, or that of a mixture of them all.
+
+    For runtimes that take one name. The mixture is registered when first asked for, and
+    is to be evaluated, not trained on: its rates say nothing.
+
+    Raises:
+      UserError: for no names, or an unknown one.
+    """
+    given = [names_of_tasks] if isinstance(names_of_tasks, str) else [*names_of_tasks]
+    if not given:
+        raise UserError("EVAL_TASKS names no task; name at least one.")
+    for name in given:
+        if name not in names():
+            find_provider(name, "")  # says which names are near
+    if len(given) == 1:
+        return given[0]
+    joined = "_and_".join(dict.fromkeys(given))
+    if joined not in names():
+        seqio.MixtureRegistry.add(joined, [*dict.fromkeys(given)], default_rate=1.0)
+    return joined
 
 
 def task_named(name: str) -> seqio.Task:

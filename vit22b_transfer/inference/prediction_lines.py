@@ -19,6 +19,8 @@ _BEFORE = {
 }
 _AFTER = {"targets_pretokenized": "target", "references": "references"}
 ERROR_FEATURE = "image_error"
+# Features of an example that lines of T5X get beside what T5X writes.
+IN_LINES_OF_T5X = {"image_id", ERROR_FEATURE}
 # What a line leaves out where there is none: of captions the question, of new images
 # what could be scored against. A target may be empty beside references.
 _NO_QUESTION: dict[str, Any] = {"question_id": ""}
@@ -61,6 +63,26 @@ def of_batch(
             | ({"metadata": metadata} if metadata else {})
             | ({"error": error} if error else {})
         )
+
+
+def of_t5x(line: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of T5X with its example's `image_id`, and `error` if there is one.
+
+    line: `inputs`, and what the model says of them: null in a line with an error.
+    example: those of `IN_LINES_OF_T5X` that there are, as bytes or numbers.
+    """
+    told = {name: _text_or_number(value) for name, value in example.items()}
+    error = told.pop(ERROR_FEATURE, "")
+    said = {name: value for name, value in line.items() if name != "inputs"}
+    inputs = {n: v for n, v in line["inputs"].items() if n != ERROR_FEATURE}
+    said = dict.fromkeys(said) if error else said
+    return told | {"inputs": inputs} | said | ({"error": error} if error else {})
+
+
+def _text_or_number(value):
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    return value.item()
 
 
 def _numbers(record):

@@ -7,7 +7,7 @@ typing; the names of its methods and arguments are T5X's. The decoder-only count
 of the module here is `prefix_lm.PrefixLMModule`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -126,7 +126,7 @@ class ImageTextModel:
     def get_initial_variables(
         self,
         rng: jax.Array,
-        input_shapes: Mapping[str, Sequence[int]],
+        input_shapes: Mapping[str, Iterable[int]],
         input_types: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Fresh `params` and their `params_axes`; dtypes are known, types unused.

@@ -310,21 +310,13 @@ def _initial_params(model, initial, rng, batch, abstract, partitioning, log):
     """Fresh parameters, or those of a checkpoint and fresh ones for the rest."""
     if initial is None:
         return init_params(model, rng, batch, abstract, partitioning)
-    restored = restoring.restore_partial(
+    restored = restoring.restore_initial(
         initial.path, abstract, initial.rules, cast=initial.cast, model=model
     )
     log.message(f"initial checkpoint {initial.path}\n{restored.summary()}")
     if not restored.kept:
         return restored.params
     flat = reading.flatten(abstract)
-    mask = reading.flatten(freezing.frozen_mask(abstract, model.frozen))
-    if stuck := [name for name in restored.kept if mask[name]]:
-        raise UserError(
-            f"{stuck[0]} (one of {len(stuck)}) is neither loaded from the initial "
-            f"checkpoint {initial.path} nor trained, so it would stay random. Choose "
-            "other rules of InitialCheckpoint or other `frozen` patterns of the model; "
-            "with LoRA, LoraConfig.trained names what is trained beside its updates."
-        )
     missing = traverse_util.unflatten_dict(
         {name: flat[name] for name in restored.kept}, sep="/"
     )
