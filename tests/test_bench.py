@@ -69,6 +69,7 @@ def test_what_cannot_be_measured_is_refused(model, sizes, message):
         bench.measure(model, partitioning=Partitioning(data=1, model=1), **sizes)
 
 
+@pytest.mark.slow
 def test_the_command_measures_all_parts_on_a_mesh_without_tensorflow():
     sizes = ["vit22b_config.depth=1", "vit22b_config.width=24", "IMAGE_SIZE=(32,32)"]
     sizes += ["vit22b_config.mlp_dim=8", "vit22b_config.num_heads=2", "VOCAB_SIZE=64"]

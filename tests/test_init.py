@@ -54,7 +54,7 @@ def test_the_printed_command_has_a_complete_recipe(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["captions"])
+@pytest.mark.parametrize("task", ["captions", "vqa"])
 def test_the_printed_command_works_and_the_readmes_go_on(
     tmp_path, monkeypatch, capsys, task
 ):

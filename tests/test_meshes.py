@@ -100,6 +100,7 @@ def assert_same(actual, expected):
             np.testing.assert_allclose(actual[name], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_evaluates_and_infers_like_one_device(one_device, tmp_path):
     _, (metrics, params, scores, lines) = one_device
     partitioning = partitioning_of(MESH)

@@ -212,6 +212,7 @@ def test_a_device_that_is_too_small_is_told():
     assert not plan_of("plain", device=small).fits
 
 
+@pytest.mark.slow
 def test_knobs_are_ranked_by_what_they_leave_and_name_their_gin_lines():
     small = dataclasses.replace(H100, memory=1e5)
     plan = plan_of("scanned", 8, device=small)

@@ -163,17 +163,18 @@ _LEFT_OUT = {"pad2square": False}
 
 def check_tower(config: Config, kind: str, used: Collection[str]) -> None:
     """Raises UserError for a field of a tower's config that no table has."""
-    _check(config, "config.json", _OF_ANY_TOWER | TOWERS[kind] | frozenset(used))
+    _check(config, "config.json", _OF_ANY_TOWER | _of(TOWERS, kind) | frozenset(used))
 
 
 def check_text(config: Config, kind: str) -> None:
     """Raises UserError for a field of a text model's config that no table has."""
-    _check(config, "config.json", _OF_ANY_TEXT | TEXTS[kind])
+    _check(config, "config.json", _OF_ANY_TEXT | _of(TEXTS, kind))
 
 
 def check_whole(config: Config) -> None:
     """Raises UserError for a field of a model of several parts that no table has."""
-    if (kind := config.get("model_type")) in WHOLES:  # else only its tower is meant
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind in WHOLES:  # else only its tower is meant
         known = _OF_ANY_TOWER | _OF_ANY_TEXT | WHOLES[kind]
         _check(config, "config.json", known)
 
@@ -188,6 +189,15 @@ def check_timm(config: Config) -> None:
         part = config.get(name)
         if isinstance(part, Mapping):
             _check(part, f"{name} of config.json", known)
+
+
+def _of(table: Mapping[str, frozenset[str]], kind: Any) -> frozenset[str]:
+    if not isinstance(kind, str) or kind not in table:
+        raise UserError(
+            f"config.json says model_type = {brief(kind)}; known are "
+            f"{', '.join(sorted(table))}."
+        )
+    return table[kind]
 
 
 def _check(config: Config, where: str, known: Collection[str]) -> None:
