@@ -69,6 +69,7 @@ def outcome(*paths):
         return sorted(word.strip(".,") for word in str(error).split())
 
 
+@pytest.mark.slow
 def test_two_files_behind_a_recipe_say_the_same_in_either_order_or_are_refused():
     wrong, names = [], {path: names_in(path) for path in BEHIND}
     for one, other in itertools.combinations(BEHIND, 2):

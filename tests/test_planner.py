@@ -284,6 +284,7 @@ def test_a_prefix_lm_is_planned_alike():
     assert "DOES NOT" not in "\n".join(report.report(plan))
 
 
+@pytest.mark.slow
 def test_the_command_plans_a_recipe_without_its_model_dir_or_data(capsys):
     arguments = ["plan", "--gin_file=gin_configs/recipes/my_captions.gin"]
     arguments += ["--gin.T5Config.scan_layers=True", "--devices=4", "--device=a100"]

@@ -55,15 +55,12 @@ def parameters(folder):
 FROZEN = "gin_configs/models/frozen_tower.gin"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe, make, files",
     [
-        pytest.param(
-            "scenes_paligemma", tiny_imports.paligemma, [], marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "scenes_paligemma", tiny_imports.paligemma, [FROZEN], marks=pytest.mark.slow
-        ),
+        ("scenes_paligemma", tiny_imports.paligemma, []),
+        ("scenes_paligemma", tiny_imports.paligemma, [FROZEN]),
         ("scenes_caption_vqa", tiny_imports.tower_and_t5, []),
     ],
     ids=["PaliGemma", "PaliGemma with a frozen tower", "SigLIP and T5"],

@@ -96,12 +96,14 @@ def saved(path):
     return reading.restore_tree(str(path), abstract)
 
 
+@pytest.mark.slow
 def test_a_task_trains_bit_for_bit_the_same_after_a_kill(runs):
     straight, killed, _ = runs
     tiny_runs.assert_same_bits(saved(killed), saved(straight))
     assert tiny_runs.logged(killed) == tiny_runs.logged(straight)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_every_task_is_evaluated(runs):
     straight, _, result = runs
     lines = tiny_runs.logged(straight)
@@ -111,6 +113,7 @@ def test_the_loss_falls_and_every_task_is_evaluated(runs):
     assert np.isfinite(result.metrics[f"eval/{TASK}/sequence_accuracy"])
 
 
+@pytest.mark.slow
 def test_skipped_images_are_counted_to_the_end(runs):
     result = runs[2]
     assert result.counters["examples"] == STEPS * BATCH_SIZE

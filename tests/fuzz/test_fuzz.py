@@ -4,7 +4,7 @@ import harness
 import pytest
 import run
 
-CASES = 400
+CASES = 200
 # Of a case, on a machine that has much else to do: `run.py` is the judge of time.
 PATIENCE = 120.0
 
