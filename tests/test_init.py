@@ -36,7 +36,9 @@ def written(task, name, capsys):
 def test_the_printed_command_has_a_complete_recipe(tmp_path, monkeypatch, capsys, task):
     monkeypatch.chdir(tmp_path)
     command = written(task, "my project", capsys)
-    assert command.startswith("cd 'my project' && vit22b train ")
+    assert command.startswith(
+        "cd 'my project' && VIT22B_VOCABULARY=bytes vit22b train "
+    )
     ((directory, _, arguments),) = recorded_calls(command, tmp_path)
     args, overrides = cli._parser().parse_known_args(arguments)
     overrides = [override.removeprefix("--gin.") for override in overrides]

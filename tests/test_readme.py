@@ -198,7 +198,7 @@ def test_public_weights_runs_as_written(own_data, capsys):
 def test_init_runs_as_written(tmp_path, capfd):
     run_in_process(block("test: init"), tmp_path)
     shown = capfd.readouterr().out
-    assert "cd my_project && vit22b train" in shown
+    assert "cd my_project && VIT22B_VOCABULARY=bytes vit22b train" in shown
     assert shown.splitlines()[-4].startswith("my_new_images")
     assert "coco_captions" not in shown  # its own tasks only
 

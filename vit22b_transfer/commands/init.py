@@ -14,6 +14,8 @@ from vit22b_transfer.commands.arguments import Add
 
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
 
+# The drawn data are too few words for a vocabulary of pieces.
+_BYTES = "VIT22B_VOCABULARY=bytes"
 _SIZES = {"train": 64, "validation": 16, "test": 8}
 
 _README = """# My project
@@ -23,13 +25,13 @@ both: `data/` is drawn, only to try the commands. What they include or import an
 here comes from the package, `vit22b config path` says where; a copy here comes first.
 
 ```bash
+export VIT22B_VOCABULARY=bytes   # or the file that `vit22b vocab` made of your texts
 RECIPE="--gin_file=gin_configs/recipes/{name}.gin --gin.MODEL_DIR='model'"
 TRY="--gin.TRAIN_STEPS=20 --gin.WARMUP_STEPS=5 --gin.BATCH_SIZE=8"   # then without
 vit22b train $RECIPE $TRY && vit22b eval $RECIPE $TRY && vit22b infer $RECIPE $TRY
 ```
 
-Texts are bytes until `vit22b vocab` has made a vocabulary of yours, and
-`VIT22B_VOCABULARY` names it; then take another MODEL_DIR.
+A checkpoint belongs to its vocabulary: with another, take another MODEL_DIR.
 """
 
 
@@ -131,7 +133,7 @@ def _init(args: argparse.Namespace) -> None:
         else (f"cd {shlex.quote(args.directory)} && ")
     )
     print(
-        f"\nNext, a short try:\n\n{enter}vit22b train --gin_file={recipe} "
+        f"\nNext, a short try:\n\n{enter}{_BYTES} vit22b train --gin_file={recipe} "
         "--gin.MODEL_DIR=\"'$PWD/model'\" --gin.TRAIN_STEPS=20 --gin.WARMUP_STEPS=5 "
         "--gin.BATCH_SIZE=8"
     )
