@@ -48,6 +48,10 @@ def captioning(
     reference length is the closest one, the shorter of two. Zero matches count as
     1e-15, as in pycocoevalcap, so that BLEU of a small corpus is tiny and not 0. The
     others are the means of the functions below.
+
+    METEOR and SPICE are left out: they need Java, METEOR's tables are under the GPL,
+    and no port of either gives the same numbers. Where a paper's table needs them,
+    give the predictions to pycocoevalcap.
     """
     captions = _tokenized(targets, predictions)
     frequency = _document_frequency([references for references, _ in captions])
