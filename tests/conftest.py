@@ -31,7 +31,8 @@ def _known_to_xla(flag):
             open(library, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
-            if content.find(flag.encode()) >= 0:
+            # The name of a flag is a text of C; one that was given up is only reserved.
+            if content.find(flag.encode() + b"\0") >= 0:
                 return True
     return False
 
