@@ -1,7 +1,20 @@
-"""What tests of hostile files share: a bound of memory and time."""
+"""What tests of hostile files share: a bound of memory and time, places in JSON."""
 
+import copy
 import time
 import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+PROCESSOR = {
+    "image_processor_type": "SiglipImageProcessor",
+    "size": {"height": 16, "width": 16},
+    "crop_size": {"height": 16, "width": 16},
+    "do_center_crop": True,
+    "resample": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 
 
 def measured():
@@ -12,3 +25,24 @@ def measured():
     seconds, (_, most) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 100e6 and seconds < 5
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Paths of all parts and leaves of nested dicts and lists, the whole first."""
+    yield path
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from places(child, (*path, key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from places(child, (*path, index))
+
+
+def replaced(value: Any, path: tuple, other: Any) -> Any:
+    """A copy of nested dicts and lists with another value at a path that is not ()."""
+    value = copy.deepcopy(value)
+    part = value
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = other
+    return value

@@ -1,11 +1,11 @@
 """No text of a source, nor its name, becomes a statement of `model.gin`."""
 
 import ast
-import copy
 import re
 
 import gemma_peers
 import pytest
+from hostile_files import PROCESSOR, places, replaced
 from tiny_models import tower_config
 from torch_peers import import_peer
 
@@ -24,15 +24,6 @@ HOSTILE = [
     "%INJECTED",
     "1\x0cINJECTED = 1",
 ]
-PROCESSOR = {
-    "image_processor_type": "SiglipImageProcessor",
-    "size": {"height": 16, "width": 16},
-    "crop_size": {"height": 16, "width": 16},
-    "do_center_crop": True,
-    "resample": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
 VISION = dict(
     hidden_size=16,
     intermediate_size=32,
@@ -74,27 +65,6 @@ def paligemma():
     return gemma_peers.paligemma_model("Gemma2", vocab_size=320, num_hidden_layers=1)
 
 
-def places(value, path=()):
-    """Paths of all that a configuration says: of each leaf and of each part."""
-    if path:
-        yield path
-    if isinstance(value, dict):
-        for key, child in value.items():
-            yield from places(child, (*path, key))
-    elif isinstance(value, list):
-        for index, child in enumerate(value):
-            yield from places(child, (*path, index))
-
-
-def replaced(config, path, text):
-    changed = copy.deepcopy(config)
-    part = changed
-    for key in path[:-1]:
-        part = part[key]
-    part[path[-1]] = text
-    return changed
-
-
 def assert_only_literals(text):
     """Each line of a gin file of ours is a comment, an import, or binds a literal."""
     known = r"(TOWER|IMAGE_SIZE|VOCAB_SIZE|INITIAL_CHECKPOINT|[a-z_0-9]+(\.\w+)*)"
@@ -123,7 +93,7 @@ def test_what_a_configuration_says_is_a_literal_or_refused(make, tmp_path):
     config = {**source.config, "preprocessor": PROCESSOR}
     family, count, refused = source.family, 0, 0
     assert_only_literals(written(family, family.read(config, source.tensors)))
-    for path in places(config):
+    for path in filter(None, places(config)):
         for text in HOSTILE:
             count += 1
             changed = replaced(config, path, text)

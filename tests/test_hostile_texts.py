@@ -6,6 +6,7 @@ import os
 import unicodedata
 
 import pytest
+from hostile_files import replaced
 from PIL import Image
 
 from vit22b_transfer import UserError
@@ -118,15 +119,6 @@ def first_places():
             outer = path[:2] if isinstance(content, dict) else path[:1]
             if outer[-1] == 0:
                 yield kind, path
-
-
-def replaced(content, path, value):
-    content = copy.deepcopy(content)
-    place = content
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return content
 
 
 WRONG = [HALF, {"a": []}, [[]], 0.5, True, None]

@@ -1,12 +1,11 @@
 """T5 checkpoints of T5X, both formats: imported, compared with T5X's network."""
 
-import json
-
 import jax
 import jax.numpy as jnp
+import legacy_files
 import numpy as np
 import pytest
-from flax import serialization, traverse_util
+from flax import traverse_util
 from tiny_models import Vocabulary, assert_within, jit, model_params, text_config
 
 from vit22b_transfer import cli
@@ -44,42 +43,7 @@ def write_orbax(folder, theirs):
     return folder
 
 
-def write_legacy(folder, theirs):
-    """As T5X wrote them before Orbax: a msgpack index, one zarr array per parameter."""
-    path = folder / "checkpoint_5"
-    path.mkdir()
-    specs = {}
-    for name, value in theirs.items():
-        key = f"target.{name.replace('/', '.')}"
-        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": key}}
-        value = np.asarray(value)
-        (path / key).mkdir()
-        metadata = {
-            "zarr_format": 2,
-            "shape": value.shape,
-            "chunks": value.shape,
-            "dtype": value.dtype.str,
-            "compressor": None,
-            "fill_value": None,
-            "filters": None,
-            "order": "C",
-        }
-        (path / key / ".zarray").write_text(json.dumps(metadata))
-        chunk = ".".join("0" * value.ndim)
-        (path / key / chunk).write_bytes(value.tobytes())
-        specs[name] = spec | {"metadata": {"shape": list(value.shape)}}
-    tree = {
-        "version": 3,
-        "optimizer": {
-            "target": traverse_util.unflatten_dict(specs, sep="/"),
-            "state": {"step": np.int32(5)},
-        },
-    }
-    (path / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
-    return path
-
-
-@pytest.mark.parametrize("write", [write_orbax, write_legacy])
+@pytest.mark.parametrize("write", [write_orbax, legacy_files.write])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_both_formats_are_imported_with_all_bytes(name, write, tmp_path, capsys):
     theirs, ours = flat_target(CONFIGS[name])

@@ -13,11 +13,12 @@ import io
 import json
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import msgpack
+from hostile_files import places
 
 NESTED = 3_000
 
@@ -85,17 +86,6 @@ VALUES: tuple[Any, ...] = (
 
 
 # --- Values ---
-
-
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Paths of all parts and leaves of nested dicts and lists, the whole first."""
-    yield path
-    if isinstance(value, dict):
-        for key, child in value.items():
-            yield from places(child, (*path, key))
-    elif isinstance(value, list):
-        for index, child in enumerate(value):
-            yield from places(child, (*path, index))
 
 
 def mutated_value(value: Any, rng: Random) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 import tiny_weights
 from flax import traverse_util
 from harness import Reader
+from hostile_files import PROCESSOR
 
 from vit22b_transfer.checkpoints import identity, legacy, reading, restoring
 from vit22b_transfer.commands import weights as command
@@ -162,7 +163,7 @@ def import_again(folder: str) -> None:
 def resized_source(folder: str) -> None:
     """CLIP with an image processor that names a shorter side."""
     tiny_weights.SOURCES["hf-clip"](folder)
-    processor = tiny_weights.PROCESSOR | {"size": {"shortest_edge": 20}}
+    processor = PROCESSOR | {"size": {"shortest_edge": 20}}
     tiny_weights.write_json(folder, "preprocessor_config.json", processor)
 
 

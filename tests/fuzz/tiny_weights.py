@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import legacy_files
 import numpy as np
-from flax import serialization, traverse_util
+from hostile_files import PROCESSOR
 
 from vit22b_transfer.models import t5 as t5_models
 from vit22b_transfer.weights import mapping
@@ -21,6 +22,7 @@ from vit22b_transfer.weights.families import t5, table
 from vit22b_transfer.weights.files import tensor_writing
 from vit22b_transfer.weights.files.tensor_writing import LazyTensor
 
+_ROW = np.ones(3, np.float32)
 VISION = dict(
     hidden_size=8,
     intermediate_size=16,
@@ -45,15 +47,6 @@ WINDOWED = GEMMA | dict(
     layer_types=["sliding_attention", "full_attention"],
 )
 GEMMA_2 = dict(model_type="gemma2", attn_logit_softcapping=2.0)
-PROCESSOR = {
-    "image_processor_type": "SiglipImageProcessor",
-    "size": {"height": 16, "width": 16},
-    "crop_size": {"height": 16, "width": 16},
-    "do_center_crop": True,
-    "resample": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
 T5 = dict(
     vocab_size=32,
     d_model=8,
@@ -184,7 +177,8 @@ def npz(folder: str) -> None:
 
 def legacy(folder: str) -> None:
     """As T5X wrote them before Orbax: a msgpack index, and zarr."""
-    write_legacy(folder, arrays_of({"a/kernel": (4, 3), "b/scale": (3,)}))
+    arrays = arrays_of({"a/kernel": (4, 3), "b/scale": (3,)})
+    legacy_files.write(folder, arrays, row=_ROW)
 
 
 def t5x(folder: str) -> None:
@@ -203,38 +197,7 @@ def t5x(folder: str) -> None:
     arrays = arrays_of(
         {n.replace("encoder/text/", "encoder/"): x for n, x in shapes.items()}
     )
-    write_legacy(folder, arrays)
-
-
-def write_legacy(folder: str, arrays: dict[str, np.ndarray]) -> None:
-    path = Path(folder, "checkpoint_5")
-    path.mkdir()
-    specs = {}
-    for name, value in arrays.items():
-        key = f"target.{name.replace('/', '.')}"
-        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": key}}
-        (path / key).mkdir()
-        metadata = {
-            "zarr_format": 2,
-            "shape": value.shape,
-            "chunks": value.shape,
-            "dtype": value.dtype.str,
-            "compressor": None,
-            "fill_value": None,
-            "filters": None,
-            "order": "C",
-        }
-        (path / key / ".zarray").write_text(json.dumps(metadata))
-        (path / key / ".".join("0" * value.ndim)).write_bytes(value.tobytes())
-        specs[name] = spec | {"metadata": {"shape": list(value.shape)}}
-    tree = {
-        "version": 3,
-        "optimizer": {
-            "target": traverse_util.unflatten_dict(specs, sep="/"),
-            "state": {"step": np.int32(5), "row": np.ones(3, np.float32)},
-        },
-    }
-    (path / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
+    legacy_files.write(folder, arrays, row=_ROW)
 
 
 def adapter(folder: str) -> None:
