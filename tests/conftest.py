@@ -4,6 +4,7 @@
 - No implicit dtype or rank promotion.
 - Annotations of the whole package, shapes included, are checked at run time.
 - Programs are compiled to plain code, which is quick, and each but once a session.
+- Garbage is collected seldom: traced programs are many objects, few of them in cycles.
 - Random tests draw the same cases in every run. A wider search draws others, and ten
   times as many: `pytest -n 2 -m "slow or not slow" --hypothesis-profile=search`
 - T5X is imported from the folders that the environment variable T5X_SRC names: those
@@ -12,6 +13,7 @@
 
 import atexit
 import functools
+import gc
 import mmap
 import os
 import shutil
@@ -75,6 +77,12 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_addoption(parser):

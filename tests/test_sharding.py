@@ -35,8 +35,8 @@ TRAINED = [
     ((1, 8), (2, 2)),
 ]
 DECODED = [
-    ((8, 1), (1, 1)),
-    ((4, 2), (2, 2)),
+    pytest.param((8, 1), (1, 1), marks=pytest.mark.slow),
+    pytest.param((4, 2), (2, 2), marks=pytest.mark.slow),
     ((2, 4), (1, 2)),
     ((1, 8), (2, 1)),
 ]

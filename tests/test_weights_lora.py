@@ -402,12 +402,12 @@ def files(folder):
 
 
 @pytest.mark.parametrize(
-    ("functions", "last"),
-    [(RENAMES, 4), pytest.param(CHANGES, 1000, marks=pytest.mark.slow)],
-    ids=["the last", "all"],
+    ("functions", "last", "every"),
+    [(RENAMES, 4, 1), pytest.param(CHANGES, 1000, 3, marks=pytest.mark.slow)],
+    ids=["the last", "a third of all"],
 )
 def test_an_import_killed_anywhere_leaves_nothing_or_all(
-    functions, last, source, tmp_path, monkeypatch
+    functions, last, every, source, tmp_path, monkeypatch
 ):
     path, out = adapter(tmp_path / "adapter"), tmp_path / "out"
     command = ["import", source, path, "--out", str(out)]
@@ -417,7 +417,7 @@ def test_an_import_killed_anywhere_leaves_nothing_or_all(
         total = operations.count
     gin, expected, listed = (out / "model.gin").read_text(), read(str(out)), files(out)
     assert total >= 4
-    for dies_at in range(max(0, total - last), total):
+    for dies_at in range(max(0, total - last), total, every):
         shutil.rmtree(out)
         with monkeypatch.context() as patched, pytest.raises(Killed):
             Operations(patched, functions, dies_at)
