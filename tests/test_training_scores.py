@@ -6,10 +6,12 @@ import json
 import jax
 import pytest
 import tiny_captions
+import tiny_processes
 import tiny_runs
 from tiny_captions import BATCH_SIZE, LENGTHS, NUM_IMAGES, ONE_DEVICE
 
 from vit22b_transfer import UserError
+from vit22b_transfer.demo import scenes
 from vit22b_transfer.evaluation import evaluate
 from vit22b_transfer.evaluation.training_scores import TrainingScores
 from vit22b_transfer.inference import infer, predicting
@@ -175,3 +177,40 @@ def test_a_training_is_the_same_with_and_without_scores(kind, tmp_path):
         six = list(map(json.loads, file))[:6]
     expected = evaluate.score_lines(six, "six", TASK).metrics
     assert {n: lines[-1][f"generated/{TASK}/{n}"] for n in expected} == expected
+
+
+@pytest.mark.slow
+def test_two_processes_score_and_keep_what_one_does(tmp_path):
+    sizes = {"train": 12, "validation": 11, "test": 2}
+    scenes.write_scenes(tmp_path / "data", seed=3, sizes=sizes)
+    (tmp_path / "recipe.gin").write_text(tiny_processes.RECIPE)
+    name = "generated/scenes_captioning/cider_d"
+    logs_of = []
+    for count in (1, 2):
+        command = tiny_processes.command(
+            "train",
+            tmp_path,
+            tmp_path / str(count),
+            "gin_configs/runs/generate.gin",
+            "gin_configs/runs/keep_best.gin",
+            GENERATE_EVERY=1,
+            GENERATE_EXAMPLES=10,  # two batches, the second in part
+            BEST_METRIC=name,
+            BEST_MODE="max",
+            TRAIN_STEPS=2,
+            train__Periods__checkpoint=1,
+        )
+        with tiny_processes.started(tmp_path, str(count), count, [command]) as children:
+            tiny_processes.finish(tmp_path, str(count), children)
+        logs_of.append(tiny_runs.logged(tmp_path / str(count)))
+    one, _ = logs_of
+    assert [line["step"] for line in one if name in line] == [1, 2]
+    scores = [
+        [{n: x for n, x in line.items() if n[0] == "g"} for line in lines]
+        for lines in logs_of
+    ]
+    assert scores[0] == scores[1]
+    told = tiny_processes.output(tmp_path, "2", 0)
+    assert told.count("generated 10 answers of scenes_captioning validation") == 2
+    assert f"best {name}" in told
+    assert "generated 10" not in tiny_processes.output(tmp_path, "2", 1)
