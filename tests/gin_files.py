@@ -41,6 +41,9 @@ OPEN = {
     "TOWER_CHECKPOINT": "'/checkpoint_0'",
     "COOLDOWN_STEPS": "50",
     "DECODE_LENGTH": "5",
+    "GENERATE_EVERY": "500",
+    "BEST_METRIC": "'eval/scenes_vqa/loss'",
+    "BEST_MODE": "'min'",
 }
 
 

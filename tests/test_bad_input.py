@@ -290,7 +290,7 @@ def test_a_split_with_bad_images_is_predicted_and_they_are_reported_at_the_end(
     assert "too large" in lines["enormous.png"]["error"]
     assert result.num_bad_images == len(UNREADABLE)
     report = " ".join(capsys.readouterr().out.split())
-    assert "3 images could not be read" in report
+    assert "5 predictions in " in report and "3 images could not be read" in report
     left_out = "left out of the split: 1 x missing image file, 1 x empty caption"
     assert left_out in report
     assert f"{TASK} test, 8 examples read: 3 skipped images" in caplog.text

@@ -4,6 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,23 @@ def test_importing_the_package_imports_nothing_heavy():
     assert not set(HEAVY) & set(result.stdout.split())
 
 
+def test_versions_are_told_without_importing_what_they_are_of():
+    code = (
+        "import sys; from vit22b_transfer import cli\n"
+        "try: cli.main(['--version'])\n"
+        "except SystemExit as end: print('code:', end.code)\n"
+        "print('loaded:', *sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    told, loaded = done.stdout.split("loaded:")
+    names = ("vit22b_transfer", "jax", "flax")
+    expected = [f"{name} {metadata.version(name)}" for name in names]
+    assert told.splitlines() == [*expected, "code: 0"]
+    assert not set(HEAVY) & set(loaded.split())
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -181,6 +199,28 @@ def test_files_are_found_in_every_search_path(folder):
     assert "VOCAB_SIZE" in recipe.macros
 
 
+RECIPES = "gin_configs/recipes"
+
+
+@pytest.mark.parametrize(
+    "file, message",
+    [
+        ("my_captions", f"Did you mean {RECIPES}/my_captions.gin?"),
+        ("my_captions.gin", f"Did you mean {RECIPES}/my_captions.gin?"),
+        ("recipes/my_vqa.gin", f"Did you mean {RECIPES}/my_vqa.gin?"),
+        ("loras", "Did you mean gin_configs/models/lora.gin?"),
+        ("modle.gin", "Did you mean model.gin?"),
+        (f"{RECIPES}/my_vqas.gin", f"Did you mean {RECIPES}/my_vqa.gin or"),
+        ("nothing/like/zzzz", f"Recipes: {RECIPES}/coco_captions.gin, "),
+    ],
+)
+def test_a_gin_file_that_is_not_there_is_told_with_the_nearest(folder, file, message):
+    with pytest.raises(RecipeError) as caught:
+        loading.read([file], [], ["", str(ROOT)])
+    assert f"no gin file {file} (named on the command line)" in str(caught.value)
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -245,7 +285,7 @@ def test_right_overrides_are_accepted(folder, override):
         ("include 'modle.gin'", "included by extra.gin:1) in the current directory. D"),
         ("include 'extra.gin'", "extra.gin includes itself"),
         ("A = %B\nB = %A", "macros refer in a circle: A -> B -> A."),
-        (f"{HEADER}from vit22b_transfer.models import vti", "cannot import"),
+        (f"{HEADER}from vit22b_transfer.models import vti", "there is no module"),
         ("A = = 3", "extra.gin:1: Unable to parse value."),
         ("A 3", "extra.gin:1: Couldn't parse statement"),
         ("A = 3\nB = %A", "extra.gin:2: macro B is set but nothing uses it."),
@@ -385,6 +425,26 @@ def test_a_module_that_raises_or_registers_nothing_is_told_in_one_line(
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert error.startswith("vit22b: error: module own ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("1 / 0\n", "cannot be imported: ZeroDivisionError: "),
+        ("import sys; sys.exit(3)\n", "cannot be imported: SystemExit: 3"),
+        ("def f(:\n", "cannot be imported: SyntaxError: "),
+        ("raise ValueError('x' * 5000)\n", "cannot be imported: ValueError: xxx"),
+    ],
+)
+def test_a_module_of_a_recipe_that_raises_is_told_with_the_recipes_line(
+    folder, monkeypatch, text, message
+):
+    (folder / "own_2.py").write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "own_2", raising=False)
+    importlib.invalidate_caches()
+    told = error_in(folder, f"{HEADER}import own_2\n")
+    assert told.startswith("extra.gin:") and message in told and len(told) < 1000
 
 
 @pytest.mark.parametrize("name", ["tasks/coco.py", "own.", "..", "tasks.coco.more", ""])

@@ -29,12 +29,13 @@ from vit22b_transfer.data import batches, feature_cache, sources
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
 from vit22b_transfer.data.feature_shards import STORAGES, Shard, TokenFormat
 from vit22b_transfer.demo import scenes
+from vit22b_transfer.evaluation import training_scores
 from vit22b_transfer.host import locks
 from vit22b_transfer.inference import cache_features, infer
 from vit22b_transfer.models import lora, multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.recipes import loading
-from vit22b_transfer.training import inputs
+from vit22b_transfer.training import inputs, logs
 from vit22b_transfer.training.inputs import EvalData, TrainData
 from vit22b_transfer.training.train import InitialCheckpoint, Periods, fine_tune
 
@@ -97,9 +98,14 @@ def folder(tmp_path_factory):
     return path
 
 
+def letters(targets, predictions):
+    texts = zip(targets, predictions, strict=True)
+    return {"letters": float(sum(hash(str(pair)) % 1000 for pair in texts))}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def task(folder):
-    tiny_captions.register(TASK, folder)
+    tiny_captions.register(TASK, folder, metric_fns=[letters])
     yield
     seqio.TaskRegistry.remove(TASK)
 
@@ -151,6 +157,24 @@ def test_evaluation_reads_the_same_examples_in_order(cache, written):
             found.append([example for batch in rows for example in batch.examples])
             assert rows.counters.lost["skipped_images"] == 1
     assert found[0] == found[1] and len(found[0]) == NUM_IMAGES
+
+
+def test_scores_while_training_are_the_same_on_cached_features(
+    cache, written, checkpoint, tmp_path
+):
+    the_model, found = model(), []
+    log = logs.RunLog(str(tmp_path), total_steps=1)
+    restored = infer.restore(the_model, ONE_DEVICE, checkpoint, LENGTHS, BATCH_SIZE)
+    params = dict(restored.params)
+    for tokens in (None, cache):
+        data = EvalData([TASK], "test", **TASK_ARGUMENTS, cache=tokens)
+        scorer = training_scores.TrainingScores(data, 1).start(the_model, ONE_DEVICE)
+        with ONE_DEVICE.activate():
+            found.append(scorer(params, lambda: False, log))
+        # Such a training has no tower.
+        kept = {k: v for k, v in params["encoder"].items() if k != "tower"}
+        params = params | {"encoder": kept}
+    assert found[0] == found[1]
 
 
 def with_dtype(dtype):

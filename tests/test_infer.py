@@ -24,6 +24,7 @@ from tiny_captions import BAD_IMAGE, BATCH_SIZE, LENGTHS, NUM_IMAGES, ONE_DEVICE
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import fingerprints
+from vit22b_transfer.host import progress as progress_module
 from vit22b_transfer.host.progress import Progress
 from vit22b_transfer.inference import decoding, infer
 from vit22b_transfer.inference.prediction_files import (
@@ -323,6 +324,33 @@ def test_progress_is_a_bar_on_terminals_and_silent_lines_elsewhere():
         progress.show(3)
         assert progress.report() == "3 examples"
     assert "\x1b" not in screen.getvalue()
+
+
+def test_progress_in_lines_ends_at_the_full_number(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 0.0)
+    with Progress(rich.console.Console(file=screen), "x", total=19) as progress:
+        progress.show(8)
+        monkeypatch.setattr(progress_module, "_SECONDS_BETWEEN_LINES", 1e9)
+        progress.show(16)
+        progress.show(24)
+    first, last = screen.getvalue().splitlines()
+    assert first.startswith("x: 8/19 examples")
+    assert last.startswith("x: 19/19 examples")
+
+
+def test_one_progress_stands_below_another_while_it_lasts():
+    screen = io.StringIO()
+    terminal = rich.console.Console(file=screen, force_terminal=True, width=100)
+    with Progress(terminal, "training", total=10) as outer:
+        with Progress(terminal, "generating", total=3, beside=outer) as inner:
+            inner.show(3)
+            outer._bar.refresh()
+            terminal.print("a line")
+        outer.show(10)
+        assert [task.description for task in outer._bar.tasks] == ["training"]
+    assert "3/3 examples" in screen.getvalue()
+    assert "10/10 examples" in screen.getvalue()
 
 
 # ----- Whole inferences -----------------------------------------------------------

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 from pathlib import Path
 
 import full_disks
@@ -377,6 +378,23 @@ def test_training_in_a_directory_that_is_removed_ends_in_a_line(tmp_path, capfd)
         capfd, str(tmp_path / "run"), "No such file", "no checkpoint yet"
     ):
         run(tmp_path / "run", data=Data(events=gone))
+
+
+def test_what_is_written_has_the_usual_permissions_or_keeps_its_own(tmp_path):
+    paths = [tmp_path / name for name in ("new", "old", "folder")]
+    paths[1].write_text("")
+    paths[1].chmod(0o604)
+    mask = os.umask(0o027)
+    try:
+        for path in paths[:2]:
+            with whole_files.replacing(str(path)) as file:
+                file.write("x")
+        with whole_files.new_directory(str(paths[2])):
+            pass
+    finally:
+        os.umask(mask)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in paths]
+    assert modes == [0o640, 0o604, 0o750]
 
 
 def test_training_on_a_disk_that_became_read_only_ends_in_a_line(

@@ -330,6 +330,19 @@ def test_a_flipped_bit_in_an_npz_is_noticed_when_the_tensor_is_read(tmp_path, sa
         tensor.read()
 
 
+def test_a_folder_of_images_is_told_as_such_and_not_as_a_broken_download(tmp_path):
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "one.JPG").write_bytes(b"")
+    inner = refusal(tmp_path)
+    assert "holds pictures (cats/one.JPG) and no weights" in inner
+    (tmp_path / "two.png").write_bytes(b"")
+    message = refusal(tmp_path)
+    assert "holds pictures (two.png, cats/one.JPG) and no weights" in message
+    assert "config.json and *.safetensors" in message and "gated" not in message
+    (tmp_path / "config.json").write_text("{}")  # a repository with a picture
+    assert "gated or cut off" in refusal(tmp_path)
+
+
 def test_what_is_no_source_is_refused_with_what_would_be(tmp_path):
     assert "there is no file or directory" in refusal(tmp_path / "none")
     assert "holds no weights" in refusal(tmp_path)

@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import metadata
 
 from vit22b_transfer import UserError
 from vit22b_transfer.commands import config, data, demo, init, plan, runs, weights
@@ -56,6 +57,19 @@ def _exit_code(args: argparse.Namespace) -> int:
         return error.exit_code if isinstance(error, UserError) else 1
 
 
+class _Versions(argparse.Action):
+    """Prints what is installed, without importing any of it, and ends."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for name in ("vit22b_transfer", "jax", "flax"):
+            try:
+                version = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                version = "not installed"
+            print(f"{name} {version}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit22b",
@@ -63,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Start with `vit22b demo`; `vit22b COMMAND --help` tells more. A run: "
         "vit22b train --gin_file=gin_configs/recipes/my_captions.gin "
         "--gin.MODEL_DIR='\"/path/to/model\"'",
+    )
+    parser.add_argument(
+        "--version",
+        action=_Versions,
+        nargs=0,
+        help="show the versions of this package, JAX and flax",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 

@@ -4,6 +4,7 @@ The record is JSON beside the arrays; what of it is read later is looked at here
 that nobody else needs to.
 """
 
+import math
 from typing import Any
 
 from vit22b_transfer import UserError
@@ -51,6 +52,20 @@ def _is_window(said: Any) -> bool:
     return all(type(number) in _NUMBERS for value in values for number in value)
 
 
+def _are_measured(said: Any) -> bool:
+    """Values of metrics."""
+    return isinstance(said, dict) and all(
+        type(value) in _NUMBERS and math.isfinite(value) for value in said.values()
+    )
+
+
+def _are_names(said: Any) -> bool:
+    """What is still to be measured; before there were several, only whether."""
+    return said is True or (
+        isinstance(said, list) and all(isinstance(name, str) for name in said)
+    )
+
+
 def _has(said: Any, **kinds: tuple[type, ...]) -> bool:
     """Whether a part of a record has values of these types."""
     return isinstance(said, dict) and all(
@@ -59,7 +74,9 @@ def _has(said: Any, **kinds: tuple[type, ...]) -> bool:
 
 
 _RECORDED = {
+    "evaluation_unfinished": _are_names,
     "lora": _is_lora,
+    "measured": _are_measured,
     "tower": _is_tower,
     "vocabularies": _are_vocabularies,
     "window": _is_window,

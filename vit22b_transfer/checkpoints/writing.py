@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import orbax_noise, reading
+from vit22b_transfer.checkpoints.best import KeepBest
 from vit22b_transfer.host import whole_files
 
 
@@ -18,22 +19,27 @@ class CheckpointWriter:
 
     `save` returns as soon as the arrays are safe from later steps, and waits only for
     the save before it. After a save has finished, all but the newest `keep` checkpoints
-    in `model_dir` are removed (None keeps all), of those that this class wrote: what
-    T5X left there stays. Before the first save nothing is removed: a run that does not
-    get so far leaves all as it was. Whoever writes holds the lock of `model_dir`.
+    in `model_dir` and the best by `best` are removed (None keeps all), of those that
+    this class wrote: what T5X left there stays. Before the first save nothing is
+    removed: a run that does not get so far leaves all as it was. Whoever writes holds
+    the lock of `model_dir`.
     """
 
-    def __init__(self, model_dir: str, keep: int | None = 1):
+    def __init__(
+        self, model_dir: str, keep: int | None = 1, best: KeepBest | None = None
+    ):
         if keep is not None and keep < 1:
             raise UserError(f"keep={keep} must be at least 1, or None to keep all.")
         self.model_dir = model_dir
         self.keep = keep
+        self.best = best
         orbax_noise.hush()
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.AsyncOptions(timeout_secs=3600),
         )
         self._began = False
+        self._on_disk: set[int] = set()
 
     def sweep(self) -> None:
         """Removes what killed processes left of writing and of removing checkpoints.
@@ -70,13 +76,26 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Returns when nothing is being written any more; raises what went wrong."""
         self._orbax.wait_until_finished()
-        if self.keep is None or not self._began:
+        if self._began:
+            self.remove_old()
+
+    def remove_old(self) -> None:
+        """Removes what is neither among the newest nor among the best.
+
+        To be called by itself where values of a checkpoint came after its save.
+        """
+        if self.keep is None or jax.process_index() > 0:
             return
         steps = reading.complete_steps(self.model_dir)
         own = [s for s in steps if reading.is_ours(self._path(s))]
-        if (old := own[: -self.keep]) and jax.process_index() == 0:
+        kept = set(own[-self.keep :])
+        if len(own) > len(kept) and self.best is not None:
+            kept |= self.best.steps(self.model_dir)
+        if old := [step for step in own if step not in kept]:
             # Orbax leaves it to the system when the files reach the disk.
-            whole_files.sync_tree(self._path(own[-1]))
+            for step in kept - self._on_disk:
+                whole_files.sync_tree(self._path(step))
+            self._on_disk = kept
             self._remove(f"checkpoint_{step}" for step in old)
 
     def close(self) -> None:

@@ -1,11 +1,9 @@
 """What a run reads: `vocab` and `tasks`."""
 
 import argparse
-import importlib
 import os
 import pkgutil
 import sys
-import traceback
 from collections.abc import Iterator
 
 from vit22b_transfer import UserError
@@ -44,11 +42,12 @@ def _vocab(args: argparse.Namespace) -> None:
 def _tasks(args: argparse.Namespace) -> None:
     with without_startup_notes():
         from vit22b_transfer.data import tasks as registered
+        from vit22b_transfer.recipes import modules
 
         for module in args.modules or _task_modules():
             known = module in sys.modules
             before = registered.names()
-            _import(module)
+            modules.imported(module)
             if args.modules and not known and registered.names() == before:
                 raise UserError(
                     f"module {module} registers no task or mixture; give one that "
@@ -56,42 +55,6 @@ def _tasks(args: argparse.Namespace) -> None:
                 )
     for line in registered.describe():
         print(line)
-
-
-def _import(module: str) -> None:
-    """Imports a module of the user's.
-
-    Raises:
-      UserError: if there is none, or it raises anything; with the line where.
-    """
-    try:
-        importlib.import_module(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # it may also end the process
-        missing = getattr(error, "name", None)
-        parents = {
-            ".".join(module.split(".")[: n + 1]) for n in range(module.count(".") + 1)
-        }
-        if isinstance(error, ModuleNotFoundError) and missing in parents:
-            raise UserError(
-                f"there is no module {module} in {os.getcwd()} or on Python's path. "
-                "A file tasks/mine.py there is the module tasks.mine."
-            ) from error
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            f"module {module} cannot be imported: {what}{_place(error)}"
-        ) from error
-
-
-def _place(error: BaseException) -> str:
-    """The line of a module at which an import ended; "" if none of one was run."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame for frame in frames if frame.name == "<module>"]
-    lines = [frame for frame in lines if frame.filename != sys.argv[0]]
-    if isinstance(error, SyntaxError) or not lines:
-        return ""  # its text says where
-    return f" ({lines[-1].filename}, line {lines[-1].lineno})"
 
 
 def _task_modules() -> Iterator[str]:

@@ -40,16 +40,9 @@ def metrics(
     Raises:
       UserError: if the task has no metrics, or some that need more than this.
     """
+    check(task_name)
     task = registered.task_named(task_name)
     plain, with_aux = task.predict_metric_fns, task.predict_with_aux_metric_fns
-    others = len(task.metric_objs) - len(plain) - len(with_aux)
-    if others or not task.metric_fns:
-        raise UserError(
-            f"task {task_name!r} has "
-            + (f"{others} metrics of another kind" if others else "no metrics")
-            + "; its metric_fns must name functions of (targets, predictions) or "
-            "(targets, predictions, aux_values), and only those can be computed here."
-        )
     targets, outputs = [], []
     for example, prediction in zip(examples, predictions, strict=True):
         target = example.get("targets_pretokenized")
@@ -67,6 +60,20 @@ def metrics(
     results = [function(targets, outputs) for function in plain]
     results += [function(targets, outputs, aux) for function in with_aux]
     return _joined(task_name, results)
+
+
+def check(task_name: str) -> None:
+    """Raises UserError if the task has no metrics, or some that need more than this."""
+    task = registered.task_named(task_name)
+    known = len(task.predict_metric_fns) + len(task.predict_with_aux_metric_fns)
+    others = len(task.metric_objs) - known
+    if others or not task.metric_fns:
+        raise UserError(
+            f"task {task_name!r} has "
+            + (f"{others} metrics of another kind" if others else "no metrics")
+            + "; its metric_fns must name functions of (targets, predictions) or "
+            "(targets, predictions, aux_values), and only those can be computed here."
+        )
 
 
 def most_frequent_target(

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,7 +98,7 @@ def score_file(path: str, task_name: str) -> Scores:
     Raises:
       UserError: if the file is not one, has nothing to score, or the task no metrics.
     """
-    return _scores(path, task_name, None)
+    return score_lines(read_lines(path), path, task_name)
 
 
 def score_majority(
@@ -119,7 +119,57 @@ def score_majority(
     text = task_metrics.most_frequent_target(
         train_task or task_name, train_split, feature_lengths
     )
-    return text, _scores(path, task_name, text)
+    return text, score_lines(read_lines(path), path, task_name, prediction=text)
+
+
+def score_lines(
+    lines: Iterable[dict[str, Any]],
+    where: str,
+    task_name: str,
+    *,
+    prediction: str | None = None,
+) -> Scores:
+    """The task's metrics of lines of predictions, or of `prediction` in their place.
+
+    where: what messages call the lines, such as their file.
+
+    Raises:
+      UserError: if there is nothing to score, or the task has no metrics.
+    """
+    from vit22b_transfer.data import task_metrics
+
+    examples, predictions, aux = [], [], []
+    num_bad_images = num_empty = 0
+    for line in lines:
+        if "error" in line:
+            num_bad_images += 1
+            continue
+        if prediction is not None:
+            line |= {"prediction": prediction, "score": 0.0}
+        examples.append(prediction_lines.example_features(line))
+        predictions.append(line["prediction"])
+        aux.append(prediction_lines.example_aux(line))
+        num_empty += is_empty(line)
+        if aux[-1].keys() != aux[0].keys():
+            raise UserError(
+                f"{where}: the prediction with index {line['index']} has the fields "
+                f"{', '.join(aux[-1])}, the first one {', '.join(aux[0])}."
+            )
+    if not examples:
+        raise UserError(
+            f"{where} has nothing to score: {num_bad_images} images could not be read."
+        )
+    if isinstance(predictions[0], str) and not any(map(_has_target, examples)):
+        raise UserError(
+            f"the examples in {where} have neither targets nor references, so nothing "
+            f"to score against. Choose a split of {task_name!r} that has."
+        )
+    columns = {name: [values[name] for values in aux] for name in aux[0]}
+    try:
+        metrics = task_metrics.metrics(task_name, examples, predictions, columns)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return Scores(metrics, len(examples), num_bad_images, num_empty)
 
 
 def record_scores(output_dir: str, entries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -161,44 +211,6 @@ def print_scores(
     ):
         table.add_row(name, *(str(getattr(c, attribute)) for c in scores.values()))
     (console or rich.console.Console()).print(table)
-
-
-def _scores(path, task_name, prediction):
-    """Scores of a file's predictions, or of `prediction` in their place."""
-    from vit22b_transfer.data import task_metrics
-
-    examples, predictions, aux = [], [], []
-    num_bad_images = num_empty = 0
-    for line in read_lines(path):
-        if "error" in line:
-            num_bad_images += 1
-            continue
-        if prediction is not None:
-            line |= {"prediction": prediction, "score": 0.0}
-        examples.append(prediction_lines.example_features(line))
-        predictions.append(line["prediction"])
-        aux.append(prediction_lines.example_aux(line))
-        num_empty += is_empty(line)
-        if aux[-1].keys() != aux[0].keys():
-            raise UserError(
-                f"{path}: the prediction with index {line['index']} has the fields "
-                f"{', '.join(aux[-1])}, the first one {', '.join(aux[0])}."
-            )
-    if not examples:
-        raise UserError(
-            f"{path} has nothing to score: {num_bad_images} images could not be read."
-        )
-    if isinstance(predictions[0], str) and not any(map(_has_target, examples)):
-        raise UserError(
-            f"the examples in {path} have neither targets nor references, so nothing "
-            f"to score against. Choose a split of {task_name!r} that has."
-        )
-    columns = {name: [values[name] for values in aux] for name in aux[0]}
-    try:
-        metrics = task_metrics.metrics(task_name, examples, predictions, columns)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return Scores(metrics, len(examples), num_bad_images, num_empty)
 
 
 def _has_target(example):

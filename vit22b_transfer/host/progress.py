@@ -23,7 +23,8 @@ class Progress:
 
     total: None if not known in advance. done: what an earlier run had done. unit:
       what is counted; "bytes" are shown as MB or GB. lines: whether lines are printed
-      where there is no terminal.
+      where there is no terminal; whoever printed one prints the end as well. beside:
+      another, which is being shown: this one appears below it.
     The speed counts from the first call on, which comes after compiling.
     """
 
@@ -36,6 +37,7 @@ class Progress:
         done: int = 0,
         unit: str = "examples",
         lines: bool = True,
+        beside: "Progress | None" = None,
     ):
         self._console, self._label, self._unit = console, label, unit
         self._total, self._done, self._lines = total, done, lines
@@ -43,7 +45,11 @@ class Progress:
         self._shown = time.monotonic()
         self._first: tuple[int, float] | None = None  # what was done, and when
         self._bar, self._report = None, ""
-        if console.is_terminal and not console.quiet:
+        self._last_line: str | None = None
+        self._is_beside = beside is not None and beside.is_bar
+        if beside is not None:
+            self._bar = beside._bar
+        elif console.is_terminal and not console.quiet:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.BarColumn(),
@@ -51,6 +57,7 @@ class Progress:
                 console=console,
                 refresh_per_second=2,
             )
+        if self._bar is not None:
             self._task = self._bar.add_task(
                 label, total=total, completed=done, report=""
             )
@@ -61,13 +68,17 @@ class Progress:
         return self._bar is not None
 
     def __enter__(self) -> "Progress":
-        if self._bar is not None:
+        if self._bar is not None and not self._is_beside:
             self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
+        if self._bar is not None and self._is_beside:
+            self._bar.remove_task(self._task)
+        elif self._bar is not None:
             self._bar.stop()
+        elif self._last_line is not None:
+            self._print()
 
     def add(self, count: int) -> None:
         """Shows that `count` more are done; several threads may call it."""
@@ -87,7 +98,13 @@ class Progress:
             shown = self._report or self.report()
             self._bar.update(self._task, completed=self._done, report=shown)
         elif self._lines and time.monotonic() - self._shown >= _SECONDS_BETWEEN_LINES:
-            self._shown = time.monotonic()
+            self._print()
+
+    def _print(self) -> None:
+        """Prints a line, unless the last one said as many."""
+        amount = self._amount(self._done)
+        if amount != self._last_line:
+            self._last_line, self._shown = amount, time.monotonic()
             self._console.print(f"{self._label}: {self.report()}", markup=False)
 
     def report(self) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from typing import IO
@@ -22,7 +23,8 @@ def replacing(path: str, mode: str = "w") -> Iterator[IO]:
 
     mode: "w" for UTF-8 text with its line ends as they are written, or "wb". The
     content is on the disk before the name is: after a power cut `path` holds the old
-    content or the new.
+    content or the new. Permissions are those of the file that is there, or of any new
+    one (the umask).
     """
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     directory, name = os.path.split(os.path.abspath(path))
@@ -34,7 +36,7 @@ def replacing(path: str, mode: str = "w") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _take_usual_permissions(written, 0o666)
+        _take_permissions(written, 0o666, of=path)
         os.replace(written, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -85,7 +87,7 @@ def new_directory(path: str) -> Iterator[str]:
     try:
         yield written
         sync_tree(written)
-        _take_usual_permissions(written, 0o777)
+        _take_permissions(written, 0o777, of=absolute)
         _check_is_free(absolute)
         os.rename(written, absolute)
     except BaseException:
@@ -137,8 +139,12 @@ def writable_directory(path: str, what: str) -> str:
     return absolute
 
 
-def _take_usual_permissions(path, permissions):
-    """Those of anything new; what is temporary is readable by its owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, permissions & ~mask)
+def _take_permissions(written, usual, *, of):
+    """Those of `of` if it is there, else the usual; a temporary file is private."""
+    try:
+        permissions = stat.S_IMODE(os.stat(of).st_mode)
+    except FileNotFoundError:
+        mask = os.umask(0)
+        os.umask(mask)
+        permissions = usual & ~mask
+    os.chmod(written, permissions)

@@ -1,6 +1,5 @@
 """Partitioned inference over a whole split, into an ordered file of JSON lines."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -11,25 +10,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import rich.console
 
 from vit22b_transfer.checkpoints import fingerprints, identity, reading, restoring
 from vit22b_transfer.host import disk_errors, progress, whole_files
-from vit22b_transfer.inference import prediction_lines
+from vit22b_transfer.inference import predicting
 from vit22b_transfer.inference.prediction_files import LineWriter, PredictionFiles
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training.state import abstract_variables, shardings_of
-
-# Batches handed to the devices before the first one's predictions are fetched.
-_BATCHES_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
     """A complete file of predictions, and what this call did for it.
 
+    num_examples: lines, those of bad images among them.
     num_bad_images: examples without a prediction because of the policy 'skip'.
     num_empty: blank predictions.
     reused: the file was complete already; nothing was computed.
@@ -54,18 +50,9 @@ class RestoredModel:
     params: Any
 
     @functools.cached_property
-    def predict(self):
-        """The jitted (params, batch, seed, number of the batch) -> (predictions, aux).
-
-        Both are trees of arrays with a row for each example.
-        """
-
-        def predict(params, batch, seed, number):
-            rng = jax.random.fold_in(jax.random.key(seed), number)
-            return self.model.predict_batch_with_aux(params, batch, rng=rng)
-
-        # Replicated: each host then finds its own rows without a mesh's geometry.
-        return jax.jit(predict, out_shardings=self.partitioning.replicated)
+    def predict(self) -> predicting.Predict:
+        """The jitted function of `predicting.make_predict`."""
+        return predicting.make_predict(self.model, self.partitioning)
 
     @functools.cached_property
     def params_digest(self) -> str:
@@ -194,9 +181,9 @@ def predict_split(
         summary = files.summary()
     result = Predictions(files.path, **summary, reused=False, num_resumed=start)
     console.print(
-        f"{result.num_examples} predictions in {files.path} "
-        f"({result.num_bad_images} images could not be read, {result.num_empty} "
-        f"predictions are empty{left_out})",
+        f"{result.num_examples - result.num_bad_images} predictions in {files.path} "
+        f"({result.num_empty} of them are empty); {result.num_bad_images} images could "
+        f"not be read{left_out}",
         markup=False,
     )
     return result
@@ -236,7 +223,6 @@ def _predict(
     total = registered.num_examples(data.task, data.split)
     if start == total:
         return  # stopped between the last line and the merge
-    in_flight = collections.deque()
     with (
         batches.eval_batches(
             data.task,
@@ -252,26 +238,17 @@ def _predict(
             console, f"{data.task} {data.split}", total=total, done=start
         ) as bar,
     ):
-
-        def write():
-            batch_start, examples, first, outputs = in_flight.popleft()
-            outputs = jax.device_get(outputs)
-            lines = prediction_lines.of_batch(
-                examples, first, first - batch_start, outputs, model
-            )
-            writer.write(list(lines))
-            bar.show(batch_start + data.batch_size)
-
-        for number, batch in enumerate(rows, start // data.batch_size):
-            outputs = restored.predict(
-                restored.params, batch.features, np.uint32(seed), np.uint32(number)
-            )
-            batch_start = number * data.batch_size
-            in_flight.append((batch_start, batch.examples, batch.start_index, outputs))
-            if len(in_flight) > _BATCHES_AHEAD:
-                write()
-        while in_flight:
-            write()
+        for done, lines in predicting.predicted_lines(
+            rows,
+            model,
+            restored.predict,
+            restored.params,
+            batch_size=data.batch_size,
+            first_batch=start // data.batch_size,
+            seed=seed,
+        ):
+            writer.write(lines)
+            bar.show(done)
         if cut := rows.counters.lost.get("truncated_inputs"):
             console.print(
                 f"{cut} prompts were longer than {data.feature_lengths['inputs']} "

@@ -4,6 +4,7 @@ import os
 import sys
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from vit22b_transfer import UserError
@@ -65,6 +66,17 @@ def wait_for_all(name: str) -> None:
     """Returns when every process of the run is at the point of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def gathered(data: bytes) -> list[bytes]:
+    """What every process gave, in their order; all of them call it."""
+    if jax.process_count() == 1:
+        return [data]
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
 def leave(code: int) -> None:

@@ -14,11 +14,13 @@ from typing import Any
 from gin import config_parser
 
 from vit22b_transfer import UserError
-from vit22b_transfer.recipes import gin_values
+from vit22b_transfer.recipes import gin_values, modules
 from vit22b_transfer.recipes.gin_values import MacroUse, Reference
 
 REQUIRED = "gin.REQUIRED"
 _OVERRIDES = "command line"
+# Below each search path, where gin files are looked for to suggest them.
+_CONFIGS = "gin_configs"
 
 
 class RecipeError(UserError):
@@ -185,11 +187,9 @@ class Reader:
             self.dynamic = True
             return
         try:
-            module = importlib.import_module(statement.module)
-        except ImportError as error:
-            raise RecipeError(
-                f"{where}: cannot import {statement.module}: {error}."
-            ) from error
+            module = modules.imported(statement.module)
+        except modules.ModuleError as error:
+            raise RecipeError(f"{where}: {error}") from error
         name = statement.bound_name()
         if not statement.is_from and not statement.alias:
             root = statement.module.partition(".")[0]
@@ -263,15 +263,39 @@ def find_file(file: str, search_paths: Sequence[str], why: str) -> str:
         path = os.path.join(prefix, file)
         if os.path.isfile(path):
             return os.path.realpath(path)
+    hint = _nearest_files(file, search_paths)
+    searched = " or ".join(prefix or "the current directory" for prefix in search_paths)
+    raise RecipeError(f"no gin file {file} ({why}) in {searched}. {hint}".strip())
+
+
+def _nearest_files(file: str, search_paths: Sequence[str]) -> str:
+    """A sentence with the gin files whose names or paths are nearest to `file`."""
     folder, name = os.path.split(file)
-    siblings = []
+    siblings, paths = [], []
     for prefix in search_paths:
         with contextlib.suppress(OSError):
             siblings += os.listdir(os.path.join(prefix, folder) or ".")
+        shipped = os.path.join(prefix, _CONFIGS)
+        paths += [
+            os.path.join(_CONFIGS, os.path.relpath(os.path.join(root, one), shipped))
+            for root, _, names in os.walk(shipped)
+            for one in names
+        ]
     siblings = [sibling for sibling in siblings if sibling.endswith(".gin")]
-    hint = nearest(name, siblings, "Gin files there") if siblings else ""
-    searched = " or ".join(prefix or "the current directory" for prefix in search_paths)
-    raise RecipeError(f"no gin file {file} ({why}) in {searched}. {hint}".strip())
+    beside = [os.path.join(folder, sibling) for sibling in siblings]
+    if difflib.get_close_matches(name, siblings, n=1, cutoff=0.6):
+        return nearest(file, beside)
+    stems: dict[str, list[str]] = {}
+    for path in sorted({path for path in paths if path.endswith(".gin")}):
+        stems.setdefault(os.path.basename(path).removesuffix(".gin"), []).append(path)
+    stem = name.removesuffix(".gin")
+    near = [stem] if stem in stems else difflib.get_close_matches(stem, stems, n=3)
+    if near:
+        return f"Did you mean {' or '.join(path for n in near for path in stems[n])}?"
+    if siblings:
+        return nearest(file, beside, "Gin files there")
+    recipes = [path for paths in stems.values() for path in paths if "recipes" in path]
+    return nearest(file, recipes, "Recipes") if recipes else ""
 
 
 @contextlib.contextmanager

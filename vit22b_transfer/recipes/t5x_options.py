@@ -99,6 +99,7 @@ _PREDICTS: dict[str, Meaning] = {
     "seed": _ONE_SEED,
 }
 _OF_CACHING = _own("it is of `vit22b cache-features` and cached training alone")
+_OF_TRAINING = _own("it is of `vit22b train` alone")
 _OF_BENCH = _own("it is of `vit22b bench` alone")
 
 # Configurable -> (the jobs that it matters to, what each of its parameters is there).
@@ -136,7 +137,25 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
                 (),
                 ("%RANDOM_SEED",),
             ),
+            "best": _refused(
+                "T5X keeps the best by utils.SaveCheckpointConfig.checkpointer_cls = "
+                "@checkpoints.SaveBestCheckpointer. Leave "
+                "gin_configs/runs/keep_best.gin out",
+                (None,),
+            ),
+            "scores": _own(
+                "T5X generates every train.eval_period steps where "
+                "train.infer_eval_dataset_cfg says what, as in t5x_finetune.gin"
+            ),
         },
+    ),
+    "vit22b_transfer.checkpoints.best.KeepBest": (
+        (),
+        dict.fromkeys(("metric", "mode", "keep"), _OF_TRAINING),
+    ),
+    "vit22b_transfer.evaluation.training_scores.TrainingScores": (
+        (),
+        dict.fromkeys(("data", "generate_every", "generate_examples"), _OF_TRAINING),
     ),
     f"{_TRAIN}.InitialCheckpoint": (
         _TRAINING,
@@ -268,7 +287,10 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
 IN_ONE_JOB: Mapping[tuple[str, str, str], Meaning] = {
     **{
         ("precompile", f"{_TRAIN}.fine_tune", name): _carried("no step depends on it")
-        for name in ("eval_data", "total_steps", "initial", "periods", "keep", "seed")
+        for name in (
+            *("eval_data", "total_steps", "initial", "periods", "keep", "seed"),
+            *("best", "scores"),
+        )
     },
     ("finetune", f"{_TRAIN}.fine_tune", "initial"): _refused(
         "t5x_finetune.gin starts from INITIAL_CHECKPOINT_PATH. Name t5x_train.gin, "

@@ -90,6 +90,15 @@ class RunLog:
         if self._bar is not None:
             self._bar.show(step)
 
+    def part(self, label: str, *, total: int | None) -> progress.Progress:
+        """Progress of something that holds up the steps; a context manager."""
+        return progress.Progress(
+            self._console if self._is_writer else progress.console(quiet=True),
+            label,
+            total=total,
+            beside=self._bar,
+        )
+
     def report(self, step: int, loss: float, examples_per_second: float, eta: float):
         """Shows where the run stands; `eta` in seconds."""
         if not self._is_writer:
@@ -195,7 +204,7 @@ def _values(line):
 
 
 def _is_evaluation(values):
-    return any(name.startswith("eval/") for name in values)
+    return any(name.startswith(("eval/", "generated/")) for name in values)
 
 
 def _losses(values):

@@ -4,36 +4,44 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from vit22b_transfer.checkpoints import damage, identity, reading
+from vit22b_transfer.checkpoints import best, damage, identity, reading
 from vit22b_transfer.host import whole_files
-from vit22b_transfer.training import finite
+from vit22b_transfer.training import finite, measures
 from vit22b_transfer.training.state import (
     TrainState,
     from_checkpoint_tree,
     to_checkpoint_tree,
 )
 
-# In the record of a checkpoint whose step's evaluation was stopped.
+# In the record of a checkpoint whose step's measures were stopped: which they are.
 _UNFINISHED = "evaluation_unfinished"
 
 
-def record(model: Any, window: Any, *, to_evaluate: bool) -> dict[str, Any]:
+def record(
+    model: Any,
+    window: Any,
+    *,
+    to_measure: Sequence[str] = (),
+    measured: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """What a checkpoint holds beside the state; float32 survives JSON exactly.
 
-    to_evaluate: whether the evaluation of its step is still to be done.
+    to_measure: what of `measures` is still to be done of its step, and of it all.
+    measured: what was measured at its step.
     """
+    unfinished = {_UNFINISHED: list(to_measure)} if to_measure else {}
     leaves = jax.tree_util.tree_leaves_with_path(window)
     return {
         "vocabularies": identity.vocabulary_record(model),
         "lora": identity.lora_record(model),
         "window": {jax.tree_util.keystr(key): leaf.tolist() for key, leaf in leaves},
-    } | ({_UNFINISHED: True} if to_evaluate else {})
+    } | (unfinished | best.measured(measured or {}))
 
 
 def resume(
@@ -71,17 +79,18 @@ def _restored(value: Any, leaf: Any, path: str) -> Any:
         return jax.device_put(array, leaf.sharding)
 
 
-def has_to_evaluate(path: str) -> bool:
-    """Whether the evaluation of a checkpoint's step was stopped: it is done again."""
-    return bool(reading.read_record(path).get(_UNFINISHED))
+def to_measure(path: str) -> tuple[str, ...]:
+    """What of `measures` was stopped at a checkpoint's step: it is all done again."""
+    unfinished = reading.read_record(path).get(_UNFINISHED, ())
+    return (measures.LOSS,) if unfinished is True else tuple(unfinished)
 
 
-def mark_as_evaluated(path: str) -> None:
-    """Records that the evaluation of a checkpoint's step is done and logged."""
+def mark_as_measured(path: str, values: Mapping[str, float]) -> None:
+    """Records that a checkpoint's step is measured and logged, and the values."""
     saved = reading.read_record(path)
     del saved[_UNFINISHED]
     with whole_files.replacing(reading.record_file(path)) as file:
-        json.dump(saved, file)
+        json.dump(saved | best.measured(values), file)
 
 
 @contextlib.contextmanager

@@ -12,17 +12,15 @@ from flax import traverse_util
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import identity, reading, restoring, writing
+from vit22b_transfer.checkpoints.best import KeepBest
 from vit22b_transfer.host import disk_errors, locks, whole_files
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import finite, optimizers, resuming, steps
-from vit22b_transfer.training.eval_loss import (
-    EvaluationStopped,
-    evaluate_loss,
-    make_eval_step,
-)
+from vit22b_transfer.training.eval_loss import EvaluationStopped
 from vit22b_transfer.training.logs import RunLog, StepTimer
+from vit22b_transfer.training.measures import Measures, TaskScores
 from vit22b_transfer.training.state import (
     abstract_state,
     abstract_variables,
@@ -84,6 +82,8 @@ def fine_tune(
     periods: Periods | None = None,
     keep: int | None = 1,
     seed: int = 0,
+    best: KeepBest | None = None,
+    scores: TaskScores | None = None,
 ) -> TrainResult:
     """Trains `model` up to `total_steps`, in `model_dir`; resumes what is there.
 
@@ -91,7 +91,9 @@ def fine_tune(
     ended. `data` and `eval_data` are `TrainData` and `EvalData`, or anything with their
     `batches`. SIGTERM, SIGINT and SIGHUP finish the step, save and return; an
     evaluation is stopped after a batch, and done again as a whole when the run is
-    started again. `keep` newest checkpoints are kept (None: all).
+    started again. `keep` newest checkpoints are kept (None: all), and those that are
+    the best by `best`. `scores` generates answers every so many steps, for the tasks'
+    own metrics; neither changes what is learned.
 
     Raises:
       UserError: for inputs that do not fit together, before anything is written over;
@@ -114,7 +116,7 @@ def fine_tune(
         if is_writer:
             stack.enter_context(locks.held(model_dir))
         processes.wait_for_all("model_dir locked")
-        start_step, to_evaluate = reading.latest_step(model_dir) or 0, False
+        start_step, to_measure = reading.latest_step(model_dir) or 0, ()
         if start_step > total_steps:
             raise UserError(
                 f"{model_dir} is already at step {start_step}, beyond total_steps="
@@ -122,7 +124,7 @@ def fine_tune(
             )
         log = RunLog(model_dir, total_steps=total_steps, is_writer=is_writer)
         stack.callback(log.close)
-        writer = writing.CheckpointWriter(model_dir, keep)
+        writer = writing.CheckpointWriter(model_dir, keep, best)
         stack.callback(writer.close)
 
         # 3. Batches: the stream goes on at the step to be taken.
@@ -136,6 +138,16 @@ def fine_tune(
         optimizer = optimizers.freeze(model.optimizer_def, params, model.frozen)
         abstract = abstract_state(params, optimizer, partitioning)
         log.message(_describe(params, model.frozen, partitioning))
+        measures = Measures(
+            model,
+            partitioning,
+            eval_data=eval_data,
+            evaluate_every=periods.evaluate,
+            scores=scores,
+            total_steps=total_steps,
+        )
+        if best is not None:
+            measures.check_best(best, periods.checkpoint, params, batch)
 
         # 5. Restore, or initialise.
         init_rng, step_rng = _keys(seed, partitioning)
@@ -147,7 +159,7 @@ def fine_tune(
             path = reading.checkpoint_path(model_dir, start_step)
             with resuming.explained(model_dir, start_step):
                 state, window = resuming.resume(path, model, abstract, window)
-                to_evaluate = resuming.has_to_evaluate(path) and eval_data is not None
+                to_measure = measures.known(resuming.to_measure(path))
             log.message(f"resumed from {path}")
         else:
             params = _initial_params(
@@ -167,7 +179,6 @@ def fine_tune(
             partitioning,
         )
         log.message(f"compiled the step in {time.perf_counter() - began:.1f} s")
-        eval_step = make_eval_step(model, partitioning)
 
         # A model that is trained on cached features has no tower to save.
         origin = reading.tower_record(getattr(data, "cache", None))
@@ -176,41 +187,35 @@ def fine_tune(
             fetched = jax.device_get(window)
             finite.check_window(fetched, step, writer)
             finite.check_state(state, step, writer)
-            record = resuming.record(model, fetched, to_evaluate=to_evaluate)
+            record = resuming.record(
+                model, fetched, to_measure=to_measure, measured=measured
+            )
             writer.save(step, to_checkpoint_tree(state), record | origin)
 
-        def evaluate():
-            """The logged metrics of this step, or None if a signal stopped it."""
+        def measure(due):
+            """(logged values of this step, what is left to do as a signal came)."""
             try:
-                results = evaluate_loss(
-                    eval_data,
-                    model,
-                    eval_step,
-                    state.params,
-                    partitioning,
-                    stop=signals.asked,
-                )
+                values = measures.measure(due, state.params, log, signals.asked)
             except EvaluationStopped:
                 log.message(f"step {step}/{total_steps}  the evaluation was stopped")
-                return None
-            log.scalars(step, results)
-            log.message(f"step {step}/{total_steps}  {_line(results)}")
-            return results
+                return {}, due
+            log.scalars(step, values)
+            log.message(f"step {step}/{total_steps}  {_line(values)}")
+            return values, ()
 
         # 7. The loop: batch, step, log, evaluate, save.
         stack.enter_context(partitioning.activate())
         signals = stack.enter_context(StopSignals())
-        log.start(start_step, to_evaluate=to_evaluate)
+        log.start(start_step, to_evaluate=bool(to_measure))
         writer.sweep()
         step = saved_step = start_step
         metrics, stopping = {}, False
-        if to_evaluate:
-            results = evaluate()
-            to_evaluate = stopping = results is None
-            if results is not None:
-                metrics = results
-                if is_writer:
-                    resuming.mark_as_evaluated(path)
+        if due := to_measure:
+            metrics, to_measure = measure(due)
+            stopping = bool(to_measure)
+            if not stopping and is_writer:
+                resuming.mark_as_measured(path, metrics)
+                writer.remove_old()
         in_flight = steps.StepsInFlight()
         timer = StepTimer(step)
         while step < total_steps and not stopping:
@@ -234,28 +239,32 @@ def fine_tune(
                 eta = (total_steps - step) / speed
                 log.report(step, metrics["train/loss"], rows * speed, eta)
 
-            if eval_data is not None and (step % periods.evaluate == 0 or is_last):
-                results = evaluate()
-                to_evaluate = results is None
-                metrics = metrics | (results or {})
+            measured, due = {}, measures.due(step)
+            if due:
+                measured, to_measure = measure(due)
+                metrics = metrics | measured
                 timer.restart(step)
 
-            if step % periods.checkpoint == 0:
+            if step % periods.checkpoint == 0 or is_last:
                 save()
                 saved_step = step
                 timer.restart(step)
-            stopping = to_evaluate or signals.asked()
+            if best is not None and not to_measure:
+                measures.check_measured(best, due)
+            stopping = bool(to_measure) or signals.asked()
 
-        # 8. The last checkpoint.
+        # 8. The last checkpoint, where a signal came.
         if step > saved_step:
             save()
         writer.wait()
         path = reading.checkpoint_path(model_dir, step)
         counters = batches.counters.counts()
         log.message(f"this session read {_counted(counters)}")
-        interrupted = step < total_steps or to_evaluate
+        interrupted = step < total_steps or bool(to_measure)
         ending = "stopped" if interrupted else "done"
         log.message(f"{ending}: {path}, {log.summary()}")
+        if best is not None and is_writer:
+            log.message(best.told(model_dir))
     return TrainResult(step, interrupted, path, metrics, counters)
 
 

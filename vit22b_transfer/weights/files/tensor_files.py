@@ -18,6 +18,9 @@ from vit22b_transfer.weights.files.stored_tensors import (
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _WEIGHTS = (".safetensors", ".npz")
+# What a folder of data holds, named here by mistake.
+_PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+_FOLDERS = 20  # so many folders in it are looked into
 _INDEX = ".safetensors.index.json"
 
 
@@ -80,6 +83,7 @@ def find_weights(source: str) -> str:
     _refuse_repository(source, path)
     for name in names:
         _refuse_pickle(os.path.join(path, name))
+    _refuse_pictures(source, path, names)
     raise UserError(
         f"{source} holds no weights (*.safetensors, *.npz or a finished checkpoint); "
         f"it holds: {listed(names) or 'nothing'}. {GET_AGAIN}"
@@ -100,6 +104,30 @@ def _refuse_repository(source: str, path: str) -> None:
             f"{source} is the root of a downloaded repository, whose files lie below "
             f"it in a folder for each revision: name "
             f"{listed([os.path.join(shown, name) for name in revisions])}."
+        )
+
+
+def _refuse_pictures(source: str, path: str, names: list[str]) -> None:
+    """Says what is read here, given a folder of images or of folders of them.
+
+    A repository of weights may have pictures too: it has a config.json.
+    """
+    if "config.json" in names:
+        return
+    folders = [name for name in names if os.path.isdir(os.path.join(path, name))]
+    inner = [
+        os.path.join(folder, name)
+        for folder in folders[:_FOLDERS]
+        if os.access(os.path.join(path, folder), os.R_OK)
+        for name in sorted(os.listdir(os.path.join(path, folder)))
+    ]
+    pictures = [name for name in names + inner if name.lower().endswith(_PICTURES)]
+    if pictures:
+        raise UserError(
+            f"{source} holds pictures ({listed(pictures)}) and no weights. What is "
+            "read here is a folder with config.json and *.safetensors, a .safetensors "
+            "or .npz file, or a checkpoint; pictures to learn from are named in a task "
+            "(`vit22b init` writes one)."
         )
 
 
