@@ -17,10 +17,19 @@ from vit22b_transfer.host import disk_errors, locks, whole_files
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import finite, optimizers, resuming, steps
+from vit22b_transfer.training import (
+    finite,
+    instrument_picture,
+    optimizers,
+    resuming,
+    steps,
+)
 from vit22b_transfer.training.eval_loss import EvaluationStopped
+from vit22b_transfer.training.instruments import Instruments
 from vit22b_transfer.training.logs import RunLog, StepTimer
 from vit22b_transfer.training.measures import Measures, TaskScores
+from vit22b_transfer.training.spike_guard import SpikeGuard
+from vit22b_transfer.training.spike_watch import SpikeWatch
 from vit22b_transfer.training.state import (
     abstract_state,
     abstract_variables,
@@ -84,6 +93,8 @@ def fine_tune(
     seed: int = 0,
     best: KeepBest | None = None,
     scores: TaskScores | None = None,
+    instruments: Instruments | None = None,
+    guard: SpikeGuard | None = None,
 ) -> TrainResult:
     """Trains `model` up to `total_steps`, in `model_dir`; resumes what is there.
 
@@ -93,7 +104,8 @@ def fine_tune(
     evaluation is stopped after a batch, and done again as a whole when the run is
     started again. `keep` newest checkpoints are kept (None: all), and those that are
     the best by `best`. `scores` generates answers every so many steps, for the tasks'
-    own metrics; neither changes what is learned.
+    own metrics; neither changes what is learned. `instruments` tell of the network
+    every so many steps; with `guard` steps that are spikes do not count.
 
     Raises:
       UserError: for inputs that do not fit together, before anything is written over;
@@ -105,6 +117,8 @@ def fine_tune(
     periods = periods or Periods()
     model_dir = whole_files.writable_directory(model_dir, "model_dir")
     _check_inputs(model, total_steps, num_microbatches)
+    if instruments is not None:
+        instruments.check(periods.log)
     identity.show_vocabulary(model)
 
     with (
@@ -155,6 +169,8 @@ def fine_tune(
             model, optimizer, partitioning, num_microbatches=num_microbatches
         )
         window = steps.empty_window(update, abstract, batch, step_rng, partitioning)
+        watch, path = SpikeWatch(guard, writer, log, periods.log), None
+        window = watch.beside(window, partitioning)
         if start_step:
             path = reading.checkpoint_path(model_dir, start_step)
             with resuming.explained(model_dir, start_step):
@@ -167,16 +183,18 @@ def fine_tune(
             )
             state = fresh_state(params, optimizer, abstract)
         del params  # the step reuses their memory
+        watch.begin(start_step, path)
 
         # 6. Compile the step.
         began = time.perf_counter()
-        train_step = steps.compile_train_step(
-            steps.make_train_step(update, periods.log),
-            abstract,
-            window,
-            batch,
-            step_rng,
-            partitioning,
+        train_step = steps.compile_steps(
+            model,
+            optimizer,
+            (abstract, window, batch, step_rng, partitioning),
+            num_microbatches=num_microbatches,
+            window_steps=periods.log,
+            instruments=instruments,
+            guard=guard,
         )
         log.message(f"compiled the step in {time.perf_counter() - began:.1f} s")
 
@@ -185,12 +203,19 @@ def fine_tune(
 
         def save():
             fetched = jax.device_get(window)
-            finite.check_window(fetched, step, writer)
+            watch.tell(fetched, step)
+            finite.check_window(watch.metrics(fetched), step, writer)
             finite.check_state(state, step, writer)
             record = resuming.record(
-                model, fetched, to_measure=to_measure, measured=measured
+                model,
+                watch.saved(fetched),
+                to_measure=to_measure,
+                measured=measured,
             )
+            record |= watch.record(fetched, step)
             writer.save(step, to_checkpoint_tree(state), record | origin)
+            if instruments is not None and is_writer:
+                instrument_picture.draw(model_dir)
 
         def measure(due):
             """(logged values of this step, what is left to do as a signal came)."""
@@ -222,8 +247,9 @@ def fine_tune(
             if step > start_step:
                 batch = next(batches)
             with jax.transfer_guard_device_to_host("disallow"):
-                state, window = train_step(state, window, batch, step_rng)
+                state, window = train_step(step + 1, state, window, batch, step_rng)
             step += 1
+            watch.took(step, batches)
             in_flight.add(window)
             writer.check()
             log.advance(step)
@@ -231,13 +257,20 @@ def fine_tune(
 
             if step % periods.log == 0 or is_last:
                 fetched = jax.device_get(window)
-                finite.check_window(fetched, step, writer)
-                metrics = _computed(fetched)
+                watch.tell(fetched, step)
+                counted = watch.metrics(fetched)
+                finite.check_window(counted, step, writer)
+                metrics = _computed(counted) | watch.values(fetched)
+                told, of_heads = train_step.told()
                 speed = timer.steps_per_second(step)
                 timing = {"timing/examples_per_second": rows * speed}
-                log.scalars(step, metrics | timing)
+                log.scalars(step, metrics | told | timing, of_heads)
                 eta = (total_steps - step) / speed
-                log.report(step, metrics["train/loss"], rows * speed, eta)
+                log.report(step, metrics.get("train/loss"), rows * speed, eta)
+                if watch.goes_back(fetched):
+                    number, state = state.step, None
+                    state, window = watch.go_back(step, number, model, abstract, window)
+                    timer.restart(step)
 
             measured, due = {}, measures.due(step)
             if due:
