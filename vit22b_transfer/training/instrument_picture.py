@@ -30,8 +30,11 @@ _WIDTH, _HEIGHT, _MARGIN, _TITLE = 250, 190, 44, 34
 _MOST_STACKS, _MOST_POINTS = 6, 400
 _BLACK, _GREY, _WHITE = (0, 0, 0), (200, 200, 200), (255, 255, 255)
 
+# Neither steps nor values that are larger are drawn.
+_LARGEST = 1e30
+
 # step -> value of each layer's line.
-Lines = dict[str, list[tuple[int, float]]]
+Lines = dict[str, list[tuple[float, float]]]
 
 
 def draw(model_dir: str) -> str | None:
@@ -77,10 +80,12 @@ def _read(path: str) -> dict[str, dict[str, Lines]]:
                 continue
             if not isinstance(values, dict) or type(values.get("step")) is not int:
                 continue
+            if abs(values["step"]) >= _LARGEST:
+                continue
             for stack, panel, layer, value in _layers(values):
                 panels = stacks.setdefault(stack, {})
                 line = panels.setdefault(panel, collections.defaultdict(list))
-                line[layer].append((values["step"], value))
+                line[layer].append((float(values["step"]), value))
     return stacks
 
 
@@ -91,7 +96,7 @@ def _layers(values: Mapping[str, object]) -> Iterator[tuple[str, str, str, float
         if not name.startswith(PREFIX) or panel not in _PANELS:
             continue
         before, found, after = path.partition("/layers_")
-        if found and isinstance(value, float | int):
+        if found and isinstance(value, float | int) and abs(value) < _LARGEST:
             # Self- and cross-attention of a layer are two lines.
             yield before, panel, after, float(value)
 
@@ -139,7 +144,7 @@ def _panel(
     pen.text((right - 6 * len(last), bottom + 3), last, _BLACK, font)
 
 
-def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return points[:: -(-len(points) // _MOST_POINTS)]
 
 

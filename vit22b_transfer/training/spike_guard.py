@@ -94,7 +94,7 @@ class SpikeGuard:
         if not 0.0 < self.deviations < float("inf"):
             raise UserError(
                 f"deviations={self.deviations} must be greater than 0; to let every "
-                "step count set train.fine_tune.spike_guard=None."
+                "step count set train.fine_tune.guard=None."
             )
         for name in ("settle_steps", "max_skips"):
             if getattr(self, name) < 1:
