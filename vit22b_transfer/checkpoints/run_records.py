@@ -64,8 +64,10 @@ def _is_guard(said: Any) -> bool:
     if not isinstance(said, dict) or not isinstance(said.get("returns", []), list):
         return False
     numbers = [n for pair in said.get("returns", []) for n in _pair(pair)]
-    good = said.get("good_step")
-    return (good is None or type(good) is int) and all(type(n) is int for n in numbers)
+    good, count = said.get("good_step"), said.get("good_count", 0)
+    return (good is None or type(good) is int) and all(
+        type(n) is int for n in (count, *numbers)
+    )
 
 
 def _pair(said: Any) -> list[Any]:

@@ -80,7 +80,8 @@ class SpikeGuard:
       more than 0. What is not finite is always a spike.
     settle_steps: steps that count before the band does; at least 1.
     max_skips: after so many steps skipped in a row the run goes back to its last good
-      checkpoint; at least 1.
+      checkpoint, when it logs; at least 1. After twice as many the next time, if that
+      is to the same checkpoint.
 
     Raises:
       UserError: for a value out of its range.

@@ -55,7 +55,9 @@ class SpikeWatch:
         self._window_steps = window_steps
         self._told = 0  # the last step whose skip is written
         self._ids: dict[int, list[str] | None] = {}
+        # The last good checkpoint, and the steps that had counted when it was saved.
         self._good: int | None = None
+        self._good_count = -1
         self._returns: list[list[int]] = []  # [checkpoint, step that went back to it]
 
     def begin(self, start_step: int, path: str | None) -> None:
@@ -64,9 +66,9 @@ class SpikeWatch:
         if self._guard is None or path is None:
             return
         record = reading.read_record(path).get(RECORD, {"good_step": start_step})
-        self._good = record["good_step"]
+        self._good, self._good_count = record["good_step"], record.get("good_count", -1)
         self._returns = [list(pair) for pair in record.get("returns", [])]
-        self._hold()
+        self.hold()
 
     def beside(
         self, window: Mapping[str, Any], partitioning: Partitioning
@@ -92,7 +94,7 @@ class SpikeWatch:
         """What is logged of the guard."""
         if self._guard is None:
             return {}
-        return {"spike_guard/skipped": int(fetched[KEY].band.skipped)}
+        return {"spike_guard/skipped": float(fetched[KEY].band.skipped)}
 
     def tell(self, fetched: Mapping[str, Any], step: int) -> None:
         """Writes a line for each skipped step up to `step` that has none yet."""
@@ -133,16 +135,30 @@ class SpikeWatch:
         return [name for part in known for name in part] if known else None
 
     def record(self, fetched: Mapping[str, Any], step: int) -> dict[str, Any]:
-        """What the checkpoint of this step says of the guard; a good one is held."""
+        """What the checkpoint of this step says of the guard, which may be a good one.
+
+        Good is one outside of a streak, behind a step that counted since the last: not
+        that of a run which has just gone back, nor the one of a streak's end.
+        """
         if self._guard is None:
             return {}
-        if int(fetched[KEY].band.streak) == 0:
-            self._good = step
-        self._hold()
-        return {RECORD: {"good_step": self._good, "returns": self._returns}}
+        band = fetched[KEY].band
+        if int(band.streak) == 0 and int(band.count) != self._good_count:
+            self._good, self._good_count = step, int(band.count)
+        said = {
+            "good_step": self._good,
+            "good_count": self._good_count,
+            "returns": self._returns,
+        }
+        return {RECORD: said}
 
-    def _hold(self):
-        self._writer.held = set() if self._good is None else {self._good}
+    def hold(self) -> None:
+        """Keeps the last good checkpoint; to be called once its save has begun.
+
+        Until then the one before is held: a save may be cut off.
+        """
+        if self._guard is not None:
+            self._writer.held = set() if self._good is None else {self._good}
 
     def saved(self, fetched: Mapping[str, Any]) -> dict[str, Any]:
         """The window as a checkpoint keeps it: without the steps that were told."""
@@ -151,10 +167,19 @@ class SpikeWatch:
         return dict(fetched) | {KEY: Guard(fetched[KEY].band, None)}
 
     def goes_back(self, fetched: Mapping[str, Any]) -> bool:
-        """Whether so many steps were skipped in a row that the run has to go back."""
+        """Whether so many steps were skipped in a row that the run has to go back.
+
+        Each time it has gone back to the same checkpoint it skips twice as many before
+        it does so again: a long stretch of bad batches ends.
+        """
         if self._guard is None:
             return False
-        return int(fetched[KEY].band.streak) >= self._guard.max_skips
+        most = self._guard.max_skips << self._times()
+        return int(fetched[KEY].band.streak) >= most
+
+    def _times(self) -> int:
+        """How often the run went back to the last good checkpoint."""
+        return sum(good == self._good for good, _ in self._returns)
 
     def go_back(
         self,
@@ -184,7 +209,7 @@ class SpikeWatch:
                 "(spike_guard.SpikeGuard.settle_steps)."
             )
         path = reading.checkpoint_path(model_dir, self._good)
-        times = sum(good == self._good for good, _ in self._returns)
+        times = self._times()
         if times >= _RETURNS:
             raise UserError(
                 f"{skips}, and the run went back to {path} {times} times already: "
@@ -202,8 +227,9 @@ class SpikeWatch:
         )
         self._log.event(step, {"spike_guard/returned_to": self._good})
         self._log.message(
-            f"step {step}: {skips.partition(' at ')[0]}; the state is that of {path} "
-            f"again, the batches of steps {self._good + 1} to {step} are passed over"
+            f"step {step}: {int(guard.band.streak)} steps in a row were skipped; the "
+            f"state is that of checkpoint_{self._good} again, the batches of steps "
+            f"{self._good + 1} to {step} are passed over"
         )
         state = TrainState(number, restored.params, restored.opt_state)
         return state, dict(window) | {KEY: Guard(band, guard.ring)}

@@ -214,6 +214,7 @@ def fine_tune(
             )
             record |= watch.record(fetched, step)
             writer.save(step, to_checkpoint_tree(state), record | origin)
+            watch.hold()
             if instruments is not None and is_writer:
                 instrument_picture.draw(model_dir)
 
