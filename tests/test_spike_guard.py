@@ -1,7 +1,9 @@
 """Steps that are spikes change nothing, are told, and a run goes back from many."""
 
 import dataclasses
+import importlib
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -325,6 +327,24 @@ def test_a_run_that_cannot_go_back_says_so(tmp_path):
     returns = events(tmp_path / "b", "spike_guard/returned_to")
     assert returns == {8: 4, 16: 4, 28: 4}
     assert reading.complete_steps(str(tmp_path / "b")) == [4, 44, 48]
+
+
+def test_the_table_of_injected_spikes(monkeypatch):
+    """What `benchmarks/spike_guard_table.py` claims, of all its cases."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    table = importlib.import_module("spike_guard_table")
+    rows = {name: table.run(data, SpikeGuard()) for name, data in table.CASES.items()}
+    untouched = float(rows["nothing"][-1])
+    assert rows["nothing"][1:3] == ["0", "-"]
+    assert rows["NaN, one batch"][1:3] == ["1 (151 to 151)", "-"]
+    assert rows["loss x1000, one batch"][1:3] == ["1 (151 to 151)", "-"]
+    skipped, returns = rows["poisoned, 40 batches"][1:3]
+    assert (skipped, returns) == ("40 (151 to 190)", "160 to 150, 180 to 150")
+    for name, row in rows.items():
+        assert row[0] == "done" and abs(float(row[-1]) - untouched) < 0.05, name
+    assert table.run(table.CASES["NaN, one batch"], None)[0] == "NotFiniteError"
+    unguarded = table.run(table.CASES["poisoned, 40 batches"], None)
+    assert float(unguarded[-1]) > 2 * untouched
 
 
 @pytest.mark.parametrize(
