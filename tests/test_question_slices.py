@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 import rich.console
 import seqio
@@ -142,9 +143,12 @@ def test_types_travel_from_the_annotations_to_the_metrics(vqa_files, tmp_path):
     lines = []
     for index, example in enumerate(dataset.as_numpy_iterator()):
         # As SeqIO's evaluator, and so T5X's, calls it.
-        target = answers_and_predictions(b"yes", example=example, is_target=True)
-        assert target == ["yes"] * 10
-        assert target.kinds == ({} if index else kinds)
+        arrays = {name: np.array(value) for name, value in example.items()}
+        for given in (example, arrays):
+            target = answers_and_predictions(b"yes", example=given, is_target=True)
+            assert isinstance(target, Answers)
+            assert target == ["yes"] * 10
+            assert target.kinds == ({} if index else kinds)
         texts = {name: example[name].decode() for name in kinds}
         lines.append(
             {"index": index, "prediction": "yes", "score": 0.0, "target": "yes"}

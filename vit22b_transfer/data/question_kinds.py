@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from vit22b_transfer import UserError
 from vit22b_transfer.data import preprocessors
 from vit22b_transfer.data.records import half_character
@@ -65,6 +67,8 @@ def answers_and_predictions(
     kinds = {}
     for name in KINDS:
         value = (example or {}).get(name, b"")
+        if isinstance(value, np.ndarray) and not value.ndim:
+            value = value.item()
         if not isinstance(value, str | bytes):
             raise UserError(f"feature {name!r} of an example is no text.")
         if isinstance(value, bytes):
