@@ -144,8 +144,8 @@ def test_types_travel_from_the_annotations_to_the_metrics(vqa_files, tmp_path):
     for index, example in enumerate(dataset.as_numpy_iterator()):
         # As SeqIO's evaluator, and so T5X's, calls it.
         arrays = {name: np.array(value) for name, value in example.items()}
-        for given in (example, arrays):
-            target = answers_and_predictions(b"yes", example=given, is_target=True)
+        for form in (example, arrays):
+            target = answers_and_predictions(b"yes", example=form, is_target=True)
             assert isinstance(target, Answers)
             assert target == ["yes"] * 10
             assert target.kinds == ({} if index else kinds)
