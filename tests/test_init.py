@@ -65,13 +65,14 @@ def test_the_printed_command_works_and_the_readmes_go_on(
     project = tmp_path / "my project"
     use_one_device(project)
     run_in_process(command, tmp_path)
-    assert (project / "model" / "checkpoint_20").is_dir()
+    assert (project / "trial" / "checkpoint_20").is_dir()
     readme = (project / "README.md").read_text()
     assert len(readme.splitlines()) <= 16
     run_in_process(readme.split("```")[1].removeprefix("bash\n"), project)
-    metrics = json.loads((project / "model" / "metrics.json").read_text())
-    assert metrics[f"my_{task}/validation"]["metrics"]
-    (lines,) = (project / "model").glob("my_*-test-checkpoint_20.jsonl")
+    metrics = json.loads((project / "trial" / "metrics.json").read_text())
+    part = {"captions": "", "vqa": "/first_16"}[task]  # of 16 images, 48 questions
+    assert metrics[f"my_{task}/validation{part}"]["metrics"]
+    (lines,) = (project / "trial").glob("my_*-test-checkpoint_20*.jsonl")
     assert len(lines.read_text().splitlines()) >= 8
 
 

@@ -8,10 +8,10 @@ import os
 import pathlib
 import reprlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import answers, text_files
+from vit22b_transfer.data import answers, question_kinds, text_files
 from vit22b_transfer.data.image_folders import ImageFolder
 from vit22b_transfer.data.records import (
     BadRecords,
@@ -184,13 +184,21 @@ def coco_image_paths(
     return paths
 
 
-def vqa_answers(
-    path: pathlib.Path, bad: BadRecords
-) -> dict[str, tuple[str, str, tuple[str, ...]]]:
-    """Question id -> (image id, the answer to learn, all answers).
+class VqaAnnotation(NamedTuple):
+    """What VQAv2's annotations say of a question.
 
-    The answer to learn is the one that `answers.most_rewarded` names.
+    target: the answer to learn, the one that `answers.most_rewarded` names.
+    kinds: as `question_kinds.read_kinds` gives them.
     """
+
+    image_id: str
+    target: str
+    answers: tuple[str, ...]
+    kinds: dict[str, str]
+
+
+def vqa_answers(path: pathlib.Path, bad: BadRecords) -> dict[str, VqaAnnotation]:
+    """Question id -> what is said of it; questions without an answer are left out."""
     entries = json_list(read_json(path), "annotations", path, "VQAv2 annotations")
     result = {}
     for number, entry in enumerate(entries):
@@ -211,9 +219,15 @@ def vqa_answers(
         elif chosen is not None and (problem := wrong_text(chosen)):
             bad.add("malformed entry", f"{name}: multiple_choice_answer {problem}")
         else:
+            try:
+                kinds = question_kinds.read_kinds(entry)
+            except ValueError as problem:
+                bad.add("malformed entry", f"{name}: {problem}")
+                continue
             target = answers.most_rewarded(given, chosen or "")
             if target:  # else its question is reported
-                result[question_id] = (str(entry["image_id"]), target, given)
+                image_id = str(entry["image_id"])
+                result[question_id] = VqaAnnotation(image_id, target, given, kinds)
     return result
 
 

@@ -178,11 +178,12 @@ def eval_batches(
     partitioning: placement.BatchPartitioning,
     start_index: int = 0,
     task_overrides: Mapping[str, seqio.Task] | None = None,
+    max_examples: int | None = None,
 ) -> Batches[EvalBatch]:
     """One pass over a split in order, from example `start_index` on.
 
-    The last batch is filled up with zero rows. Of a task without targets all loss
-    weights are zero.
+    With `max_examples` the split ends after that many examples. The last batch is
+    filled up with zero rows. Of a task without targets all loss weights are zero.
 
     Raises:
       UserError: if a name, split, length or batch size does not fit, if the name is a
@@ -196,6 +197,7 @@ def eval_batches(
         converter_cls,
         batch_size,
         task_overrides or {},
+        max_examples,
     )
     if start_index < 0:
         raise UserError(f"start_index must not be negative, got {start_index}.")

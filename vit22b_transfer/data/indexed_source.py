@@ -4,7 +4,8 @@ Images stay on disk: a record carries a path. Paths may hold `~` and `$VARIABLES
 are resolved when a split is first used, so constructing a source touches no file.
 
 Every source yields examples with the same string features: `image_path`, `image_id`,
-`question_id`, `question`, `target` (scalars) and `references` (a vector).
+`question_id`, `question`, `target` (scalars) and `references` (a vector); where the
+split has any, also `answer_type` and `question_type`.
 """
 
 import abc
@@ -29,6 +30,7 @@ from vit22b_transfer.data.records import (
 
 _BAD_RECORD_POLICIES = ("error", "skip")
 _SCALARS = ("image_path", "image_id", "question_id", "question", "target")
+_KINDS = ("answer_type", "question_type")
 
 
 class RandomAccessSource(seqio.DataSource):
@@ -176,8 +178,9 @@ def _look_up(records):
     lists = ["references"]
     if any(record.image_paths for record in records):
         lists.append("image_paths")
+    kinds = [n for n in _KINDS if any(getattr(record, n) for record in records)]
     columns, places = {}, []
-    for name in (*_SCALARS, *lists):
+    for name in (*_SCALARS, *kinds, *lists):
         values = [getattr(record, name) for record in records]
         # Paths, ids and references repeat: keep each once, and where it lies.
         distinct = {value: place for place, value in enumerate(dict.fromkeys(values))}
@@ -185,7 +188,7 @@ def _look_up(records):
         places.append([distinct[value] for value in values])
     # A name that is no UTF-8 keeps its bytes; to read it is then an error that says so.
     columns["image_path"] = [os.fsencode(path) for path in columns["image_path"]]
-    scalars = {name: tf.constant(columns[name]) for name in _SCALARS}
+    scalars = {name: tf.constant(columns[name]) for name in (*_SCALARS, *kinds)}
     texts, spans = {}, {}
     for name in lists:
         ends = np.cumsum([0, *(len(group) for group in columns[name])])

@@ -222,8 +222,11 @@ def eval_examples(
     batch_size: int,
     shard: HostShard,
     start_index: int,
+    max_examples: int | None = None,
 ) -> tuple[tf.data.Dataset, int | None]:
     """One pass over the task's examples in order, and the number there are, or None.
+
+    With `max_examples` the split is as if it had no more than its first ones.
 
     With a number, the examples are this host's rows of batches that begin at
     `start_index`. With None (no random access, or not one example per record) they are
@@ -233,6 +236,7 @@ def eval_examples(
     source = random_access(task)
     if source is not None and seed is None:
         size, rows = source.num_records(split), shard.rows(batch_size)
+        size = size if max_examples is None else min(size, max_examples)
 
         def records(batch: int) -> np.ndarray:
             start = start_index + batch * batch_size
@@ -245,7 +249,10 @@ def eval_examples(
         examples = task_examples(task, split, lengths, seed, order)
         if examples.cardinality() == order.cardinality():
             return examples, size
-    return task_examples(task, split, lengths, seed).skip(start_index), None
+    examples = task_examples(task, split, lengths, seed)
+    if max_examples is not None:
+        examples = examples.take(max_examples)
+    return examples.skip(start_index), None
 
 
 def fitted(

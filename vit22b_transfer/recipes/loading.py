@@ -111,6 +111,31 @@ def arguments(
     return gin.get_bindings(root)
 
 
+def other_data(recipe: Recipe, root: Callable[..., Any], split: str) -> str:
+    """A sentence on what chooses other data than `split`, "" if nothing bound does.
+
+    Such as "--gin.INFER_SPLIT chooses another split, --gin.INFER_TASK another task."
+    """
+    options = {}
+    for reference in _reachable(recipe, root):
+        bound = recipe.bound_to(reference.name, reference.scope)
+        if "split" in bound and recipe.resolved(bound["split"].value) == split:
+            options |= {_option(bound["split"]): "chooses another split"}
+            options |= {
+                _option(bound[name]): "another task"
+                for name in ("task", "tasks")
+                if name in bound
+            }
+    said = ", ".join(f"--gin.{option} {what}" for option, what in options.items())
+    return f"{said}." if said else ""
+
+
+def _option(binding: Binding) -> str:
+    """The name that sets a parameter: the macro that it is bound to, or its own."""
+    value = binding.value
+    return value.name if isinstance(value, MacroUse) else binding.key
+
+
 def _check_agreement(one: Recipe, other: Recipe, last: Recipe) -> None:
     """Raises RecipeError if the order of two files would decide what is said."""
     ours, others = one.statements(), other.statements()

@@ -97,6 +97,11 @@ _PREDICTS: dict[str, Meaning] = {
     "feature_lengths": _macro("FEATURE_LENGTHS"),
     "batch_size": _macro("BATCH_SIZE"),
     "seed": _ONE_SEED,
+    "max_examples": _refused(
+        "T5X reads the whole split. Leave gin_configs/runs/try.gin out, or set "
+        "max_examples=None",
+        (None,),
+    ),
 }
 _OF_CACHING = _own("it is of `vit22b cache-features` and cached training alone")
 _OF_TRAINING = _own("it is of `vit22b train` alone")
@@ -198,6 +203,7 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
                 (),
                 ("train_eval/t5x.utils.DatasetConfig.split",),
             ),
+            "max_examples": _own("T5X evaluates train.eval_steps batches of each task"),
             "feature_lengths": _macro("FEATURE_LENGTHS"),
             "batch_size": _macro("BATCH_SIZE"),
             "cache": _NO_CACHE,

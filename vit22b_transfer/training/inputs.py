@@ -53,6 +53,15 @@ def batch_arguments(
     }
 
 
+def check_splits(eval_data: Any) -> None:
+    """UserError if a split of an `EvalData` is not there, before any step is taken."""
+    if isinstance(eval_data, EvalData):
+        from vit22b_transfer.data import tasks as registered
+
+        for task in eval_data.tasks:
+            registered.task_names(task, eval_data.split)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainData:
     """What a run trains on: a SeqIO task or mixture, and the size of its batches.
@@ -95,6 +104,7 @@ class EvalData:
     """What the loss is measured on while training: one split of some SeqIO tasks.
 
     cache: as in `TrainData`, and both with or both without one.
+    max_examples: how many of the first examples of each task; None: all.
     """
 
     tasks: Sequence[str]
@@ -102,6 +112,7 @@ class EvalData:
     feature_lengths: Mapping[str, Any]
     batch_size: int
     cache: Any = None
+    max_examples: int | None = None
 
     def batches(
         self, task: str, model: Any, partitioning: Partitioning
@@ -120,4 +131,5 @@ class EvalData:
             **read_as,
             batch_size=self.batch_size,
             partitioning=partitioning,
+            max_examples=self.max_examples,
         )

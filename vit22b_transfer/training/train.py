@@ -17,7 +17,7 @@ from vit22b_transfer.host import disk_errors, locks, whole_files
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import finite, optimizers, resuming, steps
+from vit22b_transfer.training import finite, inputs, optimizers, resuming, steps
 from vit22b_transfer.training.eval_loss import EvaluationStopped
 from vit22b_transfer.training.logs import RunLog, StepTimer
 from vit22b_transfer.training.measures import Measures, TaskScores
@@ -130,6 +130,7 @@ def fine_tune(
         # 3. Batches: the stream goes on at the step to be taken.
         batches = data.batches(model, partitioning, seed=seed, start_step=start_step)
         stack.callback(batches.close)
+        inputs.check_splits(eval_data)
         batch = next(batches)
         rows = _check_batch(batch, partitioning, num_microbatches)
 
