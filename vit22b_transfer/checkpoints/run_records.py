@@ -51,6 +51,11 @@ def _is_window(said: Any) -> bool:
     return all(type(number) in _NUMBERS for value in values for number in value)
 
 
+def _are_settings(said: Any) -> bool:
+    kinds = (str, bool, type(None), *_NUMBERS)
+    return isinstance(said, dict) and all(type(x) in kinds for x in said.values())
+
+
 def _has(said: Any, **kinds: tuple[type, ...]) -> bool:
     """Whether a part of a record has values of these types."""
     return isinstance(said, dict) and all(
@@ -60,6 +65,7 @@ def _has(said: Any, **kinds: tuple[type, ...]) -> bool:
 
 _RECORDED = {
     "lora": _is_lora,
+    "settings": _are_settings,
     "tower": _is_tower,
     "vocabularies": _are_vocabularies,
     "window": _is_window,

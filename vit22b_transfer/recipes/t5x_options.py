@@ -136,6 +136,11 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
                 (),
                 ("%RANDOM_SEED",),
             ),
+            "allow_changes": _refused(
+                "T5X goes on from what is in MODEL_DIR, and compares nothing. Leave it "
+                "out",
+                ((),),
+            ),
         },
     ),
     f"{_TRAIN}.InitialCheckpoint": (
@@ -268,7 +273,15 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
 IN_ONE_JOB: Mapping[tuple[str, str, str], Meaning] = {
     **{
         ("precompile", f"{_TRAIN}.fine_tune", name): _carried("no step depends on it")
-        for name in ("eval_data", "total_steps", "initial", "periods", "keep", "seed")
+        for name in (
+            "eval_data",
+            "total_steps",
+            "initial",
+            "periods",
+            "keep",
+            "seed",
+            "allow_changes",
+        )
     },
     ("finetune", f"{_TRAIN}.fine_tune", "initial"): _refused(
         "t5x_finetune.gin starts from INITIAL_CHECKPOINT_PATH. Name t5x_train.gin, "

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,15 +23,19 @@ from vit22b_transfer.training.state import (
 _UNFINISHED = "evaluation_unfinished"
 
 
-def record(model: Any, window: Any, *, to_evaluate: bool) -> dict[str, Any]:
+def record(
+    model: Any, window: Any, *, settings: Mapping[str, Any], to_evaluate: bool
+) -> dict[str, Any]:
     """What a checkpoint holds beside the state; float32 survives JSON exactly.
 
+    settings: see `run_settings`.
     to_evaluate: whether the evaluation of its step is still to be done.
     """
     leaves = jax.tree_util.tree_leaves_with_path(window)
     return {
         "vocabularies": identity.vocabulary_record(model),
         "lora": identity.lora_record(model),
+        "settings": dict(settings),
         "window": {jax.tree_util.keystr(key): leaf.tolist() for key, leaf in leaves},
     } | ({_UNFINISHED: True} if to_evaluate else {})
 

@@ -16,7 +16,13 @@ from vit22b_transfer.host import disk_errors, locks, whole_files
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import finite, optimizers, resuming, steps
+from vit22b_transfer.training import (
+    finite,
+    optimizers,
+    resuming,
+    run_settings,
+    steps,
+)
 from vit22b_transfer.training.eval_loss import (
     EvaluationStopped,
     evaluate_loss,
@@ -84,6 +90,7 @@ def fine_tune(
     periods: Periods | None = None,
     keep: int | None = 1,
     seed: int = 0,
+    allow_changes: Sequence[str] = (),
 ) -> TrainResult:
     """Trains `model` up to `total_steps`, in `model_dir`; resumes what is there.
 
@@ -93,9 +100,13 @@ def fine_tune(
     evaluation is stopped after a batch, and done again as a whole when the run is
     started again. `keep` newest checkpoints are kept (None: all).
 
+    allow_changes: names in `run_settings.EXACT` that may differ from those of the run
+      that is resumed. All changes are told, one line each.
+
     Raises:
       UserError: for inputs that do not fit together, before anything is written over;
-        if another run writes into model_dir.
+        if another run writes into model_dir, or the one that is resumed was told
+        something else and `allow_changes` does not name it.
       NotFiniteError: if the loss, the gradients or what is to be saved stop being
         finite; the last checkpoint is from before.
     """
@@ -103,6 +114,7 @@ def fine_tune(
     periods = periods or Periods()
     model_dir = whole_files.writable_directory(model_dir, "model_dir")
     _check_inputs(model, total_steps, num_microbatches)
+    run_settings.check_names(allow_changes)
     identity.show_vocabulary(model)
 
     with (
@@ -124,6 +136,25 @@ def fine_tune(
         stack.callback(log.close)
         writer = writing.CheckpointWriter(model_dir, keep)
         stack.callback(writer.close)
+        settings = run_settings.of_run(
+            model,
+            data=data,
+            eval_data=eval_data,
+            initial=initial,
+            partitioning=partitioning,
+            periods=periods,
+            numbers={
+                "seed": seed,
+                "num_microbatches": num_microbatches,
+                "total_steps": total_steps,
+                "keep": keep,
+            },
+        )
+        if start_step:
+            path = reading.checkpoint_path(model_dir, start_step)
+            with resuming.explained(model_dir, start_step):
+                for line in run_settings.changes(path, settings, allow_changes):
+                    log.message(line)
 
         # 3. Batches: the stream goes on at the step to be taken.
         batches = data.batches(model, partitioning, seed=seed, start_step=start_step)
@@ -144,7 +175,6 @@ def fine_tune(
         )
         window = steps.empty_window(update, abstract, batch, step_rng, partitioning)
         if start_step:
-            path = reading.checkpoint_path(model_dir, start_step)
             with resuming.explained(model_dir, start_step):
                 state, window = resuming.resume(path, model, abstract, window)
                 to_evaluate = resuming.has_to_evaluate(path) and eval_data is not None
@@ -176,7 +206,9 @@ def fine_tune(
             fetched = jax.device_get(window)
             finite.check_window(fetched, step, writer)
             finite.check_state(state, step, writer)
-            record = resuming.record(model, fetched, to_evaluate=to_evaluate)
+            record = resuming.record(
+                model, fetched, settings=settings, to_evaluate=to_evaluate
+            )
             writer.save(step, to_checkpoint_tree(state), record | origin)
 
         def evaluate():
