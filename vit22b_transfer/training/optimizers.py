@@ -32,9 +32,9 @@ class NamedSchedule:
     settings: Mapping[str, Any]
     rate: Schedule
 
-    def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]:
+    def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
         """The learning rate of a step, from 0."""
-        return self.rate(step)
+        return self.rate(jnp.asarray(step))
 
 
 class ScheduledOptimizer(optax.GradientTransformation):
