@@ -387,6 +387,9 @@ def test_lost_text_and_images_are_counted_and_first_losses_are_logged(mesh, capl
     assert not weights[[0, 5, 10, 15, 20]].any()
     assert "skipped_images: 2 of the 8 examples" in caplog.text
     assert caplog.text.count("truncated_targets") == 1
+    # Read again, as `vit22b eval` does for the token loss, it is not told anew.
+    list(device_eval("spoilt", mesh, inputs=6, targets=2))
+    assert caplog.text.count("examples read: 5 skipped") == 1
     lost = "12 truncated inputs, 9 truncated targets"
     assert f"spoilt test, {RECORDS} examples read: 5 skipped images, {lost}" in (
         caplog.text

@@ -55,6 +55,23 @@ def test_the_printed_command_has_a_complete_recipe(tmp_path, monkeypatch, capsys
     assert all((tmp_path / "my project" / path).exists() for path in there)
 
 
+def test_no_caption_of_the_samples_is_cut(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    written("captions", "mine", capsys)
+    recipe = loading.read(
+        ["mine/gin_configs/recipes/my_captions.gin"], [], ["", *shipped.search_paths()]
+    )
+    lengths, _ = recipe.macros["FEATURE_LENGTHS"]
+    longest = max(
+        len(entry["caption"].encode()) + 1  # EOS
+        for name in ("captions", "validation")
+        for entry in json.loads(Path(f"mine/data/{name}.json").read_text())[
+            "annotations"
+        ]
+    )
+    assert longest <= lengths["targets"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["captions", "vqa"])
 def test_the_printed_command_works_and_the_readmes_go_on(

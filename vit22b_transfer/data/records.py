@@ -84,11 +84,12 @@ class Tally:
         self._lock = threading.Lock()
 
     def add(self, reason: str, item: str) -> bool:
-        """Counts the item; whether it is the first one with this reason."""
+        """Counts the item; whether it is the first ever met with this reason."""
         with self._lock:
             items = self._items.setdefault(reason, {})
+            is_first = not items
             items[item] = None
-            return len(items) == 1
+            return is_first
 
     def counts(self) -> dict[str, int]:
         """The number of distinct items for each reason."""

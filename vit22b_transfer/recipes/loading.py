@@ -182,15 +182,12 @@ def _check_acyclic(recipe: Recipe, name: str, outer: tuple[str, ...]) -> None:
 
 
 def _check_type(recipe: Recipe, binding: Binding) -> None:
-    value = binding.value
-    through = ""
-    while isinstance(value, MacroUse) and value.name != REQUIRED:
-        value, where = recipe.macros[value.name]
-        through = f" through the macro set at {where}"
-    value = recipe.resolved(value)
+    said, value = binding.value, recipe.resolved(binding.value)
+    place = recipe.place(said, binding.where)
+    through = f" = {said} ({binding.where})" if isinstance(said, MacroUse) else ""
     annotation = gin_values.parameters(binding.target)[binding.parameter].annotation
     if problem := gin_values.mismatch(value, annotation):
-        raise RecipeError(f"{binding.where}: {binding.key}{through}: {problem}")
+        raise RecipeError(f"{place}: {binding.key}{through}: {problem}")
 
 
 def _reachable(recipe: Recipe, root: Callable[..., Any]) -> list[Reference]:
@@ -213,7 +210,8 @@ def _reachable(recipe: Recipe, root: Callable[..., Any]) -> list[Reference]:
 def show(recipe: Recipe) -> Iterator[str]:
     """Lines of text: every macro, then every configurable with all its parameters."""
     for name, (value, where) in sorted(recipe.macros.items()):
-        yield f"{name} = {gin_values.text(recipe.resolved(value))}  # {where}"
+        place = recipe.place(value, where)
+        yield f"{name} = {gin_values.text(recipe.resolved(value))}  # {place}"
     heads = {(b.scope, b.name): b.target for b in recipe.bindings.values()}
     used = {("", name): target for name, target in recipe.configurables.items()}
     for (scope, name), target in sorted((used | heads).items(), key=lambda kv: kv[0]):
@@ -228,7 +226,8 @@ def show(recipe: Recipe) -> Iterator[str]:
             if parameter.name in bound:
                 binding = bound[parameter.name]
                 value = gin_values.text(recipe.resolved(binding.value))
-                yield f"{key} = {value}  # {binding.where}"
+                place = recipe.place(binding.value, binding.where)
+                yield f"{key} = {value}  # {place}"
             elif parameter.is_extra and hasattr(made, parameter.name):
                 value = getattr(made, parameter.name)
                 by = f"by {target.__name__}"

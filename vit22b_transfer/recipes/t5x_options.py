@@ -152,6 +152,11 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
                 "T5X generates every train.eval_period steps where "
                 "train.infer_eval_dataset_cfg says what, as in t5x_finetune.gin"
             ),
+            "allow_changes": _refused(
+                "T5X goes on from what is in MODEL_DIR, and compares nothing. Leave it "
+                "out",
+                ((),),
+            ),
         },
     ),
     "vit22b_transfer.checkpoints.best.KeepBest": (
@@ -295,7 +300,7 @@ IN_ONE_JOB: Mapping[tuple[str, str, str], Meaning] = {
         ("precompile", f"{_TRAIN}.fine_tune", name): _carried("no step depends on it")
         for name in (
             *("eval_data", "total_steps", "initial", "periods", "keep", "seed"),
-            *("best", "scores"),
+            *("best", "scores", "allow_changes"),
         )
     },
     ("finetune", f"{_TRAIN}.fine_tune", "initial"): _refused(

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -133,3 +135,34 @@ class EvalData:
             partitioning=partitioning,
             max_examples=self.max_examples,
         )
+
+
+def check_run(model: Any, total_steps: int, num_microbatches: int) -> None:
+    """Raises UserError for what no run can begin with."""
+    for name, value in (
+        ("total_steps", total_steps),
+        ("num_microbatches", num_microbatches),
+    ):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
+    optimizer = model.optimizer_def
+    if not (
+        callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")
+    ):
+        raise UserError(
+            f"the model's optimizer_def is {optimizer!r}; to train it must be an optax "
+            "transformation such as optimizers.adamw(...)."
+        )
+
+
+def check_batch(batch: Any, partitioning: Partitioning, num_microbatches: int) -> int:
+    """Number of examples in the batch; UserError if the mesh cannot divide it."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    data_size = partitioning.mesh.shape["data"]
+    if rows % (data_size * num_microbatches):
+        raise UserError(
+            f"a batch of {rows} examples does not divide by the mesh's data axis of "
+            f"{data_size} x num_microbatches={num_microbatches}. Choose a batch_size "
+            f"that is a multiple of {data_size * num_microbatches}."
+        )
+    return rows

@@ -5,6 +5,7 @@ weight decay, then the schedule: `p -= schedule(step) * (scaled_gradient + decay
 A learning rate that is a number is a constant schedule.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,20 +22,36 @@ from vit22b_transfer.models import freezing
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 KERNELS = (r"(.*/)?(kernel|lora_[ab])",)
+_MACROS = "Recipes set them by the macros WARMUP_STEPS and TRAIN_STEPS."
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NamedSchedule:
+    """A schedule that tells what it was made of, under `name` and its arguments."""
+
+    settings: Mapping[str, Any]
+    rate: Schedule
+
+    def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """The learning rate of a step, from 0."""
+        return self.rate(jnp.asarray(step))
 
 
 class ScheduledOptimizer(optax.GradientTransformation):
     """An optax transformation that carries the schedule it applies.
 
     The training loop logs `learning_rate(step)`, so the logged rate is the used one.
+    settings: the optimizer's `name` and all of its arguments but the schedule.
     """
 
     learning_rate: Schedule
+    settings: Mapping[str, Any]
 
-    def __new__(cls, transformation, learning_rate):
-        """The same two functions, and the schedule they apply."""
+    def __new__(cls, transformation, learning_rate, settings):
+        """The same two functions, the schedule they apply, and the settings."""
         self = super().__new__(cls, *transformation)
         self.learning_rate = learning_rate
+        self.settings = settings
         return self
 
 
@@ -57,7 +74,14 @@ def constant(
     def schedule(step):
         return peak * _ramps(step, warmup_steps, total_steps, cooldown_steps)
 
-    return schedule
+    settings = {
+        "name": "constant",
+        "peak": peak,
+        "warmup_steps": warmup_steps,
+        "total_steps": total_steps,
+        "cooldown_steps": cooldown_steps,
+    }
+    return NamedSchedule(settings, schedule)
 
 
 def cosine(peak: float, *, total_steps: int, warmup_steps: int = 0) -> Schedule:
@@ -70,7 +94,13 @@ def cosine(peak: float, *, total_steps: int, warmup_steps: int = 0) -> Schedule:
         decay = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         return peak * decay * _ramps(step, warmup_steps, total_steps, 0)
 
-    return schedule
+    settings = {
+        "name": "cosine",
+        "peak": peak,
+        "total_steps": total_steps,
+        "warmup_steps": warmup_steps,
+    }
+    return NamedSchedule(settings, schedule)
 
 
 def rsqrt(
@@ -93,7 +123,15 @@ def rsqrt(
         decay = 1.0 / jnp.sqrt(1.0 + past / timescale)
         return peak * decay * _ramps(step, warmup_steps, total_steps, cooldown_steps)
 
-    return schedule
+    settings = {
+        "name": "rsqrt",
+        "peak": peak,
+        "total_steps": total_steps,
+        "warmup_steps": warmup_steps,
+        "cooldown_steps": cooldown_steps,
+        "timescale": timescale,
+    }
+    return NamedSchedule(settings, schedule)
 
 
 def _ramps(step, warmup_steps, total_steps, cooldown_steps):
@@ -117,11 +155,12 @@ def _check_steps(warmup_steps, total_steps, cooldown_steps):
     if total_steps is not None and warmup_steps + cooldown_steps > total_steps:
         raise UserError(
             f"warmup_steps={warmup_steps} and cooldown_steps={cooldown_steps} do not "
-            f"fit into total_steps={total_steps}."
+            f"fit into total_steps={total_steps}. {_MACROS}"
         )
     if total_steps is not None and warmup_steps == total_steps:
         raise UserError(
-            f"warmup_steps={warmup_steps} leaves no step of total_steps={total_steps}."
+            f"warmup_steps={warmup_steps} leaves no step of total_steps={total_steps}. "
+            f"{_MACROS}"
         )
 
 
@@ -140,7 +179,14 @@ def adamw(
 ) -> ScheduledOptimizer:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
     scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    return _compose(scale, learning_rate, weight_decay, decay_patterns, clip_norm)
+    return _compose(
+        scale,
+        learning_rate,
+        weight_decay,
+        decay_patterns,
+        clip_norm,
+        {"name": "adamw", "b1": b1, "b2": b2, "eps": eps},
+    )
 
 
 def adafactor(
@@ -171,7 +217,14 @@ def adafactor(
         ),
         optax.ema(0.9, debias=False, accumulator_dtype=jnp.bfloat16),
     )
-    return _compose(scale, learning_rate, weight_decay, decay_patterns, clip_norm)
+    return _compose(
+        scale,
+        learning_rate,
+        weight_decay,
+        decay_patterns,
+        clip_norm,
+        {"name": "adafactor", "beta2_cap": beta2_cap},
+    )
 
 
 def sgd(
@@ -184,10 +237,17 @@ def sgd(
 ) -> ScheduledOptimizer:
     """Stochastic gradient descent with momentum (`m = momentum * m + g`)."""
     scale = optax.trace(decay=momentum)
-    return _compose(scale, learning_rate, weight_decay, decay_patterns, clip_norm)
+    return _compose(
+        scale,
+        learning_rate,
+        weight_decay,
+        decay_patterns,
+        clip_norm,
+        {"name": "sgd", "momentum": momentum},
+    )
 
 
-def _compose(scale, learning_rate, weight_decay, decay_patterns, clip_norm):
+def _compose(scale, learning_rate, weight_decay, decay_patterns, clip_norm, own):
     if not callable(learning_rate):
         learning_rate = constant(learning_rate)
     parts = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
@@ -196,7 +256,12 @@ def _compose(scale, learning_rate, weight_decay, decay_patterns, clip_norm):
         mask = _mask_from(decay_patterns)
         parts.append(optax.add_decayed_weights(weight_decay, mask))
     parts.append(optax.scale_by_learning_rate(learning_rate))
-    return ScheduledOptimizer(optax.chain(*parts), learning_rate)
+    settings = own | {
+        "weight_decay": weight_decay,
+        "decay_patterns": tuple(decay_patterns),
+        "clip_norm": clip_norm,
+    }
+    return ScheduledOptimizer(optax.chain(*parts), learning_rate, settings)
 
 
 def _mask_from(patterns):
