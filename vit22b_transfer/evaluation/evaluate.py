@@ -47,13 +47,16 @@ def evaluate_checkpoint(
     batch_size: int,
     output_dir: str,
     seed: int = 0,
+    weights: infer.Weights = "trained",
 ) -> dict[str, Scores]:
     """The scores of a checkpoint by task; a mixture stands for its tasks.
 
     Predicts as `infer.infer_split` does, into `output_dir`, or takes the predictions
     that are there. Beside the tasks' own metrics stand the token loss and accuracies
     on the targets, as `token/...`. Prints a table and enters the scores as
-    `TASK/SPLIT` in `output_dir/metrics.json`.
+    `TASK/SPLIT` in `output_dir/metrics.json`, or `TASK/SPLIT/average`.
+
+    weights: the trained ones, or their average, which a training with `ema_decay` kept.
 
     Raises:
       UserError: if something does not fit together, or a task has no metrics or no
@@ -64,8 +67,9 @@ def evaluate_checkpoint(
     tasks = [tasks] if isinstance(tasks, str) else tasks
     names = [name for given in tasks for name in registered.task_names(given, split)]
     restored = infer.restore(
-        model, partitioning, checkpoint, feature_lengths, batch_size
+        model, partitioning, checkpoint, feature_lengths, batch_size, weights=weights
     )
+    suffix = "" if weights == "trained" else f"/{weights}"
     eval_step = make_eval_step(model, partitioning)
     results, entries = {}, {}
     for name in dict.fromkeys(names):
@@ -81,7 +85,7 @@ def evaluate_checkpoint(
             f"token/{key.rpartition('/')[2]}": value for key, value in losses.items()
         }
         results[name] = dataclasses.replace(scores, metrics=scores.metrics | tokens)
-        entries[f"{name}/{split}"] = dataclasses.asdict(results[name]) | {
+        entries[f"{name}/{split}{suffix}"] = dataclasses.asdict(results[name]) | {
             "checkpoint": restored.checkpoint,
             "predictions": predictions.path,
         }

@@ -136,6 +136,8 @@ def fine_tune(
         optimizer = optimizers.freeze(model.optimizer_def, params, model.frozen)
         abstract = abstract_state(params, optimizer, partitioning)
         log.message(_describe(params, model.frozen, partitioning))
+        for line in optimizers.describe(model.optimizer_def, params, model.frozen):
+            log.message(line)
 
         # 5. Restore, or initialise.
         init_rng, step_rng = _keys(seed, partitioning)
