@@ -174,6 +174,21 @@ def test_an_average_that_does_not_fit_the_model_is_named(trained):
             averages.restore(str(trained), wanted, model=model())
 
 
+def test_two_averages_in_one_checkpoint_are_refused(tmp_path):
+    """Of a chain of a user's own; neither is taken without a word."""
+    kept = {str(i): {"weight_average": {"a": np.ones(2)}} for i in range(2)}
+    write(tmp_path, {"a": np.ones(2)}, kept)
+    with pytest.raises(UserError, match="several averages of a: .*/0/.* and .*/1/"):
+        averages.names(str(tmp_path))
+
+
+def write(model_dir, params, param_states):
+    writer = writing.CheckpointWriter(str(model_dir), keep=None)
+    states = {"step": np.int32(7), "param_states": param_states}
+    writer.save(7, {"target": params, "state": states}, {})
+    writer.close()
+
+
 # --- Evaluated ---
 
 
@@ -188,10 +203,7 @@ def test_evaluation_takes_the_average_and_writes_beside_the_trained(tmp_path, ca
     params = tiny_models.model_params(made)
     zeros = jax.tree.map(np.zeros_like, params)
     kept = {"4": {"weight_average": params, "count": np.int32(3)}}
-    writer = writing.CheckpointWriter(str(tmp_path), keep=None)
-    tree = {"target": zeros, "state": {"step": np.int32(7), "param_states": kept}}
-    writer.save(7, tree, {})
-    writer.close()
+    write(tmp_path, zeros, kept)
     common = dict(
         partitioning=tiny_captions.ONE_DEVICE,
         checkpoint=str(tmp_path),

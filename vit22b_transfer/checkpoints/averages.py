@@ -19,9 +19,19 @@ def names(path: str) -> dict[str, str]:
     """Parameter -> name of its average in a checkpoint, or the latest in `path`.
 
     Empty if it holds none.
+
+    Raises:
+      UserError: if it holds several of one parameter.
     """
-    matches = map(_STORED.fullmatch, reading.saved_arrays(reading.resolve(path)))
-    return {match[1]: match[0] for match in matches if match}
+    path, found = reading.resolve(path), {}
+    for match in filter(None, map(_STORED.fullmatch, reading.saved_arrays(path))):
+        if match[1] in found:
+            raise UserError(
+                f"checkpoint {path} holds several averages of {match[1]}: "
+                f"{found[match[1]]} and {match[0]}. Train with one ema_decay."
+            )
+        found[match[1]] = match[0]
+    return found
 
 
 def restore(path: str, abstract_params: Tree, *, model: Any) -> tuple[Tree, int]:
