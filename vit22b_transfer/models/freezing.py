@@ -61,7 +61,12 @@ def check_trained(
 
 def matched(pattern: str, paths: Collection[str], what: str) -> list[str]:
     """The paths that a pattern matches; UserError if it should and does not."""
-    found = [path for path in paths if re.fullmatch(pattern, path)]
+    try:
+        found = [path for path in paths if re.fullmatch(pattern, path)]
+    except re.error as error:
+        raise UserError(
+            f"{what} pattern {pattern!r} is no regular expression: {error}."
+        ) from error
     has_tower = any(path.startswith("encoder/tower/") for path in paths)
     # The blind model has no tower, and training on cached features holds none.
     if found or ("tower" in pattern and not has_tower):

@@ -216,7 +216,7 @@ def layer_depths(
     if not blocks:
         raise UserError(
             "layer_decay needs a tower with the blocks layers_0, layers_1, ... or, "
-            f"stacked, layers; it has {_listed(_children(flat))}."
+            f"stacked, layers; it has {', '.join(_children(flat)[:_SHOWN])}."
         )
     if not numbers and not stacked:
         raise UserError(
@@ -278,7 +278,8 @@ def _listed(names):
     if not names:
         return "0 parameters"
     more = ", ..." if len(names) > _SHOWN else ""
-    return f"{len(names)} parameters ({', '.join(names[:_SHOWN])}{more})"
+    noun = "parameter" if len(names) == 1 else "parameters"
+    return f"{len(names)} {noun} ({', '.join(names[:_SHOWN])}{more})"
 
 
 def _name(path):
