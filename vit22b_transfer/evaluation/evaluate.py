@@ -47,13 +47,16 @@ def evaluate_checkpoint(
     output_dir: str,
     seed: int = 0,
     max_examples: int | None = None,
+    weights: infer.Weights = "trained",
 ) -> dict[str, Scores]:
     """The scores of a checkpoint by task; a mixture stands for its tasks.
 
     Predicts as `infer.infer_split` does, into `output_dir`, or takes the predictions
     that are there. Beside the tasks' own metrics stand the token loss and accuracies
     on the targets, as `token/...`. Prints a table and enters the scores as
-    `TASK/SPLIT` in `output_dir/metrics.json`.
+    `TASK/SPLIT` in `output_dir/metrics.json`, or `TASK/SPLIT/average`.
+
+    weights: the trained ones, or their average, which a training with `ema_decay` kept.
 
     max_examples: for a trial, score no more than the first examples of each task: the
       table says so, and the entry is `TASK/SPLIT/first_N`.
@@ -68,8 +71,9 @@ def evaluate_checkpoint(
     tasks = [tasks] if isinstance(tasks, str) else tasks
     names = [name for given in tasks for name in registered.task_names(given, split)]
     restored = infer.restore(
-        model, partitioning, checkpoint, feature_lengths, batch_size
+        model, partitioning, checkpoint, feature_lengths, batch_size, weights=weights
     )
+    suffix = "" if weights == "trained" else f"/{weights}"
     eval_step = make_eval_step(model, partitioning)
     results, entries, titles = {}, {}, []
     for name in dict.fromkeys(names):
@@ -89,7 +93,7 @@ def evaluate_checkpoint(
         }
         results[name] = dataclasses.replace(scores, metrics=scores.metrics | tokens)
         titles.append(f"{name} {split}" + (f", {data.part()}" if cut else ""))
-        entry = f"{name}/{split}" + (f"/first_{cut}" if cut else "")
+        entry = f"{name}/{split}" + (f"/first_{cut}" if cut else "") + suffix
         entries[entry] = dataclasses.asdict(results[name]) | {
             "checkpoint": restored.checkpoint,
             "predictions": predictions.path,

@@ -5,20 +5,30 @@ import dataclasses
 import functools
 import os
 import re
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import rich.console
 
-from vit22b_transfer.checkpoints import fingerprints, identity, reading, restoring
+from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import (
+    averages,
+    fingerprints,
+    identity,
+    reading,
+    restoring,
+)
 from vit22b_transfer.host import disk_errors, progress, whole_files
 from vit22b_transfer.inference import predicting
 from vit22b_transfer.inference.prediction_files import LineWriter, PredictionFiles
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training.state import abstract_variables, shardings_of
+
+Weights = Literal["trained", "average"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +52,16 @@ class Predictions:
 
 @dataclasses.dataclass(frozen=True)
 class RestoredModel:
-    """A model with the parameters of a checkpoint on the devices of a mesh."""
+    """A model with the parameters of a checkpoint on the devices of a mesh.
+
+    weights: which of the checkpoint's: see `infer_split`.
+    """
 
     model: Any
     partitioning: Partitioning
     checkpoint: str
     params: Any
+    weights: str = "trained"
 
     @functools.cached_property
     def predict(self) -> predicting.Predict:
@@ -104,12 +118,14 @@ def infer_split(
     output: str,
     seed: int = 0,
     max_examples: int | None = None,
+    weights: Weights = "trained",
 ) -> Predictions:
     """Predictions of `model` for every example of a split, as JSON lines in order.
 
     checkpoint: one, or a directory of them, of which the latest is taken.
     output: a path ending in .jsonl, or a directory, in which the file is then called
-      TASK-SPLIT-CHECKPOINT.jsonl.
+      TASK-SPLIT-CHECKPOINT.jsonl, or TASK-SPLIT-CHECKPOINT-average.jsonl.
+    weights: the trained ones, or their average, which a training with `ema_decay` kept.
     seed: of `decoding.sample`; results depend on it and on `batch_size` alone, but for
       rounding: a mesh decides in which order sums are taken.
     max_examples: for a trial, predict no more than the first ones. The file is then
@@ -130,7 +146,9 @@ def infer_split(
 
     registered.task_names(task, split)  # an error now, not after the parameters' read
     registered.check_max_examples(max_examples)
-    restored = restore(model, partitioning, checkpoint, feature_lengths, batch_size)
+    restored = restore(
+        model, partitioning, checkpoint, feature_lengths, batch_size, weights=weights
+    )
     data = SplitToRead(task, split, feature_lengths, batch_size, max_examples)
     return predict_split(restored, data, output=output, seed=seed)
 
@@ -141,10 +159,17 @@ def restore(
     checkpoint: str,
     feature_lengths: Mapping[str, Any],
     batch_size: int,
+    *,
+    weights: Weights = "trained",
 ) -> RestoredModel:
-    """The model with a checkpoint's parameters, laid out on the mesh."""
+    """The model with a checkpoint's parameters, laid out on the mesh.
+
+    weights: see `infer_split`.
+    """
     from vit22b_transfer.data import batches, image_lengths, placement
 
+    if weights not in (known := typing.get_args(Weights)):
+        raise UserError(f"weights={weights!r} must be one of {', '.join(known)}.")
     identity.show_vocabulary(model)
     path = reading.resolve(checkpoint)
     # A batch that the mesh cannot hold is an error before gigabytes are read.
@@ -156,13 +181,21 @@ def restore(
         name: jax.ShapeDtypeStruct(shape, types[name]) for name, shape in shapes.items()
     }
     abstract = abstract_variables(model, partitioning, batch)
-    if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(abstract)):
+    if weights == "average":
+        params, count = averages.restore(path, abstract, model=model)
+        rest = len(jax.tree.leaves(abstract)) - count
+        progress.console(quiet=jax.process_index() > 0).print(
+            f"{path}: the average of {count} parameters; {rest} frozen in its training "
+            "are as they were",
+            markup=False,
+        )
+    elif any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(abstract)):
         params = restoring.restore_whole(path, abstract, model=model)
     else:
         params = restoring.restore_params(
             path, abstract, shardings_of(abstract), model=model
         )
-    return RestoredModel(model, partitioning, path, params)
+    return RestoredModel(model, partitioning, path, params, weights)
 
 
 def predict_split(
@@ -176,7 +209,7 @@ def predict_split(
     registered.check_vocabularies(data.task, restored.model)
     console = progress.console(quiet=jax.process_index() > 0)
     files = PredictionFiles(
-        _output_path(output, data, restored.checkpoint),
+        _output_path(output, data, restored),
         _fingerprint(restored, data, seed),
         host=jax.process_index(),
         num_hosts=jax.process_count(),
@@ -310,12 +343,14 @@ def _fingerprint(restored, data, seed):
     return facts
 
 
-def _output_path(output, data, checkpoint):
+def _output_path(output, data, restored):
     """The absolute path of the file; its directory is made and can be written."""
     path = os.path.abspath(os.path.expanduser(output))
     if not path.endswith(".jsonl"):
-        parts = [data.task, data.split, os.path.basename(checkpoint)]
+        parts = [data.task, data.split, os.path.basename(restored.checkpoint)]
         parts += [f"first_{cut}"] if (cut := data.cut_to()) else []
+        if restored.weights != "trained":
+            parts.append(restored.weights)
         name = "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in parts)
         path = os.path.join(path, f"{name}.jsonl")
     whole_files.writable_directory(os.path.dirname(path), "output directory")

@@ -90,6 +90,11 @@ _ONE_SEED = _refused(
     "`vit22b infer` for another",
     (0,),
 )
+_TRAINED_WEIGHTS = _refused(
+    "T5X reads the trained weights. Set it to 'trained' (with gin_configs/runs/ema.gin "
+    "--gin.WEIGHTS=\"'trained'\"), or use `vit22b eval` or `vit22b infer`",
+    ("trained",),
+)
 _PREDICTS: dict[str, Meaning] = {
     "model": _MODEL,
     "partitioning": _MESH,
@@ -102,6 +107,7 @@ _PREDICTS: dict[str, Meaning] = {
         "max_examples=None",
         (None,),
     ),
+    "weights": _TRAINED_WEIGHTS,
 }
 _OF_CACHING = _own("it is of `vit22b cache-features` and cached training alone")
 _OF_TRAINING = _own("it is of `vit22b train` alone")

@@ -168,6 +168,8 @@ def fine_tune(
         optimizer = optimizers.freeze(model.optimizer_def, params, model.frozen)
         abstract = abstract_state(params, optimizer, partitioning)
         log.message(_describe(params, model.frozen, partitioning))
+        for line in optimizers.describe(model.optimizer_def, params, model.frozen):
+            log.message(line)
         measures = Measures(
             model,
             partitioning,
