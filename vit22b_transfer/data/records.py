@@ -24,6 +24,7 @@ class Record:
     `target` is the text to learn ("" if unknown), `references` all the texts that a
     prediction is scored against; `question` and `question_id` may be "".
     `image_paths` are all images of an example with several, `image_path` the first.
+    `labels` are ids of classes; their names are then the references.
     """
 
     image_path: str
@@ -33,6 +34,7 @@ class Record:
     target: str = ""
     references: tuple[str, ...] = ()
     image_paths: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,7 @@ import seqio
 import tensorflow as tf
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import vocabularies
+from vit22b_transfer.data import class_lists, vocabularies
 
 
 def names() -> set[str]:
@@ -40,7 +40,11 @@ def _name(function: Any) -> str:
 
 def _feature(item: tuple[str, Any]) -> str:
     name, feature = item
-    size = f", {feature.vocabulary.vocab_size} tokens" if feature.rank == 1 else ""
+    size = ""
+    if isinstance(feature.vocabulary, class_lists.ClassIds):
+        size = ", ids of classes"
+    elif feature.rank == 1:
+        size = f", {feature.vocabulary.vocab_size} tokens"
     return f"{name} ({feature.dtype.name}, rank {feature.rank}{size})"
 
 

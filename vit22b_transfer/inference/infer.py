@@ -296,6 +296,8 @@ def _fingerprint(restored, data, seed):
         "batch_size": data.batch_size,
         "seed": seed,
     }
+    if settings := getattr(model, "prediction_settings", None):
+        facts["predictions"] = settings
     if getattr(model, "decode_fn", None) is not None:
         facts |= {
             "vocabulary": vocabularies.fingerprint(model.output_vocabulary),
