@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import seqio
 
+from vit22b_transfer import UserError
 from vit22b_transfer.data import label_preprocessors, preprocessors
 from vit22b_transfer.evaluation import label_metrics
 
@@ -59,7 +60,15 @@ def register_tfds(
     splits: the task's splits by name, such as {"train": "train[:90%]", "validation":
       "train[90%:]"}. A data set that is not there is downloaded when it is first read.
       It is read in sequence: resuming reads again what was read.
+
+    Raises:
+      UserError: for a name without a version.
     """
+    if ":" not in tfds_name:
+        raise UserError(
+            f"the TFDS data set {tfds_name!r} has no version, so that it could change "
+            "under a run. Name one, as in 'cifar10:3.0.2'."
+        )
     return register_classification(
         name,
         seqio.TfdsDataSource(tfds_name, tfds_data_dir=data_dir, splits=splits),

@@ -41,6 +41,8 @@ OPEN = {
     "TOWER_CHECKPOINT": "'/checkpoint_0'",
     "COOLDOWN_STEPS": "50",
     "DECODE_LENGTH": "5",
+    "NUM_CLASSES": "7",
+    "CLASSES": "'/classes.txt'",
 }
 
 

@@ -42,10 +42,10 @@ class ClassIds(seqio.PassThroughVocabulary):
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """Names by id, and of each id those of all its ancestors, ascending."""
+    """Names by id, and of each id those of its parents in the hierarchy."""
 
     names: tuple[str, ...]
-    ancestors: Mapping[int, tuple[int, ...]]
+    parents: Mapping[int, frozenset[int]]
 
     @functools.cached_property
     def ids(self) -> dict[str, int]:
@@ -64,8 +64,11 @@ class Classes:
     def with_ancestors(self, ids: Iterable[int]) -> tuple[int, ...]:
         """The ids and those of all their ancestors, each once, ascending."""
         every = set(ids)
-        for number in list(every):
-            every.update(self.ancestors.get(number, ()))
+        todo = list(every)
+        while todo:
+            above = self.parents.get(todo.pop(), frozenset()) - every
+            every |= above
+            todo += above
         return tuple(sorted(every))
 
 
@@ -107,7 +110,8 @@ def read(path: PathLike, hierarchy: PathLike | None = None) -> Classes:
         return Classes(listed, {})
     hierarchy = resolve_path(hierarchy)
     parents = _parents(hierarchy, Classes(listed, {}))
-    return Classes(listed, _ancestors(parents, listed, hierarchy))
+    _check_acyclic(parents, listed, hierarchy)
+    return Classes(listed, {child: frozenset(some) for child, some in parents.items()})
 
 
 def _parents(path, classes) -> dict[int, set[int]]:
@@ -136,26 +140,21 @@ def _parents(path, classes) -> dict[int, set[int]]:
     return parents
 
 
-def _ancestors(
+def _check_acyclic(
     parents: Mapping[int, set[int]], listed: Sequence[str], path: object
-) -> dict[int, tuple[int, ...]]:
-    """All ancestors of each class, without recursion: a chain may be long."""
-    ancestors: dict[int, set[int]] = {}
+) -> None:
+    """Raises UserError naming a circle. Not recursive: a chain may be long."""
+    done: set[int] = set()
     for start in parents:
-        chain, on_chain = [(start, iter(sorted(parents[start])))], {start}
+        chain = [(start, iter(sorted(parents[start])))]
+        on_chain = {start}
         while chain:
             child, left = chain[-1]
-            if child in ancestors:
-                parent = None
-            else:
-                parent = next(left, None)
+            parent = next((one for one in left if one not in done), None)
             if parent is None:
-                if child not in ancestors:
-                    above = parents.get(child, set())
-                    inherited = [ancestors.get(one, set()) for one in above]
-                    ancestors[child] = above.union(*inherited)
-                chain.pop()
+                done.add(child)
                 on_chain.discard(child)
+                chain.pop()
             elif parent in on_chain:
                 circle = [number for number, _ in chain]
                 circle = [*circle[circle.index(parent) :], parent]
@@ -168,7 +167,6 @@ def _ancestors(
             else:
                 chain.append((parent, iter(sorted(parents.get(parent, ())))))
                 on_chain.add(parent)
-    return {child: tuple(sorted(above)) for child, above in ancestors.items() if above}
 
 
 def _form(name: str) -> str:

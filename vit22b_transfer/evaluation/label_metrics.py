@@ -7,6 +7,7 @@ Images without labels cannot be scored, and are counted in `unlabelled`.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -18,7 +19,7 @@ from vit22b_transfer.models.classifier import TOP
 def single_label(
     targets: Sequence[Sequence[int]],
     predictions: Sequence[int],
-    aux_values: Mapping[str, Sequence],
+    aux_values: Mapping[str, Any],
 ) -> dict[str, float]:
     """`accuracy` and `accuracy_top_5` in [0, 1]: a label is the best class, or near."""
     return {**_hits(targets, predictions, aux_values), **_unlabelled(targets)}
@@ -27,7 +28,7 @@ def single_label(
 def multi_label(
     targets: Sequence[Sequence[int]],
     predictions: Sequence[int],
-    aux_values: Mapping[str, Sequence],
+    aux_values: Mapping[str, Any],
 ) -> dict[str, float]:
     """As `single_label`, and `mean_average_precision` in [0, 1].
 
