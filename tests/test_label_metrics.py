@@ -75,6 +75,8 @@ def test_mean_average_precision_is_over_the_classes_that_images_have():
         ([[1], [0], [6], []], AUX, r"image 2 has the label ids \[6\]"),
         ([[], [], [], []], AUX, "no image has a label"),
         (TARGETS, AUX | {"all_scores": AUX["all_scores"] * np.nan}, "not finite"),
+        (TARGETS, AUX | {"all_scores": ["a"] * 4}, "not as many numbers"),
+        (TARGETS, {"all_scores": AUX["all_scores"]}, "no `top_classes`"),
     ],
 )
 def test_what_cannot_be_scored_is_said(targets, aux, message):

@@ -132,12 +132,22 @@ def labels_and_classes(
     """The example's label ids for a target, the predicted class otherwise.
 
     The `postprocess_fn` of every classification task; `example` holds numpy values.
+
+    Raises:
+      UserError: if the example has no labels, or one of these is no id.
     """
-    if is_target:
-        if example is None or np.ndim(example.get("label_ids", 0)) != 1:
-            raise UserError("the labels of a target are in its example; got none.")
-        return [int(label) for label in example["label_ids"]]
-    return int(predicted)
+    if not is_target:
+        return _as_id(predicted)
+    if example is None or np.ndim(example.get("label_ids", 0)) != 1:
+        raise UserError("the labels of a target are in its example; got none.")
+    return [_as_id(label) for label in example["label_ids"]]
+
+
+def _as_id(value):
+    array = np.asarray(value)
+    if array.ndim or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"{printable(str(value))[:60]} is no class id (an integer).")
+    return int(array)
 
 
 def _as_string(value):

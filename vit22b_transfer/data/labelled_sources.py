@@ -27,6 +27,7 @@ from vit22b_transfer.data.sources import IMAGE_SUFFIXES
 
 _NO_LABELS = "image without labels"
 _UNKNOWN = "unknown class"
+_BAD = -1  # among the ids of an image: a label that is none
 # Longer ones are no ids of a list that a person has.
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
 
@@ -160,16 +161,16 @@ class LabelFileSource(_LabelledSource):
                 bad.add(_NO_LABELS, f"{where}: {file_name}")
                 continue
             found = [self._id_of(label, where, classes, bad) for label in labels]
+            given = {number for number in found if number is not None}
             # An image with a bad label is none: it would be learned without it.
-            if None in found:
-                ids.setdefault(path, set()).add(-1)
-                continue
+            if len(given) < len(set(found)):
+                given = {_BAD}
             names.setdefault(path, file_name)
-            ids.setdefault(path, set()).update(found)
+            ids.setdefault(path, set()).update(given)
         records = [
             self._record(path, names[path], given, classes)
             for path, given in ids.items()
-            if -1 not in given
+            if _BAD not in given
         ]
         self._warn_of_missing_classes(split, records, classes)
         return records

@@ -286,10 +286,11 @@ def fitted(
             before = example.get(f"truncated_{name}", tf.constant(False))
             counted.append(before | (tf.shape(tokens)[0] > lengths[name]))
             result[name] = tokens[: lengths[name]]
-        bad = tf.not_equal(example.get("image_error", tf.constant("")), "")
+        error = example.get("image_error", tf.constant(""))
         for name in converter.COUNTED_EMPTY:
-            counted.append(tf.equal(tf.size(result[name]), 0) & ~bad)
-        result["example_flags"] = tf.cast(tf.stack([bad, *counted]), tf.int32)
+            empty = tf.equal(tf.size(result[name]), 0)
+            counted.append(tf.logical_and(empty, tf.equal(error, "")))
+        result["example_flags"] = tf.cast(tf.stack([error != "", *counted]), tf.int32)
         result["image_id"] = tf.as_string(example.get("image_id", tf.constant("")))
         result["example_metadata"] = example_metadata.packed(example, metadata)
         return result

@@ -45,7 +45,12 @@ def multi_label(
             "metric single_label."
         )
     kept = [n for n, labels in enumerate(targets) if len(labels)]
-    scores = np.asarray(aux_values["all_scores"], np.float64)[kept]
+    scores = np.asarray(aux_values["all_scores"])
+    if scores.ndim != 2 or not np.issubdtype(scores.dtype, np.floating):
+        raise UserError(
+            "the predictions' `all_scores` are not as many numbers for every image."
+        )
+    scores = scores.astype(np.float64)[kept]
     relevant = np.zeros(scores.shape, bool)
     for row, number in enumerate(kept):
         labels = np.asarray(targets[number], int)
@@ -100,7 +105,13 @@ def average_precisions(
 
 
 def _hits(targets, predictions, aux_values):
-    best = [set(np.asarray(row).tolist()) for row in aux_values["top_classes"]]
+    top = np.asarray(aux_values.get("top_classes", ()))
+    if top.ndim != 2 or not np.issubdtype(top.dtype, np.integer):
+        raise UserError(
+            "the predictions have no `top_classes`, class ids of which there are as "
+            "many for every image; they are not those of a ClassificationModel."
+        )
+    best = [set(row) for row in top.tolist()]
     rows = list(zip(targets, predictions, best, strict=True))
     rows = [row for row in rows if len(row[0])]
     if not rows:
