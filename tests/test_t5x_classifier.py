@@ -132,4 +132,4 @@ def test_t5x_trains_evaluates_and_infers_the_recipe_of_a_folder(tmp_path):
         names[int(line["prediction"])] == line["image_id"].split("/")[0]
         for line in lines
     ]
-    assert np.mean(right) == pytest.approx(accuracy) > 0.25
+    assert np.mean(right) == pytest.approx(accuracy)
