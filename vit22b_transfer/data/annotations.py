@@ -117,14 +117,26 @@ def _jsonl_lines(path, bad):
 
 
 def _csv_lines(path, bad):
+    for where, name, _, caption in csv_cells(path, bad, ("caption",)):
+        yield where, name, caption
+
+
+def csv_cells(
+    path: pathlib.Path, bad: BadRecords, columns: tuple[str, ...]
+) -> Iterator[tuple[str, str, str, str]]:
+    """(where, file name, column, cell) of each row of a CSV file with a header.
+
+    The header has `file_name`, and of `columns` exactly one, once.
+    """
     rows = text_files.csv_rows(path)
     _, header = next(rows, (1, []))
-    if [header.count(name) for name in ("file_name", "caption")] != [1, 1]:
+    found = [column for column in header if column in columns]
+    if header.count("file_name") != 1 or len(found) != 1:
         raise UserError(
-            f"{path}: the header must have columns file_name and caption, found "
-            f"{_REPR.repr(header)}."
+            f"{path}: the header must have columns file_name and "
+            f"{' or '.join(columns)}, found {_REPR.repr(header)}."
         )
-    name, caption = header.index("file_name"), header.index("caption")
+    name, cell = header.index("file_name"), header.index(found[0])
     for number, row in rows:
         where = f"line {number}"
         if len(row) != len(header):
@@ -136,7 +148,7 @@ def _csv_lines(path, bad):
                 "row, as it seems: close it before the end of its field."
             )
         else:
-            yield where, row[name], row[caption]
+            yield where, row[name], found[0], row[cell]
 
 
 def _holds_a_row(row, place):

@@ -37,8 +37,9 @@ class BatchCounters:
       whether this host reads it all or a part.
     lost: by name in the converter's `flags`: `skipped_images` counts examples whose
       image could not be read (policy 'skip': zero image, nothing to learn);
-      `truncated_<text>` counts texts that lost tokens beyond their length. Rows that
-      fill up the last batch do not count.
+      `truncated_<text>` counts texts that lost tokens beyond their length;
+      `without_labels` images that have none. Rows that fill up the last batch do not
+      count.
     """
 
     examples: int

@@ -40,6 +40,7 @@ class Record:
     prediction is scored against; `question` and `question_id` may be "".
     `image_paths` are all images of an example with several, `image_path` the first.
     `answer_type` and `question_type` are what VQAv2's annotations say of a question.
+    `labels` are ids of classes; their names are then the references.
     """
 
     image_path: str
@@ -51,6 +52,7 @@ class Record:
     image_paths: tuple[str, ...] = ()
     answer_type: str = ""
     question_type: str = ""
+    labels: tuple[int, ...] = ()
 
 
 def printable(text: str) -> str:

@@ -284,17 +284,20 @@ def fitted(
             )
 
     def fit(example: Example) -> Example:
-        result, truncated = {}, []
+        result, counted = {}, []
         for name, spec in wanted.items():
             values = example.get(name)
             result[name] = tf.zeros([0], spec.dtype) if values is None else values
         for name in converter.TEXTS:
             tokens = result[name]
             before = example.get(f"truncated_{name}", tf.constant(False))
-            truncated.append(before | (tf.shape(tokens)[0] > lengths[name]))
+            counted.append(before | (tf.shape(tokens)[0] > lengths[name]))
             result[name] = tokens[: lengths[name]]
         error = example.get("image_error", tf.constant(""))
-        result["example_flags"] = tf.cast(tf.stack([error != "", *truncated]), tf.int32)
+        for name in converter.COUNTED_EMPTY:
+            empty = tf.equal(tf.size(result[name]), 0)
+            counted.append(tf.logical_and(empty, tf.equal(error, "")))
+        result["example_flags"] = tf.cast(tf.stack([error != "", *counted]), tf.int32)
         result["image_id"] = tf.as_string(example.get("image_id", tf.constant("")))
         result["example_metadata"] = example_metadata.packed(example, metadata)
         return result

@@ -10,7 +10,7 @@ import seqio
 import tensorflow as tf
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import vocabularies
+from vit22b_transfer.data import class_lists, vocabularies
 from vit22b_transfer.data.records import MissingFilesError, MissingSplitError
 
 # Of a line of a description, as terminals have it.
@@ -60,7 +60,11 @@ def _name(function: Any) -> str:
 
 def _feature(item: tuple[str, Any]) -> str:
     name, feature = item
-    size = f", {feature.vocabulary.vocab_size} tokens" if feature.rank == 1 else ""
+    size = ""
+    if isinstance(feature.vocabulary, class_lists.ClassIds):
+        size = ", ids of classes"
+    elif feature.rank == 1:
+        size = f", {feature.vocabulary.vocab_size} tokens"
     return f"{name} ({feature.dtype.name}, rank {feature.rank}{size})"
 
 

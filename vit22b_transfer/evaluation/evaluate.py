@@ -52,9 +52,10 @@ def evaluate_checkpoint(
     """The scores of a checkpoint by task; a mixture stands for its tasks.
 
     Predicts as `infer.infer_split` does, into `output_dir`, or takes the predictions
-    that are there. Beside the tasks' own metrics stand the token loss and accuracies
-    on the targets, as `token/...`. Prints a table and enters the scores as
-    `TASK/SPLIT` in `output_dir/metrics.json`, or `TASK/SPLIT/average`.
+    that are there. Beside the tasks' own metrics stand the loss and accuracies on the
+    targets, as `token/...`, or what else the model's `loss_per` is. Prints a table and
+    enters the scores as `TASK/SPLIT` in `output_dir/metrics.json`, or
+    `TASK/SPLIT/average`.
 
     weights: the trained ones, or their average, which a training with `ema_decay` kept.
 
@@ -88,10 +89,11 @@ def evaluate_checkpoint(
             losses = evaluate_loss(
                 eval_data, model, eval_step, restored.params, partitioning
             )
-        tokens = {
-            f"token/{key.rpartition('/')[2]}": value for key, value in losses.items()
+        per = getattr(model, "loss_per", "token")
+        own = {
+            f"{per}/{key.rpartition('/')[2]}": value for key, value in losses.items()
         }
-        results[name] = dataclasses.replace(scores, metrics=scores.metrics | tokens)
+        results[name] = dataclasses.replace(scores, metrics=scores.metrics | own)
         titles.append(f"{name} {split}" + (f", {data.part()}" if cut else ""))
         entry = f"{name}/{split}" + (f"/first_{cut}" if cut else "") + suffix
         entries[entry] = dataclasses.asdict(results[name]) | {

@@ -334,6 +334,8 @@ def _fingerprint(restored, data, seed):
     }
     if (cut := data.cut_to()) is not None:
         facts["max_examples"] = cut
+    if settings := getattr(model, "prediction_settings", None):
+        facts["predictions"] = settings
     if getattr(model, "decode_fn", None) is not None:
         facts |= {
             "vocabulary": vocabularies.fingerprint(model.output_vocabulary),

@@ -74,7 +74,7 @@ def _job_knobs(job) -> Iterator[tuple[tuple[str, ...], jobs.Job]]:
             job.with_batch(job.batch_size // 2),
         )
     for name in ("tower", "text"):
-        part = getattr(module, name)
+        part: Any = getattr(module, name, None)
         if getattr(part, "remat", "block") != "block":
             remat = dataclasses.replace(part, remat="block")
             changed = _changed(model, module=module.clone(**{name: remat}))

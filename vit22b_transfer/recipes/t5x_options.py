@@ -17,8 +17,11 @@ _STEPS = (*_TRAINING, "precompile")
 # Modules whose functions and classes are the same objects in both runtimes.
 SHARED = (
     "vit22b_transfer.models.",
+    "vit22b_transfer.data.class_lists.",
     "vit22b_transfer.data.converters.",
+    "vit22b_transfer.data.label_converters.",
     "vit22b_transfer.data.served_inputs.",
+    "vit22b_transfer.data.t5x_tasks.",
     "vit22b_transfer.data.vocabularies.",
     "vit22b_transfer.inference.decoding.",
     "vit22b_transfer.training.optimizers.",
@@ -318,14 +321,15 @@ IN_ONE_JOB: Mapping[tuple[str, str, str], Meaning] = {
     ("precompile", f"{_TRAIN}.fine_tune", "num_microbatches"): _refused(
         "T5X compiles its own step on a whole batch. Leave it out", (1,)
     ),
-    ("precompile", "vit22b_transfer.models.multimodal.ImageTextModel", "int8_tower"): (
-        _refused(
+    **{
+        ("precompile", f"vit22b_transfer.models.{model}", "int8_tower"): _refused(
             "T5X compiles its own step, which differentiates int8 kernels as well. "
             "Leave gin_configs/models/int8_tower.gin out, or train with t5x_train.gin, "
             "whose step does not",
             (False,),
         )
-    ),
+        for model in ("multimodal.ImageTextModel", "classifier.ClassificationModel")
+    },
 }
 
 

@@ -20,6 +20,12 @@ def cache_keys(
 
     if model.module.tower is None:
         raise UserError("the model has no tower, so there are no features to cache.")
+    if not getattr(model, "reads_cached_features", True):
+        raise UserError(
+            f"cached features are the tower's tokens, but {type(model).__name__} takes "
+            "what the tower pools of them. Leave gin_configs/runs/cached_features.gin "
+            "out; a frozen tower (models/frozen_tower.gin) is run in every step."
+        )
     return [
         feature_cache.CacheKey(
             cache=cache,
