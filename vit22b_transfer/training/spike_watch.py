@@ -60,10 +60,10 @@ class SpikeWatch:
         self._good_count = -1
         self._returns: list[list[int]] = []  # [checkpoint, step that went back to it]
 
-    def begin(self, start_step: int, path: str | None) -> None:
-        """Goes on with what the record of the checkpoint at `path` says, if any."""
+    def begin(self, start_step: int, path: str) -> None:
+        """Goes on with what the record of the checkpoint at `path` says."""
         self._told = start_step
-        if self._guard is None or path is None:
+        if self._guard is None:
             return
         record = reading.read_record(path).get(RECORD, {"good_step": start_step})
         self._good, self._good_count = record["good_step"], record.get("good_count", -1)

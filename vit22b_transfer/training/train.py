@@ -19,9 +19,11 @@ from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import (
     finite,
+    inputs,
     instrument_picture,
     optimizers,
     resuming,
+    run_settings,
     steps,
 )
 from vit22b_transfer.training.eval_loss import EvaluationStopped
@@ -95,6 +97,7 @@ def fine_tune(
     scores: TaskScores | None = None,
     instruments: Instruments | None = None,
     guard: SpikeGuard | None = None,
+    allow_changes: Sequence[str] = (),
 ) -> TrainResult:
     """Trains `model` up to `total_steps`, in `model_dir`; resumes what is there.
 
@@ -107,16 +110,21 @@ def fine_tune(
     own metrics; neither changes what is learned. `instruments` tell of the network
     every so many steps; with `guard` steps that are spikes do not count.
 
+    allow_changes: names in `run_settings.EXACT` that may differ from those of the run
+      that is resumed. All changes are told, one line each.
+
     Raises:
       UserError: for inputs that do not fit together, before anything is written over;
-        if another run writes into model_dir.
+        if another run writes into model_dir, or the one that is resumed was told
+        something else and `allow_changes` does not name it.
       NotFiniteError: if the loss, the gradients or what is to be saved stop being
         finite; the last checkpoint is from before.
     """
     # 1. Check the inputs.
     periods = periods or Periods()
     model_dir = whole_files.writable_directory(model_dir, "model_dir")
-    _check_inputs(model, total_steps, num_microbatches)
+    inputs.check_run(model, total_steps, num_microbatches)
+    run_settings.check_names(allow_changes)
     if instruments is not None:
         instruments.check(periods.log)
     identity.show_vocabulary(model)
@@ -140,18 +148,39 @@ def fine_tune(
         stack.callback(log.close)
         writer = writing.CheckpointWriter(model_dir, keep, best)
         stack.callback(writer.close)
+        numbers = {"seed": seed, "num_microbatches": num_microbatches}
+        numbers |= {"total_steps": total_steps, "keep": keep}
+        settings = run_settings.of_run(
+            model,
+            data=data,
+            eval_data=eval_data,
+            initial=initial,
+            partitioning=partitioning,
+            periods=periods,
+            numbers=numbers,
+            instruments=instruments,
+            guard=guard,
+        )
+        if start_step:
+            path = reading.checkpoint_path(model_dir, start_step)
+            with resuming.explained(model_dir, start_step):
+                for line in run_settings.changes(path, settings, allow_changes):
+                    log.message(line)
 
         # 3. Batches: the stream goes on at the step to be taken.
         batches = data.batches(model, partitioning, seed=seed, start_step=start_step)
         stack.callback(batches.close)
+        inputs.check_splits(eval_data)
         batch = next(batches)
-        rows = _check_batch(batch, partitioning, num_microbatches)
+        rows = inputs.check_batch(batch, partitioning, num_microbatches)
 
         # 4. Abstract state with its shardings: nothing is allocated yet.
         params = abstract_variables(model, partitioning, batch)
         optimizer = optimizers.freeze(model.optimizer_def, params, model.frozen)
         abstract = abstract_state(params, optimizer, partitioning)
         log.message(_describe(params, model.frozen, partitioning))
+        for line in optimizers.describe(model.optimizer_def, params, model.frozen):
+            log.message(line)
         measures = Measures(
             model,
             partitioning,
@@ -169,13 +198,13 @@ def fine_tune(
             model, optimizer, partitioning, num_microbatches=num_microbatches
         )
         window = steps.empty_window(update, abstract, batch, step_rng, partitioning)
-        watch, path = SpikeWatch(guard, writer, log, periods.log), None
+        watch = SpikeWatch(guard, writer, log, periods.log)
         window = watch.beside(window, partitioning)
         if start_step:
-            path = reading.checkpoint_path(model_dir, start_step)
             with resuming.explained(model_dir, start_step):
                 state, window = resuming.resume(path, model, abstract, window)
                 to_measure = measures.known(resuming.to_measure(path))
+                watch.begin(start_step, path)
             log.message(f"resumed from {path}")
         else:
             params = _initial_params(
@@ -183,7 +212,6 @@ def fine_tune(
             )
             state = fresh_state(params, optimizer, abstract)
         del params  # the step reuses their memory
-        watch.begin(start_step, path)
 
         # 6. Compile the step.
         began = time.perf_counter()
@@ -209,6 +237,7 @@ def fine_tune(
             record = resuming.record(
                 model,
                 watch.saved(fetched),
+                settings=settings,
                 to_measure=to_measure,
                 measured=measured,
             )
@@ -300,36 +329,6 @@ def fine_tune(
         if best is not None and is_writer:
             log.message(best.told(model_dir))
     return TrainResult(step, interrupted, path, metrics, counters)
-
-
-def _check_inputs(model, total_steps, num_microbatches):
-    for name, value in (
-        ("total_steps", total_steps),
-        ("num_microbatches", num_microbatches),
-    ):
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1.")
-    optimizer = model.optimizer_def
-    if not (
-        callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")
-    ):
-        raise UserError(
-            f"the model's optimizer_def is {optimizer!r}; to train it must be an optax "
-            "transformation such as optimizers.adamw(...)."
-        )
-
-
-def _check_batch(batch, partitioning, num_microbatches):
-    """Number of examples in the batch."""
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    data_size = partitioning.mesh.shape["data"]
-    if rows % (data_size * num_microbatches):
-        raise UserError(
-            f"a batch of {rows} examples does not divide by the mesh's data axis of "
-            f"{data_size} x num_microbatches={num_microbatches}. Choose a batch_size "
-            f"that is a multiple of {data_size * num_microbatches}."
-        )
-    return rows
 
 
 def _describe(params, frozen, partitioning):
