@@ -298,7 +298,8 @@ def fine_tune(
                 eta = (total_steps - step) / speed
                 log.report(step, metrics.get("train/loss"), rows * speed, eta)
                 if watch.goes_back(fetched):
-                    number, state = state.step, None
+                    number = state.step
+                    del state  # there may be no memory for two
                     state, window = watch.go_back(step, number, model, abstract, window)
                     timer.restart(step)
 
