@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+import tiny_processes
 import tiny_runs
 from tiny_runs import ONE_DEVICE, LinearModel, logged, run, saved_params
 
 from vit22b_transfer import NotFiniteError, UserError
 from vit22b_transfer.checkpoints import reading, writing
+from vit22b_transfer.demo import scenes
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import optimizers, spike_guard, state, steps
@@ -376,3 +378,36 @@ def test_a_damaged_record_is_an_error_that_names_the_checkpoint(said, tmp_path):
         json.dump(record | {"spike_guard": said}, text)
     with pytest.raises(UserError, match="spike_guard = "):
         guarded(tmp_path, {})
+
+
+@pytest.mark.slow
+def test_two_processes_skip_and_go_back_together(tmp_path):
+    """Whatever is above the running mean is a spike: about every second step."""
+    sizes = {"train": 24, "validation": 8, "test": 11}
+    scenes.write_scenes(tmp_path / "data", seed=3, sizes=sizes)
+    (tmp_path / "recipe.gin").write_text(tiny_processes.RECIPE)
+    behind = [f"gin_configs/runs/{name}.gin" for name in ("instruments", "spike_guard")]
+    values = {
+        "TRAIN_STEPS": 12,
+        "Periods__checkpoint": 2,
+        "INSTRUMENTS_EVERY": 4,
+        "SpikeGuard__deviations": 1e-6,
+        "SpikeGuard__settle_steps": 1,
+        "SpikeGuard__max_skips": 2,
+    }
+    folders = {}
+    for count in (1, 2):
+        folders[count] = tmp_path / str(count)
+        arguments = tiny_processes.command(
+            "train", tmp_path, folders[count], *behind, **values
+        )
+        name = f"run_{count}"
+        with tiny_processes.started(tmp_path, name, count, [arguments]) as children:
+            tiny_processes.finish(tmp_path, name, children)
+    one, two = (logged(folder) for folder in folders.values())
+    assert [sorted(line) for line in one] == [sorted(line) for line in two]
+    names = "spike_guard/image_ids", "spike_guard/reason", "spike_guard/returned_to"
+    for name in names:
+        assert events(folders[1], name) == events(folders[2], name)
+    ids = events(folders[2], "spike_guard/image_ids")
+    assert ids and all(len(x) == len(set(x)) == 8 for x in ids.values())
