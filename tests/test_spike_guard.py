@@ -409,5 +409,6 @@ def test_two_processes_skip_and_go_back_together(tmp_path):
     names = "spike_guard/image_ids", "spike_guard/reason", "spike_guard/returned_to"
     for name in names:
         assert events(folders[1], name) == events(folders[2], name)
+    assert events(folders[2], "spike_guard/returned_to")
     ids = events(folders[2], "spike_guard/image_ids")
     assert ids and all(len(x) == len(set(x)) == 8 for x in ids.values())
