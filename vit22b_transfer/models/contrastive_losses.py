@@ -136,6 +136,56 @@ def chunked_loss(
     return _recomputed(*arguments, mesh, axis, form)
 
 
+def nearest_own(
+    images: Float[Array, "batch embed"],
+    texts: Float[Array, "batch embed"],
+    weights: Float[Array, " batch"],
+    *,
+    chunked: bool,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """How many images are more like their own text than like any other, and texts.
+
+    chunked: as `chunked_loss`, so that no device has the matrix. Equal similarities
+    are a hit, as of a text that occurs twice.
+    """
+    found = batch_devices() if chunked else None
+
+    def visit(best_texts, fixed, best_images, rows):
+        images, weights = rows
+        texts, text_weights = fixed
+        table = jnp.einsum("ie,te->it", images, texts)
+        counted = weights[:, None] * text_weights[None] > 0
+        table = jnp.where(counted, table, jnp.float32(_NEVER))
+        best_texts = jnp.maximum(best_texts, jnp.max(table, axis=1))
+        return best_texts, jnp.maximum(best_images, jnp.max(table, axis=0))
+
+    def hits(images, texts, weights, round_trip):
+        start = jnp.full(weights.shape, _NEVER, jnp.float32)
+        best = round_trip(
+            lambda *arguments: visit(*arguments, (images, weights)),
+            start,
+            ((texts, weights), start),
+        )
+        # A sum of another order differs in its last digits.
+        own = jnp.sum(images * texts, axis=-1) + 1e-6
+        return tuple(jnp.sum(jnp.where(own >= x, weights, 0.0)) for x in best)
+
+    if found is None:
+        to_texts, to_images = hits(
+            images, texts, weights, lambda visit, kept, moved: visit(kept, *moved)
+        )
+        return to_texts, to_images
+    mesh, axis = found
+
+    def local(images, texts, weights):
+        trip = functools.partial(_round_trip, axis)
+        return jax.lax.psum(hits(images, texts, weights, trip), axis)
+
+    arguments = images, texts, weights
+    to_texts, to_images = _on_devices(local, mesh, axis, arguments, (False, False))
+    return to_texts, to_images
+
+
 # --- The ring ---
 
 

@@ -290,6 +290,17 @@ class LearnedTable(nn.Module):
         )
 
 
+class LearnedNumber(nn.Module):
+    """One learned number: a temperature, the bias of a loss; stored in float32."""
+
+    first: float
+
+    @nn.compact
+    def __call__(self) -> Float[Array, ""]:
+        first = nn.initializers.constant(self.first)
+        return param_with_axes("value", first, (), jnp.float32, axes=())
+
+
 class RelativePositionBias(nn.Module):
     """T5's learned attention bias by bucketed distance (Raffel et al. 2020, 2.1)."""
 
