@@ -131,7 +131,9 @@ def test_an_end_of_its_own_is_found_first_and_leaves_token_zero_a_token():
 
 
 def test_the_mean_of_a_t5_is_over_the_tokens_of_the_text():
-    text = text_towers.PooledT5Config(t5=tiny_models.text_config())
+    text = text_towers.PooledT5Config(
+        t5=tiny_models.text_config(), embed_dim=32, projection_bias=False
+    )
     tokens = jnp.asarray([[5, 9, 1, 0, 0], [0, 0, 0, 0, 0]], jnp.int32)
     params, vectors = embedded(text, tokens)
     alone = run_tower(text, params, tokens[:1, :3])
@@ -160,7 +162,7 @@ def test_the_mean_of_a_t5_is_over_the_tokens_of_the_text():
         ),
         (
             lambda: text_towers.PooledT5Config(
-                t5=tiny_models.text_config(num_encoder_layers=0)
+                t5=tiny_models.text_config(num_encoder_layers=0), embed_dim=8
             ),
             "without encoder layers",
         ),
@@ -191,9 +193,13 @@ def test_the_mean_of_a_t5_is_over_the_tokens_of_the_text():
         ),
         (
             lambda: tiny_pairs.params(
-                tiny_pairs.model(module_of=tiny_pairs.module(embed_dim=16))
+                tiny_pairs.model(
+                    module_of=tiny_pairs.module(
+                        text=tiny_pairs.text_config(embed_dim=16)
+                    )
+                )
             ),
-            "embed_dim is 16, but the image tower is 32 wide",
+            "embed_dim of the text tower is 16, but the image tower is 32 wide",
         ),
         (
             lambda: tiny_pairs.params(

@@ -1,7 +1,5 @@
 """A tiny contrastive model, batches of pairs as their converter makes them."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 import tiny_models
@@ -28,7 +26,6 @@ def text_config(**overrides):
 
 def module(tower=None, text=None, **fields):
     tower = tower or tiny_models.tower_config(depth=1)
-    fields = {"embed_dim": 32, **fields}
     return contrastive.ContrastiveModule(tower, text or text_config(depth=1), **fields)
 
 

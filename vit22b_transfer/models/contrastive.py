@@ -58,14 +58,11 @@ class _TextSide(nn.Module):
     """Text tower and projection, under the top scope `text`."""
 
     tower_config: text_towers.TextTowerConfig
-    embed_dim: int
-    use_bias: bool
 
     def setup(self):
-        self.tower = self.tower_config.build()
-        self.projection = _projection(
-            self.tower_config, self.embed_dim, use_bias=self.use_bias
-        )
+        cfg = self.tower_config
+        self.tower = cfg.build()
+        self.projection = _projection(cfg, cfg.embed_dim, use_bias=cfg.projection_bias)
 
     def __call__(self, tokens, *, train: bool):
         return self.projection(self.tower(tokens, train=train))
@@ -86,11 +83,9 @@ def _projection(cfg, embed_dim: int, *, use_bias: bool) -> layers.Dense:
 class ContrastiveModule(nn.Module):
     """The network.
 
-    embed_dim: width of the embeddings.
-    image_projection: a linear layer without bias from the image tower to the
-      embeddings (CLIP); without it they are what the tower pools, as wide as the tower
-      (SigLIP, LiT).
-    text_bias: whether the text tower's projection has a bias (SigLIP).
+    image_projection: a linear layer without bias from the image tower to embeddings
+      as wide as those of texts (CLIP); without it they are what the tower pools, as
+      wide as the tower (SigLIP, LiT).
     first_scale: what similarities are multiplied by before training; SigLIP's 10.
     first_bias: what is added to them before training: SigLIP's -10, LiT's -2.71; None
       for a loss without a bias (softmax).
@@ -98,16 +93,15 @@ class ContrastiveModule(nn.Module):
 
     tower: towers.TowerConfig
     text: text_towers.TextTowerConfig
-    embed_dim: int
     image_projection: bool = False
-    text_bias: bool = True
     first_scale: float = 10.0
     first_bias: float | None = -10.0
 
     def setup(self):
-        if not self.image_projection and self.embed_dim != self.tower.width:
+        embed_dim, text = self.text.embed_dim, self.text
+        if not self.image_projection and embed_dim != self.tower.width:
             raise UserError(
-                f"embed_dim is {self.embed_dim}, but the image tower is "
+                f"embed_dim of the text tower is {embed_dim}, but the image tower is "
                 f"{self.tower.width} wide and image_projection is False. Set "
                 f"embed_dim={self.tower.width}, or image_projection=True."
             )
@@ -121,13 +115,12 @@ class ContrastiveModule(nn.Module):
                 "the image tower has no pooled vector to compare with texts. Set its "
                 "pooling to map, gap or cls."
             )
-        self.encoder = _ImageSide(self.tower, self.embed_dim, self.image_projection)
-        self.text_encoder = _TextSide(
-            self.text, self.embed_dim, self.text_bias, name="text"
-        )
-        self.logit_scale = layers.LearnedNumber(float(np.log(self.first_scale)))
+        self.encoder = _ImageSide(self.tower, embed_dim, self.image_projection)
+        self.text_encoder = _TextSide(text, name="text")
+        first, dtype = float(np.log(self.first_scale)), text.param_dtype
+        self.logit_scale = layers.LearnedNumber(first, dtype)
         if self.first_bias is not None:
-            self.logit_bias = layers.LearnedNumber(self.first_bias)
+            self.logit_bias = layers.LearnedNumber(self.first_bias, dtype)
 
     def embed_images(self, images) -> Float[Array, "batch embed"]:
         """Embeddings of uint8 images [B, H, W, 3], of length one, in float32."""

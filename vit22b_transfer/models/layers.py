@@ -291,14 +291,16 @@ class LearnedTable(nn.Module):
 
 
 class LearnedNumber(nn.Module):
-    """One learned number: a temperature, the bias of a loss; stored in float32."""
+    """One learned number, in float32: a temperature, or the bias of a loss."""
 
     first: float
+    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self) -> Float[Array, ""]:
-        first = nn.initializers.constant(self.first)
-        return param_with_axes("value", first, (), jnp.float32, axes=())
+        first, dtype = nn.initializers.constant(self.first), self.param_dtype
+        number = param_with_axes("value", first, (), jnp.dtype(dtype), axes=())
+        return number.astype(jnp.float32)
 
 
 class RelativePositionBias(nn.Module):

@@ -1,9 +1,10 @@
-"""Text towers: token ids to one vector for each text, for image-text pairs.
+"""Text towers: token ids to one embedding for each text, for image-text pairs.
 
-`TextTower` is the transformer of SigLIP (every position sees every other, padding too;
-the vector is that of the last position) and of CLIP (a position sees those before it;
-the vector is that of the first end-of-text token), with blocks as image towers have
-them. `PooledT5Config` is the encoder of a T5 with the mean of its encodings.
+A tower gives a vector, of which a linear layer makes an embedding as wide as those of
+images. `TextTower` is the transformer of SigLIP (every position sees every other, also
+padding; the vector is that of the last position) and of CLIP (a position sees those
+before it; the vector is that of the first end-of-text token), with blocks as image
+towers have them. `PooledT5Config` is the encoder of a T5 and the mean of its encodings.
 
 A text comes as batches hold it: its tokens, 1 at its end, 0 behind it.
 """
@@ -29,8 +30,9 @@ _END_ID, _PAD_ID = 1, 0
 class TextTowerConfig(Protocol):
     """The configuration of one text tower: a frozen dataclass.
 
-    It has `width` (of the vector), `vocab_size` (rows of the token table), `end_id`
-    (of the token that ends a text), `dtype` and `param_dtype`.
+    It has `width` (of the vector), `embed_dim` (of the embedding), `projection_bias`
+    (whether the layer between the two has one), `vocab_size` (rows of the token table),
+    `end_id` (of the token that ends a text), `dtype` and `param_dtype`.
     """
 
     def build(self) -> nn.Module:
@@ -46,6 +48,8 @@ class TextTowerConfig(Protocol):
 class TransformerConfig(vit_blocks.BlockConfig):
     """One transformer over texts. The defaults are the ViT-22B form of its blocks.
 
+    embed_dim: width of the embeddings.
+    projection_bias: of the layer from the vector to them; CLIP has none.
     max_length: positions there are; texts may be shorter. With `pooling="last"` they
       are padded to it, as SigLIP was trained.
     causal: a position sees itself and those before it.
@@ -58,6 +62,8 @@ class TransformerConfig(vit_blocks.BlockConfig):
 
     vocab_size: int
     max_length: int
+    embed_dim: int
+    projection_bias: bool = True
     causal: bool = False
     pooling: Pooling = "last"
     start_id: int | None = None
@@ -160,9 +166,14 @@ class TextTower(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PooledT5Config:
-    """The encoder of a T5 and the mean of its encodings, as Sentence-T5 has it."""
+    """The encoder of a T5 and the mean of its encodings, as Sentence-T5 has it.
+
+    embed_dim, projection_bias: as of `TransformerConfig`.
+    """
 
     t5: t5.T5Config
+    embed_dim: int
+    projection_bias: bool = True
 
     def __post_init__(self):
         if not self.t5.num_encoder_layers:

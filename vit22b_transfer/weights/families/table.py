@@ -2,6 +2,7 @@
 
 from vit22b_transfer.weights.families import (
     gemma,
+    pairs_hugging_face,
     paligemma,
     t5,
     t5x,
@@ -22,5 +23,6 @@ FAMILIES: tuple[Family, ...] = (
     t5.HUGGING_FACE,
     gemma.HUGGING_FACE,
     *paligemma.FAMILIES,
+    *pairs_hugging_face.FAMILIES,
     *t5x.FAMILIES,
 )
