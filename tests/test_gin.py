@@ -193,9 +193,10 @@ def test_every_recipe_builds_its_model_on_its_mesh(path, behind):
     from vit22b_transfer.data import batches
 
     # Scanned layers have the same parameters, stacked, and are traced once.
+    root = read_recipe(path).macros["RUN_MODEL"][0].target
     text = re.search(r"text = @(.*)\(\)", "\n".join(loading.show(read_recipe(path))))[1]
     recipe = read_recipe(path, f"{text}.scan_layers=True", behind=behind)
-    model = loading.install(recipe, multimodal.ImageTextModel, [str(ROOT)])()
+    model = loading.install(recipe, root, [str(ROOT)])()
     if behind:
         assert model.frozen[0] == model.lora.frozen
     layout = gin.get_configurable(rules.Partitioning)()

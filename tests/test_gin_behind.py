@@ -46,6 +46,7 @@ ALTERNATIVES = [
     [{"t5", "t5_scanned"}, {"t5_tiny"}],
     [{"gemma", "paligemma"}, {"gemma_tiny"}],
     [{"image_text"}, {"prefix_lm", "paligemma"}],
+    [{"text_tower"}, {"text_tower_t5"}],
     [{"beam_search"}, {"sample"}, {"image_text", "prefix_lm", "paligemma"}],
     [{path.stem} for path in files("meshes")],
     [{"optimizer_adafactor"}, {"optimizer_sgd"}],
