@@ -24,7 +24,6 @@ from vit22b_transfer import UserError
 from vit22b_transfer.models import (
     encoder_decoder,
     gemma,
-    multimodal,
     prefix_lm,
     t5,
     t5_variants,

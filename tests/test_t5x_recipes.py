@@ -364,6 +364,8 @@ def test_t5x_evaluates_and_predicts_what_our_runtime_does(job):
         assert found.split == made["split"]
         assert found.task_feature_lengths == made["feature_lengths"]
         assert found.batch_size == made["batch_size"]
+        if not hasattr(model, "decode_fn"):  # of a model of pairs
+            continue
         assert infer.decode_settings(model.decode_fn) == infer.decode_settings(
             made["model"].decode_fn
         )

@@ -16,12 +16,9 @@ CLASSIC = dict(
 
 def text_config(**overrides):
     """A text tower of two SigLIP blocks; overrides are TransformerConfig fields."""
-    sizes: dict[str, Any] = dict(
-        width=24, depth=2, mlp_dim=48, num_heads=4, max_length=TEXT_LENGTH
-    )
-    return text_towers.TransformerConfig(
-        **(sizes | CLASSIC | dict(vocab_size=tiny_models.VOCAB_SIZE) | overrides)
-    )
+    sizes = dict(width=24, depth=2, mlp_dim=48, num_heads=4, max_length=TEXT_LENGTH)
+    sizes |= dict(vocab_size=tiny_models.VOCAB_SIZE, embed_dim=32)
+    return text_towers.TransformerConfig(**(sizes | CLASSIC | overrides))
 
 
 def module(tower=None, text=None, **fields):

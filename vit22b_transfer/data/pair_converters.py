@@ -38,6 +38,18 @@ class PairFeatureConverter(ImageFeatureConverter):
     TEXTS = ("targets",)
     TARGETS = ("targets",)
 
+    def __call__(
+        self, ds: tf.data.Dataset, task_feature_lengths: Lengths
+    ) -> tf.data.Dataset:
+        """The converted dataset.
+
+        SeqIO's own evaluator adds to the lengths those of all features of a task:
+        that of `inputs` says nothing here.
+        """
+        known = {*self.TASK_FEATURES, *self._passthrough_features}
+        lengths = {n: x for n, x in task_feature_lengths.items() if n in known}
+        return super().__call__(ds, lengths)
+
     def get_model_feature_lengths(
         self, task_feature_lengths: Lengths
     ) -> dict[str, int]:

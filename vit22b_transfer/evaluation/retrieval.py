@@ -75,12 +75,13 @@ def recall(
 def metrics(
     targets: Sequence[str],
     predictions: Sequence[Any],
-    aux_values: Mapping[str, np.ndarray],
+    aux_values: Mapping[str, Any],
 ) -> dict[str, float]:
     """`recall` of a split's predictions, for the `metric_fns` of a task.
 
     targets: the image id of each example; "" of one that has no text.
-    predictions: embeddings of the images; aux_values: `text_embeddings`.
+    predictions: embeddings of the images, unless these are in aux_values, as
+      `image_embeddings`; aux_values: `text_embeddings`.
 
     Raises:
       UserError: for an example without text.
@@ -90,7 +91,8 @@ def metrics(
             f"{empty} of {len(targets)} examples have no text to find. Leave them out, "
             "or choose a split with captions."
         )
-    images = np.asarray(predictions, np.float32)
+    # Predictions are token ids to SeqIO's own evaluator, and so no embeddings there.
+    images = np.asarray(aux_values.get("image_embeddings", predictions), np.float32)
     return recall(images, np.asarray(aux_values["text_embeddings"]), targets)
 
 

@@ -49,12 +49,13 @@ def accuracy(
 def metrics(
     targets: Sequence[tuple[str, bool]],
     predictions: Sequence[Any],
-    aux_values: Mapping[str, np.ndarray],
+    aux_values: Mapping[str, Any],
 ) -> dict[str, float]:
     """`accuracy` of a split that `data.class_prompts` made, and its `classes`.
 
     targets: (class name, whether the row is a prompt) of each example.
-    predictions: embeddings of the images; aux_values: `text_embeddings`.
+    predictions: embeddings of the images, unless these are in aux_values, as
+      `image_embeddings`; aux_values: `text_embeddings`.
 
     Raises:
       UserError: for a split without prompts, or without images.
@@ -72,7 +73,9 @@ def metrics(
     labels = np.array([place[name] for name in names])
     texts = np.asarray(aux_values["text_embeddings"])[is_prompt]
     classes = class_embeddings(texts, labels[is_prompt], len(known))
-    images = np.asarray(predictions, np.float32)[~is_prompt]
+    # Predictions are token ids to SeqIO's own evaluator, and so no embeddings there.
+    found = np.asarray(aux_values.get("image_embeddings", predictions), np.float32)
+    images = found[~is_prompt]
     found = accuracy(images, labels[~is_prompt], classes)
     return found | {"classes": float(len(known))}
 

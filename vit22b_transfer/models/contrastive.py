@@ -188,7 +188,8 @@ class ContrastiveModel:
                 "loss. Set ContrastiveModule.first_bias=None, or loss='sigmoid'."
             )
         self.module = module
-        self.output_vocabulary = vocabulary
+        # T5X asks every model for two.
+        self.input_vocabulary = self.output_vocabulary = vocabulary
         self.optimizer_def = optimizer_def
         self.FEATURE_CONVERTER_CLS = feature_converter_cls
         self.loss = loss
@@ -297,14 +298,13 @@ class ContrastiveModel:
     def predict_batch_with_aux(
         self, params: Any, batch: Batch, rng: jax.Array | None = None
     ) -> tuple[Float[Array, "batch embed"], dict[str, Array]]:
-        """Embeddings of the images; `text_embeddings`, and `scores` of the pairs."""
+        """Embeddings of the images; `scores` of the pairs, and all embeddings again.
+
+        Beside them, since SeqIO's own evaluator takes predictions for token ids.
+        """
         del rng
         scores, embeddings = self.score_batch(params, batch, return_intermediates=True)
-        texts = embeddings["text_embeddings"]
-        return embeddings["image_embeddings"], {
-            "scores": scores,
-            "text_embeddings": texts,
-        }
+        return embeddings["image_embeddings"], {"scores": scores, **embeddings}
 
     def prediction_record(
         self, embedding: np.ndarray, aux: Mapping[str, Any]

@@ -67,7 +67,10 @@ def gin_text(
             modules.add(type(model.text).__module__)
             owner = family.text_binding.partition(".")[0]
             modules.add(f"vit22b_transfer.models.{owner}")
-        body += [_binding(n, value, type(value)) for n, value in model.bindings.items()]
+        for name, value in model.bindings.items():
+            # A word, a flag, a number or nothing; no other text.
+            other = isinstance(value, str) and not value.isidentifier()
+            body.append(_binding(name, value, int if other else type(value)))
         modules |= {
             f"vit22b_transfer.models.{name.partition('.')[0]}"
             for name in model.bindings
