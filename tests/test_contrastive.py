@@ -1,6 +1,7 @@
 """Models of image-text pairs: the losses they train, what is locked, bad input."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -17,7 +18,7 @@ from PIL import Image
 from tiny_pairs import TEXT_LENGTH
 
 from tasks import contrastive as tasks
-from vit22b_transfer import UserError
+from vit22b_transfer import UserError, cli
 from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.data import batches, sources
 from vit22b_transfer.data.pair_converters import PairFeatureConverter
@@ -427,3 +428,11 @@ def test_an_empty_text_and_a_missing_image_are_no_pair():
     weights = np.asarray(batch.features[contrastive.WEIGHTS])[:, 0]
     # An image and a text; no text; no image; neither; and four rows that fill up.
     np.testing.assert_array_equal(weights, [1, 0, 0, 0, 0, 0, 0, 0])
+
+
+def test_a_run_of_pairs_is_planned(capsys):
+    arguments = ["plan", "--gin_file=gin_configs/recipes/lit.gin", "--gin.BATCH_SIZE=8"]
+    assert cli.main([*arguments, "--device=h100", "--devices=8"]) == 0
+    said = capsys.readouterr().out
+    # The locked tower is not trained; a model of pairs decodes nothing.
+    assert re.search(r"tower +[\d,]+ +0\n", said) and "decod" not in said
