@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 import seqio
 import tiny_models
+from big_vision_peers import big_vision_blocks, flax_part, siglip_as_npz
 from flax.traverse_util import unflatten_dict
 from tiny_models import assert_within, images, jit
 from torch_peers import drawn, import_peer, torch, without_gradients
@@ -194,6 +195,55 @@ def test_clips_tokens_are_refused_where_texts_are_read(case):
     module = module.clone(text=dataclasses.replace(module.text, vocab_size=320))
     with pytest.raises(UserError, match=r"CLIP's tokens \(vocab.json, merges.txt\)"):
         contrastive.ContrastiveModel(module, seqio.ByteVocabulary(), loss="softmax")
+
+
+def as_npz(model, *, bias=True):
+    """A SigLIP as big_vision's npz of both towers."""
+    text = model.text_model
+    tensors = {f"img/{n}": x for n, x in siglip_as_npz(model.vision_model).items()}
+    for name, value in (
+        big_vision_blocks(text.encoder.layers)
+        | flax_part("Transformer/encoder_norm", text.final_layer_norm)
+    ).items():
+        tensors[name.replace("Transformer", "txt/Encoder_0")] = value
+    tables = text.embeddings
+    tensors |= flax_part("txt/head", text.head)
+    tensors |= {
+        "txt/Embed_0/embedding": tables.token_embedding.weight.detach().numpy(),
+        "txt/pos_embedding": tables.position_embedding.weight.detach().numpy()[None],
+        "t": model.logit_scale.detach().numpy(),
+    }
+    tensors |= {"b": model.logit_bias.detach().numpy()} if bias else {}
+    return {f"params/{name}": np.ascontiguousarray(x) for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["sigmoid", "softmax"])
+@without_gradients
+def test_big_visions_npz_gives_the_same_logits_and_bytes(tmp_path, bias):
+    model = siglip()
+    if not bias:
+        model.logit_bias.fill_(0.0)
+    tensors = as_npz(model, bias=bias)
+    path, out = tmp_path / "both.npz", tmp_path / "imported"
+    np.savez(path, **tensors)
+    names = ["big_vision-pairs", "big_vision-pairs-softmax"]
+    family, other = names if bias else names[::-1]
+    with pytest.raises(UserError, match=f"--family {family}"):
+        convert.import_weights([str(path)], str(out), FAMILIES, family_names=[other])
+    module, params = built(path, out, family)
+    ours, theirs = texts(module.text)
+    expected = model(input_ids=theirs, **pixels_of(model, module.tower))
+    image, text, scale, offset = jit(lambda p, x, t: module.apply({"params": p}, x, t))(
+        params, images(2, 16, 16, 3), ours
+    )
+    found = np.asarray(image) @ np.asarray(text).T * float(scale) + float(offset)
+    assert_within(1e-4, found, expected.logits_per_image, f"{family} logits")
+    checkpoint, to = str(out / "checkpoint_0"), tmp_path / "out"
+    export.export_weights(checkpoint, str(to), FAMILIES, family=family)
+    with np.load(to / f"{family}.npz") as after:
+        assert set(after.files) == set(tensors)
+        for name, value in tensors.items():
+            assert after[name].tobytes() == value.tobytes(), name
 
 
 @pytest.mark.parametrize(

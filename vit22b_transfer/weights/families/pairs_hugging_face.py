@@ -53,7 +53,7 @@ _CLIP_DEFAULTS = _SIGLIP_DEFAULTS | dict(
 )
 # Rows of Gemma's table, by whose tokens SigLIP 2 is trained: config.json does not say
 # that it pads with 0, and not with SigLIP's 1.
-_GEMMA_TOKENS = 256_000
+GEMMA_TOKENS = 256_000
 _CLIP_START = 49_406
 _DROPPED = {r".*\bposition_ids": "a buffer: 0, 1, 2, ..."}
 
@@ -143,7 +143,7 @@ def _read_siglip(config: Config, tensors: Config, *, naflex: bool = False) -> Mo
     width = config_values.size(part, "hidden_size", _SIGLIP_DEFAULTS["hidden_size"])
     rows = config_values.size(part, "vocab_size", _SIGLIP_DEFAULTS["vocab_size"])
     pad_id = config_values.size(part, "pad_token_id", 1, least=0)
-    gemma = rows >= _GEMMA_TOKENS
+    gemma = rows >= GEMMA_TOKENS
     text = _text(
         config,
         kind,
@@ -212,19 +212,20 @@ _OF_SIGLIP = functools.partial(shapes, image_projection=False, has_bias=True)
 _OF_CLIP = functools.partial(shapes, image_projection=True, has_bias=False)
 
 
-def _by_name_alone(config: Config, tensors: Config) -> bool:
+def by_name_alone(config: Config, tensors: Config) -> bool:
+    """`Family.recognises` of a family that is only taken where it is asked for."""
     del config, tensors
     return False
 
 
 FAMILIES = (
-    Family("hf-siglip-pairs", _by_name_alone, _read_siglip, _OF_SIGLIP, TEXT_BINDING),
+    Family("hf-siglip-pairs", by_name_alone, _read_siglip, _OF_SIGLIP, TEXT_BINDING),
     Family(
         "hf-siglip2-naflex-pairs",
-        _by_name_alone,
+        by_name_alone,
         functools.partial(_read_siglip, naflex=True),
         _OF_SIGLIP,
         TEXT_BINDING,
     ),
-    Family("hf-clip-pairs", _by_name_alone, _read_clip, _OF_CLIP, TEXT_BINDING),
+    Family("hf-clip-pairs", by_name_alone, _read_clip, _OF_CLIP, TEXT_BINDING),
 )

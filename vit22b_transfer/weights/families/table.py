@@ -2,6 +2,7 @@
 
 from vit22b_transfer.weights.families import (
     gemma,
+    pairs_big_vision,
     pairs_hugging_face,
     paligemma,
     t5,
@@ -24,5 +25,6 @@ FAMILIES: tuple[Family, ...] = (
     gemma.HUGGING_FACE,
     *paligemma.FAMILIES,
     *pairs_hugging_face.FAMILIES,
+    *pairs_big_vision.FAMILIES,
     *t5x.FAMILIES,
 )
