@@ -209,6 +209,7 @@ def load_images(
 ) -> tf.data.Dataset:
     """Replaces `image` (encoded bytes or uint8 pixels) or `image_path` by `images`.
 
+    An empty path is no image, and gives zeros.
     `image_paths`, the files of an example with several images, become `images` of rank
     4; how many there must be is the first size in the feature length `images`.
     Adds `image_error`: why an image could not be read, "" if all could.
@@ -222,6 +223,8 @@ def load_images(
     def pixels_of(image):
         if isinstance(image, np.ndarray):
             return prepare(image, (height, width), how)
+        if image == "":  # the text of a class has none
+            return np.zeros((height, width, 3), np.uint8)
         if isinstance(image, str) and half_character(image):
             name = os.fsencode(os.path.basename(image))
             name = name.decode(errors="backslashreplace")
