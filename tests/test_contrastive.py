@@ -1,5 +1,6 @@
 """Models of image-text pairs: the losses they train, what is locked, bad input."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -129,6 +130,9 @@ def test_an_end_of_its_own_is_found_first_and_leaves_token_zero_a_token():
 
     np.testing.assert_array_equal(of(0, 4, 61, 9, 61), vector)
     assert not np.allclose(of(1, 4, 61, 0, 0), vector)
+    # What stands behind the end is not of the text.
+    text = dataclasses.replace(text, pooling="mean")
+    tiny_models.assert_within(1e-6, of(0, 4, 61, 9, 61), of(0, 4, 61), "mean to an end")
 
 
 def test_the_mean_of_a_t5_is_over_the_tokens_of_the_text():

@@ -1,6 +1,7 @@
 """Contrastive losses: pinned values, and rings that equal the whole matrix."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,9 @@ def test_memory_of_the_ring_does_not_grow_with_the_devices(form):
     text = program("recomputed", 8, form=form).as_text()
     assert "[512" not in text and "collective-permute" in text
     assert "all-gather" not in text
+    # Half of the texts goes each way.
+    ways = re.findall(r"source_target_pairs=\{(\{0,\d\})", text)
+    assert ways.count("{0,1}") == ways.count("{0,7}") > 0
 
 
 def test_differentiated_step_by_step_the_ring_keeps_the_texts_that_passed():

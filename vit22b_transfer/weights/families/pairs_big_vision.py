@@ -78,7 +78,8 @@ def _text(
         embed_dim=embed_dim,
         pad_id=0 if vocab_size >= hf_pairs.GEMMA_TOKENS else 1,
     )
-    text = text_towers.TransformerConfig(**(fields | sizes))
+    fields |= sizes
+    text = text_towers.TransformerConfig(**fields)
     positions = f"{hf_pairs.TOWER}/position_embedding/embedding"
     return text, [
         Row(hf_pairs.TABLE, f"{root}/Embed_0/embedding"),
