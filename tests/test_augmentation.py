@@ -100,7 +100,7 @@ def tasks():
 
 def train(name, steps, drawn=INCEPTION, *, start=0, batch_size=8, seed=0, shard=None):
     """(number of the record, image) of each row of the batches of some steps."""
-    lengths = augmentation.train_lengths(name, "train", LENGTHS, drawn)
+    lengths = augmentation.train_lengths(name, LENGTHS, drawn)
     request = Request(name, "train", lengths, ImageTextFeatureConverter, batch_size)
     batches = host_train_batches(request, seed, start, shard or HostShard())
     rows = []
@@ -212,7 +212,7 @@ def test_all_images_of_an_example_are_drawn_alike(tmp_path):
     )
     lengths = {**LENGTHS, "images": (2, SIDE, SIDE)}
     lengths = image_lengths.prepared(lengths, Preparation(filter="nearest"))
-    lengths = augmentation.train_lengths("drawn_pairs", "train", lengths, INCEPTION)
+    lengths = augmentation.train_lengths("drawn_pairs", lengths, INCEPTION)
     request = Request(
         "drawn_pairs", "train", lengths, MultiImageTextFeatureConverter, 4
     )
@@ -295,7 +295,7 @@ def test_evaluation_and_runs_without_it_see_images_as_they_are():
 
 def test_as_t5x_reads_a_task_its_seed_decides_and_epochs_differ():
     def read(seed):
-        lengths = augmentation.train_lengths("drawn", "train", LENGTHS, INCEPTION)
+        lengths = augmentation.train_lengths("drawn", LENGTHS, INCEPTION)
         dataset = seqio.get_dataset(
             "drawn",
             lengths,

@@ -25,7 +25,6 @@ import tensorflow as tf
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data import image_lengths
-from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.converters import Example, feature_specs, map_examples
 from vit22b_transfer.data.images import prepare
 from vit22b_transfer.models.preparation import Preparation
@@ -181,20 +180,20 @@ def with_keys(dataset: tf.data.Dataset) -> tf.data.Dataset:
         bits = tf.cast(tf.stack(seed), tf.uint32)
         return {**example, EXAMPLE_KEY: tf.bitcast(bits, tf.int32)}
 
-    return add(dataset)
+    return add(dataset)  # pyright: ignore[reportCallIssue]
 
 
 def train_lengths(
-    task: str, split: str, lengths: Mapping[str, Any], augmentation: Augmentation | None
+    task: str, lengths: Mapping[str, Any], augmentation: Augmentation | None
 ) -> Mapping[str, Any]:
-    """The feature lengths that a task or mixture is trained with.
+    """The feature lengths that a registered task or mixture is trained with.
 
     Raises:
       UserError: if a task heeds no augmentation, or nothing would be drawn of it.
     """
     if augmentation is None:
         return lengths
-    for part in registered.tasks_of(task, split):
+    for part in seqio.get_subtasks(seqio.get_mixture_or_task(task)):
         steps = [_inner(step) for step in part.preprocessors]
         marked = [step for step in steps if getattr(step, _MARK, False)]
         if not marked:

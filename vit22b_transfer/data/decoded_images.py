@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 
-from vit22b_transfer.data.images import read_image
+from vit22b_transfer.data.images import USUAL, read_image, read_whole
 from vit22b_transfer.models.preparation import Preparation
 
 
@@ -25,14 +25,17 @@ class DecodedImages:
     def read(
         self,
         source: bytes | str,
-        size: tuple[int, int],
-        how: Preparation,
+        size: tuple[int, int] | None = None,
+        how: Preparation = USUAL,
     ) -> np.ndarray:
-        """`read_image` of encoded bytes, or of the file at a path."""
+        """`read_image` of encoded bytes, or of the file at a path.
+
+        Without a size `read_whole`.
+        """
         key = (source, size, how)
         pixels = self._images.get(key) if isinstance(source, str) else None
         if pixels is None:
-            pixels = read_image(source, size, how)
+            pixels = read_image(source, size, how) if size else read_whole(source)
             with self._lock:
                 fits = self._bytes + pixels.nbytes <= self._max_bytes
                 if isinstance(source, str) and fits and key not in self._images:
@@ -43,3 +46,5 @@ class DecodedImages:
 
 
 SMALL_SETS = DecodedImages(max_bytes=256 * 2**20)
+# Apart from the others, so that large ones do not take their place.
+WHOLE_IMAGES = DecodedImages(max_bytes=256 * 2**20)

@@ -7,7 +7,7 @@ training it carries what is drawn at random, too (`augmentation.train_lengths`).
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vit22b_transfer.models import preparation
@@ -84,7 +84,7 @@ def augmented(lengths: Mapping[str, Any], augmentation: Any) -> Mapping[str, Any
     return {**lengths, "images": made}
 
 
-def of_one_image(length: tuple[int, ...]) -> tuple[int, ...]:
+def of_one_image(length: Sequence[int]) -> tuple[int, ...]:
     """(height, width) of (number, height, width), with all that it carries."""
     if not isinstance(length, PreparedImages):
         return tuple(length[1:])

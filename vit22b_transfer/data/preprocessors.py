@@ -28,8 +28,8 @@ from seqio.vocabularies import Vocabulary
 from vit22b_transfer import UserError
 from vit22b_transfer.data import augmentation, image_lengths
 from vit22b_transfer.data.converters import feature_specs, map_examples
-from vit22b_transfer.data.decoded_images import SMALL_SETS
-from vit22b_transfer.data.images import RESIZE_METHODS, prepare, read_whole
+from vit22b_transfer.data.decoded_images import SMALL_SETS, WHOLE_IMAGES
+from vit22b_transfer.data.images import RESIZE_METHODS, prepare
 from vit22b_transfer.data.records import (
     Tally,
     check_choice,
@@ -195,7 +195,7 @@ def load_images(
             name = name.decode(errors="backslashreplace")
             raise UserError(f"the file name is no UTF-8 text: {name}; rename the file")
         if drawn:
-            return read_whole(image)
+            return WHOLE_IMAGES.read(image)
         return SMALL_SETS.read(image, (height, width), how)
 
     def read(images, image_id):

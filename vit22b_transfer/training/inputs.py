@@ -87,7 +87,7 @@ class TrainData:
         for task in registered.task_names(self.task, self.split):
             registered.check_vocabularies(task, model)
         lengths = augmentation.train_lengths(
-            self.task, self.split, self.feature_lengths, self.augmentation
+            self.task, self.feature_lengths, self.augmentation
         )
         read_as = batch_arguments(self.cache, model, self.task, self.split, lengths)
         return batches.train_batches(
