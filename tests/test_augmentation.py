@@ -322,7 +322,9 @@ def test_as_t5x_reads_a_task_its_seed_decides_and_epochs_differ():
 # --- What is refused ---
 
 
-@pytest.mark.parametrize("area", [(0.0, 1.0), (0.5, 0.2), (0.5, 1.5)])
+@pytest.mark.parametrize(
+    "area", [(0.0, 1.0), (0.5, 0.2), (0.5, 1.5), (0.5, float("nan"))]
+)
 def test_areas_that_are_none_are_an_error(area):
     with pytest.raises(UserError, match="crop_area is .*least, most"):
         Augmentation(crop_area=area)

@@ -65,7 +65,8 @@ class Augmentation:
         area = self.crop_area
         if area is None:
             return
-        if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+        numbers = all(isinstance(part, int | float) for part in area)
+        if not numbers or len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
             raise UserError(
                 f"crop_area is {area}; it must be (least, most) of an image's area, "
                 "both above 0 and at most 1, such as (0.05, 1.0); None crops nothing."
