@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from gin_files import BEHIND, CONFIGS, ROOT, files, model_files, read_recipe
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data.augmentation import Augmentation
 from vit22b_transfer.models import contrastive, freezing, multimodal
 from vit22b_transfer.planning import jobs
 from vit22b_transfer.recipes import loading
@@ -208,6 +209,42 @@ def test_a_recipe_that_freezes_composes_with_what_comes_behind(name):
 def model_behind(name, recipe=RECIPE):
     read = read_recipe(recipe, behind=[CONFIGS / f"{name}.gin"])
     return loading.install(read, multimodal.ImageTextModel, [str(ROOT)])()
+
+
+@pytest.mark.parametrize(
+    "behind, overrides, expected",
+    [
+        ((), (), None),
+        (("runs/augment",), (), Augmentation(crop_area=(0.05, 1.0), flip=True)),
+        (
+            ("runs/augment",),
+            ("CROP_AREA=(0.5, 1.0)", "FLIP=False"),
+            Augmentation(crop_area=(0.5, 1.0)),
+        ),
+    ],
+)
+def test_random_crops_and_flips_are_of_training_and_off_by_default(
+    behind, overrides, expected
+):
+    paths = [CONFIGS / f"{name}.gin" for name in behind]
+    read = read_recipe(RECIPE, *overrides, behind=paths)
+    made = loading.arguments(read, train.fine_tune, [str(ROOT)])
+    assert made["data"].augmentation == expected
+    assert "augmentation" not in vars(made["eval_data"])
+
+
+@pytest.mark.parametrize(
+    "area, message",
+    [
+        ("'wide'", r"augment.gin:15: .*crop_area .*must be tuple.*got 'wide'"),
+        ("(0.5, 0.2)", "least, most"),
+    ],
+)
+def test_a_crop_that_cannot_be_is_refused_before_any_work(area, message):
+    behind = [CONFIGS / "runs/augment.gin"]
+    with pytest.raises(UserError, match=message):
+        read = read_recipe(RECIPE, f"CROP_AREA={area}", behind=behind)
+        loading.arguments(read, train.fine_tune, [str(ROOT)])
 
 
 def test_sampling_arrives():
