@@ -167,6 +167,29 @@ def test_resuming_at_a_step_gives_the_batches_of_an_uninterrupted_run(name, tfre
     assert_same(train(name, 4, start_step=5), uninterrupted[5:])
 
 
+def test_training_batches_name_their_images(tfrecords, mesh):
+    """By the ids that the task gives, of the rows that a host reads."""
+    taken = host_train_batches(request("mixed"), 0, 5, HostShard(1, 2))
+    for batch in itertools.islice(taken, 3):
+        ids = [example["image_id"] for example in batch.examples]
+        assert ids == [f"image{n}" for n in numbers([batch.features])]
+    taken.close()
+    batch = next(host_train_batches(request("tfrecords"), 0, 0, HostShard()))
+    assert [example["image_id"] for example in batch.examples] == [""] * 8
+    with train_batches(
+        "indexed",
+        "train",
+        feature_lengths=LENGTHS,
+        converter_cls=ImageTextFeatureConverter,
+        batch_size=8,
+        seed=0,
+        partitioning=mesh,
+    ) as batches:
+        for features in itertools.islice(batches, 3):
+            expected = [f"image{n}" for n in numbers([jax.device_get(features)])]
+            assert batches.image_ids == expected
+
+
 def test_every_example_comes_exactly_once_per_epoch():
     order = numbers(train("indexed", 11))
     assert len(order) == 4 * RECORDS

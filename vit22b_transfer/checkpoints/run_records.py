@@ -59,6 +59,21 @@ def _are_measured(said: Any) -> bool:
     )
 
 
+def _is_guard(said: Any) -> bool:
+    """Where a guarded run goes back to, and the steps at which it went back."""
+    if not isinstance(said, dict) or not isinstance(said.get("returns", []), list):
+        return False
+    numbers = [n for pair in said.get("returns", []) for n in _pair(pair)]
+    good, count = said.get("good_step"), said.get("good_count", 0)
+    return (good is None or type(good) is int) and all(
+        type(n) is int for n in (count, *numbers)
+    )
+
+
+def _pair(said: Any) -> list[Any]:
+    return said if isinstance(said, list) and len(said) == 2 else [None]
+
+
 def _are_names(said: Any) -> bool:
     """What is still to be measured; before there were several, only whether."""
     return said is True or (
@@ -83,6 +98,7 @@ _RECORDED = {
     "lora": _is_lora,
     "measured": _are_measured,
     "settings": _are_settings,
+    "spike_guard": _is_guard,
     "tower": _is_tower,
     "vocabularies": _are_vocabularies,
     "window": _is_window,

@@ -38,6 +38,7 @@ class CheckpointWriter:
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.AsyncOptions(timeout_secs=3600),
         )
+        self.held: set[int] = set()  # kept as well, whatever comes after them
         self._began = False
         self._on_disk: set[int] = set()
 
@@ -88,7 +89,7 @@ class CheckpointWriter:
             return
         steps = reading.complete_steps(self.model_dir)
         own = [s for s in steps if reading.is_ours(self._path(s))]
-        kept = set(own[-self.keep :])
+        kept = set(own[-self.keep :]) | (self.held & set(own))
         if len(own) > len(kept) and self.best is not None:
             kept |= self.best.steps(self.model_dir)
         if old := [step for step in own if step not in kept]:

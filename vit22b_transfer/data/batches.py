@@ -96,24 +96,28 @@ class EvalBatch:
 class Batches(Generic[Item], Iterator[Item]):
     """Iterator over device batches made ahead of use, with `counters` of those given.
 
+    `image_ids` are those of the last batch of a training: of this host's rows.
     At the end of the split it logs what was lost, if anything was; a split that is
     read again with the same loss logs nothing anew. Close it, or use it in a `with`
     block, to stop its thread before the end.
     """
 
     def __init__(
-        self, request: Request, items: Generator[tuple[Item, np.ndarray], None, None]
+        self,
+        request: Request,
+        items: Generator[tuple[Item, np.ndarray, list[str]], None, None],
     ):
         skipped = registered.skipped_records(request.provider, request.split)
         lost = dict.fromkeys(request.converter.flags, 0)
         self.counters = BatchCounters(0, sum(skipped.values()), lost)
         self._told = _told(request, lost)
         self._what = f"{request.name} {request.split}"
+        self.image_ids: list[str] = []
         self._items = Prefetched(items)
 
     def __next__(self) -> Item:
         try:
-            item, flags = next(self._items)
+            item, flags, self.image_ids = next(self._items)
         except StopIteration:
             if lost := self.counters.losses():
                 read = self.counters.examples
@@ -188,7 +192,8 @@ def train_batches(
 
     def items():
         for batch in host_train_batches(request, seed, start_step, place.shard):
-            yield place(batch.features), batch.flags
+            ids = [example["image_id"] for example in batch.examples]
+            yield place(batch.features), batch.flags, ids
 
     return Batches(request, items())
 
@@ -237,7 +242,7 @@ def eval_batches(
         for batch in host_eval_batches(request, start_index, place.shard):
             examples = batch.examples if place.reports else []
             features = place(batch.features)
-            yield EvalBatch(features, examples, batch.start_index), batch.flags
+            yield EvalBatch(features, examples, batch.start_index), batch.flags, []
 
     return Batches(request, items())
 

@@ -14,6 +14,8 @@ from vit22b_transfer.data.converters import (
     feature_specs,
 )
 
+# What travels with the batches of a training: "" of tasks without one.
+TRAINING = {"image_id": tf.TensorSpec((), tf.string)}
 # The encoded picture that sources hand to preprocessors. Never part of a result.
 _PIXELS = ("image", "images")
 

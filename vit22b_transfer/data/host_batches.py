@@ -73,8 +73,8 @@ class HostBatch:
     """One host's rows of a batch; only the first len(flags) rows are examples.
 
     `flags` has a column per name in the converter's `flags`. `examples` holds the
-    metadata of evaluation, none in training. `start_index` is the position of the first
-    row.
+    metadata of evaluation, in training `image_id` alone, as a text that is "" of tasks
+    without one. `start_index` is the position of the first row.
     """
 
     features: dict[str, np.ndarray]
@@ -99,10 +99,16 @@ def host_train_batches(
         plan,
         start_step,
     )
-    batches = _batched(request, examples, len(rows), {})
+    batches = _batched(request, examples, len(rows), example_metadata.TRAINING)
     for step, features in enumerate(streams.as_numpy(batches), start_step):
         index = step * request.batch_size + rows.start
-        yield _host_batch(request, features, {}, index, len(rows))
+        # Not `unpacked`: for a name in a log no training ends.
+        named = [
+            {"image_id": row[0].decode(errors="replace")}
+            for row in features["example_metadata"]
+        ]
+        batch = _host_batch(request, features, {}, index, len(rows))
+        yield dataclasses.replace(batch, examples=named)
     raise UserError(
         f"split {request.split!r} of {request.name!r} ended, but training repeats it "
         "for ever: it is empty, or its preprocessors drop every example."

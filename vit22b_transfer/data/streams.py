@@ -171,7 +171,8 @@ def train_examples(
             if name not in task.output_features:
                 raise UserError(f"task {task.name!r} has no {name} to train on.")
         examples = _endless(task, member, split, lengths, plan, start_step)
-        streams.append(fitted(examples, task.name, converter, lengths, {}))
+        metadata = example_metadata.TRAINING
+        streams.append(fitted(examples, task.name, converter, lengths, metadata))
     if len(streams) == 1:
         return streams[0]
     choice = _endless_numbers(lambda step: plan.members(step)[0], start_step)
@@ -322,6 +323,8 @@ def fitted(
             counted.append(tf.logical_and(empty, tf.equal(error, "")))
         result["example_flags"] = tf.cast(tf.stack([error != "", *counted]), tf.int32)
         result["image_id"] = tf.as_string(example.get("image_id", tf.constant("")))
+        if metadata == example_metadata.TRAINING:
+            example = {**example, "image_id": result["image_id"]}
         result["example_metadata"] = example_metadata.packed(example, metadata)
         return result
 

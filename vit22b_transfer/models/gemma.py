@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import layers, stacking
+from vit22b_transfer.models import instruments, layers, stacking
 from vit22b_transfer.models.grouped_attention import (
     GroupedQueryAttention,
     KeyValues,
@@ -279,7 +279,9 @@ class _Block(nn.Module):
         y = self.mlp(self.pre_mlp_layer_norm(x))
         y = self.post_mlp_layer_norm(y) if post else y
         x = x + self.dropout(y, deterministic=not train)
-        return layers.with_sharding_constraint(x, ("batch", "length", "embed"))
+        x = layers.with_sharding_constraint(x, ("batch", "length", "embed"))
+        instruments.record_rms(self, instruments.RESIDUAL, x)
+        return x
 
 
 class TextDecoder(nn.Module):

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from vit22b_transfer.models import attention, layers
+from vit22b_transfer.models import attention, instruments, layers
 from vit22b_transfer.models.lora import LoraConfig
 
 
@@ -116,6 +116,8 @@ class GroupedQueryAttention(nn.Module):
         if self.num_kv_heads == self.num_heads:
             key = layers.with_sharding_constraint(key, axes)
             value = layers.with_sharding_constraint(value, axes)
+        instruments.record_rms(self, instruments.QUERY, query)
+        instruments.record_rms(self, instruments.KEY, key)
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = (attention.rotate(part, view.angles) for part in (query, key))
@@ -126,6 +128,14 @@ class GroupedQueryAttention(nn.Module):
     ) -> tuple[Float[Array, "batch length embed"], KeyValues]:
         """Attention of x to itself, and its keys and values for a cache."""
         query, key, value = self.project(x, view)
+        instruments.record_attention(
+            self,
+            query,
+            key,
+            mask=view.mask,
+            scale=self.scale,
+            softcap=self.softcap,
+        )
         logits = jnp.einsum("BQKGH,BSKH->BKGQS", self._grouped(query), key)
         weights = self._weights(logits, view.mask)
         # The order of operands matters for XLA's CPU fusion, see attention.attend.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from vit22b_transfer.models import layers
+from vit22b_transfer.models import instruments, layers
 from vit22b_transfer.models.attention import attend, attend_cached, rotate
 from vit22b_transfer.models.lora import LoraConfig
 
@@ -87,27 +87,37 @@ class MultiHeadAttention(nn.Module):
 
     def normalize(self, query, key):
         """QK-norm where configured; the arguments unchanged otherwise."""
-        if self.qk_norm:
-            query = self._normalized(self.query_norm, query)
-            key = self._normalized(self.key_norm, key)
-        return query, key
+        return self._normalize_query(query), self._normalize_key(key)
+
+    def _normalize_query(self, query):
+        instruments.record_rms(self, instruments.QUERY, query)
+        return self._normalized(self.query_norm, query) if self.qk_norm else query
+
+    def _normalize_key(self, key):
+        instruments.record_rms(self, instruments.KEY, key)
+        return self._normalized(self.key_norm, key) if self.qk_norm else key
+
+    def record(self, query, key, *, mask=None, bias=None):
+        """Tells the instruments of the attention of these queries to these keys."""
+        instruments.record_attention(
+            self, query, key, mask=mask, bias=bias, scale=self.attention_scale
+        )
 
     def project_query(self, x: Float[Array, "batch queries embed"], angles=None):
         """Queries [B, Q, N, H], normalised, then rotated."""
-        query = self.split_heads(self.query(x))
-        query = self._normalized(self.query_norm, query) if self.qk_norm else query
+        query = self._normalize_query(self.split_heads(self.query(x)))
         return query if angles is None else rotate(query, angles)
 
     def project_key_value(self, x: Float[Array, "batch keys embed"], angles=None):
         """Keys (normalised, then rotated) and values, each [B, K, N, H]."""
-        key = self.split_heads(self.key(x))
-        key = self._normalized(self.key_norm, key) if self.qk_norm else key
+        key = self._normalize_key(self.split_heads(self.key(x)))
         key = key if angles is None else rotate(key, angles)
         return key, self.split_heads(self.value(x))
 
     def attend_projected(self, x, key, value, *, mask=None, bias=None, angles=None):
         """Attention of x [B, Q, E] over keys and values projected earlier."""
         query = self.project_query(x, angles)
+        self.record(query, key, mask=mask, bias=bias)
         y = attend(query, key, value, mask=mask, bias=bias, scale=self.attention_scale)
         return self.out(y.reshape(*y.shape[:2], -1))
 

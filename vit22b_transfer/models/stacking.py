@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 from flax.linen.partitioning import scan_with_axes
 
-from vit22b_transfer.models import projections
+from vit22b_transfer.models import instruments, projections
 
 
 def unstack_layers(params: dict) -> dict:
@@ -39,7 +39,7 @@ def scan_blocks(
     """
     return scan_with_axes(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, instruments.COLLECTION: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0,) * num_scanned + (nn.broadcast,) * num_broadcast,
         length=length,

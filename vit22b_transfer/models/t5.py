@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import layers, multi_head_attention, stacking
+from vit22b_transfer.models import instruments, layers, multi_head_attention, stacking
 from vit22b_transfer.models.lora import LoraConfig
 from vit22b_transfer.models.t5_variants import sizes_of
 
@@ -175,7 +175,9 @@ class _EncoderBlock(nn.Module):
         x = x + self.dropout(y, deterministic=not train)
         y = self.mlp(self.pre_mlp_layer_norm(x), train=train)
         x = x + self.dropout(y, deterministic=not train)
-        return layers.with_sharding_constraint(x, ("batch", "length", "embed")), None
+        x = layers.with_sharding_constraint(x, ("batch", "length", "embed"))
+        instruments.record_rms(self, instruments.RESIDUAL, x)
+        return x, None
 
 
 class TextEncoder(nn.Module):
@@ -231,7 +233,9 @@ class _DecoderBlock(nn.Module):
         x = x + self.dropout(y, deterministic=not train)
         y = self.mlp(self.pre_mlp_layer_norm(x), train=train)
         x = x + self.dropout(y, deterministic=not train)
-        return layers.with_sharding_constraint(x, ("batch", "length", "embed")), None
+        x = layers.with_sharding_constraint(x, ("batch", "length", "embed"))
+        instruments.record_rms(self, instruments.RESIDUAL, x)
+        return x, None
 
     def cross_key_values(self, encoded) -> CrossKeyValues:
         """This layer's keys and values of the encoded input."""

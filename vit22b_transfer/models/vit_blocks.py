@@ -16,7 +16,13 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import attention, layers, multi_head_attention, projections
+from vit22b_transfer.models import (
+    attention,
+    instruments,
+    layers,
+    multi_head_attention,
+    projections,
+)
 from vit22b_transfer.models.lora import LoraConfig
 
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
@@ -149,6 +155,7 @@ class Block(nn.Module):
                 y = self.attention(y, y, angles=angles, mask=mask) + self.mlp(y)
             x = x + (self.layer_scale(y) if scaled else y)
         x = layers.with_sharding_constraint(x, ("batch", "length", "embed"))
+        instruments.record_rms(self, instruments.RESIDUAL, x)
         return x, (x if self.keep else None)
 
     def _fused(self, y: Float[Array, "batch length embed"], angles, mask):
@@ -177,6 +184,7 @@ class Block(nn.Module):
         query, key = mha.normalize(query, key)
         if angles is not None:
             query, key = (attention.rotate(x, angles) for x in (query, key))
+        mha.record(query, key)
         weighted = attention.attend(
             query, key, value, mask=mask, scale=mha.attention_scale
         )

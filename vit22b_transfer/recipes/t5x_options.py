@@ -158,6 +158,15 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
                 "gin_configs/runs/keep_best.gin out",
                 (None,),
             ),
+            "instruments": _refused(
+                "T5X's step tells nothing of layers. Leave "
+                "gin_configs/runs/instruments.gin out",
+                (None,),
+            ),
+            "guard": _refused(
+                "every step of T5X counts. Leave gin_configs/runs/spike_guard.gin out",
+                (None,),
+            ),
             "scores": _own(
                 "T5X generates every train.eval_period steps where "
                 "train.infer_eval_dataset_cfg says what, as in t5x_finetune.gin"
@@ -176,6 +185,11 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
     "vit22b_transfer.evaluation.training_scores.TrainingScores": (
         (),
         dict.fromkeys(("data", "generate_every", "generate_examples"), _OF_TRAINING),
+    ),
+    "vit22b_transfer.training.instruments.Instruments": ((), {"every": _OF_TRAINING}),
+    "vit22b_transfer.training.spike_guard.SpikeGuard": (
+        (),
+        dict.fromkeys(("deviations", "settle_steps", "max_skips"), _OF_TRAINING),
     ),
     f"{_TRAIN}.InitialCheckpoint": (
         _TRAINING,

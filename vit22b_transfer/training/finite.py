@@ -64,8 +64,11 @@ def check_state(state: TrainState, step: int, writer: writing.CheckpointWriter) 
 def check_window(
     window: Mapping[str, Any], step: int, writer: writing.CheckpointWriter
 ) -> None:
-    """Raises NotFiniteError if the mean loss or gradient norm of a window is not."""
-    for name in ("loss", "grad_norm"):
+    """Raises NotFiniteError if the mean loss or gradient norm of a window is not.
+
+    window: may be empty, if no step in it counted.
+    """
+    for name in ("loss", "grad_norm") if window else ():
         value = float(window[name].compute())
         if not math.isfinite(value):
             writer.wait()

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.host import json_files, progress, whole_files
@@ -61,19 +62,35 @@ class RunLog:
             )
         )
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line and one event; on disk when this returns."""
+    def scalars(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        lists: Mapping[str, list[float]] | None = None,
+    ) -> None:
+        """Appends one line and one event; on disk when this returns.
+
+        lists: what is in the line alone.
+        """
+        self._append(step, {**values, **(lists or {})}, values)
+        self._losses += _losses({"step": step, **values})
+
+    def event(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends a line of what JSON can say to the file alone."""
+        self._append(step, values, {})
+
+    def _append(self, step, line, scalars):
         if self._metrics is None or self._events is None:
             return
         try:
             os.stat(self._metrics.name)  # a removed file can be written, and is lost
-            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.write(json.dumps({"step": step, **line}) + "\n")
             self._metrics.flush()
-            self._events.write(step, values)
+            if scalars:
+                self._events.write(step, scalars)
         except OSError:
             self._has_failed = True
             raise
-        self._losses += _losses({"step": step, **values})
 
     def summary(self) -> str:
         """The best of the run's training losses and the last, with their steps."""
@@ -99,12 +116,15 @@ class RunLog:
             beside=self._bar,
         )
 
-    def report(self, step: int, loss: float, examples_per_second: float, eta: float):
-        """Shows where the run stands; `eta` in seconds."""
+    def report(
+        self, step: int, loss: float | None, examples_per_second: float, eta: float
+    ):
+        """Shows where the run stands; `eta` in seconds; None: no step counted."""
         if not self._is_writer:
             return
         left = str(datetime.timedelta(seconds=round(eta)))
-        text = f"loss {loss:.4f}  {examples_per_second:.1f} examples/s  ETA {left}"
+        said = "no loss" if loss is None else f"loss {loss:.4f}"
+        text = f"{said}  {examples_per_second:.1f} examples/s  ETA {left}"
         if self._bar is not None and self._bar.is_bar:
             self._bar.show(step, report=text)
         else:

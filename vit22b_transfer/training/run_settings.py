@@ -65,6 +65,8 @@ def of_run(
     partitioning: Partitioning,
     periods: Any,
     numbers: Mapping[str, int | None],
+    instruments: Any = None,
+    guard: Any = None,
 ) -> dict[str, Setting]:
     """All settings of a `train.fine_tune`, whose arguments these are.
 
@@ -80,6 +82,8 @@ def of_run(
         | dict(numbers)
         | of_model(model)
         | _flat("periods", periods)
+        | _flat("instruments", instruments)
+        | _flat("spike_guard", guard)
         | mesh
     )
 

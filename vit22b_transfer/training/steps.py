@@ -18,7 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import freezing
+from vit22b_transfer.models.instruments import recorded_loss
 from vit22b_transfer.partitioning.rules import Partitioning
+from vit22b_transfer.training import instruments as readings
+from vit22b_transfer.training.spike_guard import SpikeGuard
 from vit22b_transfer.training.state import TrainState, shardings_of
 
 Metrics = Mapping[str, clu_metrics.Metric]
@@ -32,26 +35,29 @@ def make_update(
     partitioning: Partitioning,
     *,
     num_microbatches: int = 1,
+    instrumented: bool = False,
 ) -> Update:
     """The function (state, batch, base rng) -> (state, metrics) of one optimizer step.
 
     Only the parameters that `model.frozen` leaves over are differentiated. The model's
     losses are sums: the gradients of all microbatches are added up in float32 and
     divided once, by the weight of the whole batch. Adds `grad_norm`, of the trained
-    gradients before clipping, and the used `learning_rate` if the optimizer tells it.
+    gradients before clipping, and the used `learning_rate` if the optimizer tells it;
+    with `instrumented` also what `training.instruments` names.
 
     Raises:
       UserError: for microbatches of a model with `loss_spans_batch`: each example's
         loss depends on the others of its batch, so parts of a batch have another loss.
     """
     check_microbatches(model, num_microbatches)
+    loss_fn = recorded_loss(model) if instrumented else model.loss_fn
 
     def update(state, batch, base_rng):
         trainable, frozen = freezing.split_frozen(state.params, model.frozen)
 
         def loss(trainable, batch, rng):
             params = freezing.merge_frozen(trainable, frozen)
-            return model.loss_fn(params, batch, rng)
+            return loss_fn(params, batch, rng)
 
         def gradients(batch, rng):
             grads, metrics = jax.grad(loss, has_aux=True)(trainable, batch, rng)
@@ -75,6 +81,11 @@ def make_update(
         if schedule is not None:
             rate = schedule(state.step)
             metrics["learning_rate"] = clu_metrics.LastValue(total=rate, count=one)
+        if instrumented:
+            moved = jax.tree.map(_moved, *_trained(params, state.params, model.frozen))
+            squares = readings.squares_of_groups
+            metrics |= squares(grads, readings.GRADIENT_NORM)
+            metrics |= squares(moved, readings.UPDATE_NORM)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return update
@@ -121,16 +132,37 @@ def apply_gradients(
     return freezing.merge_frozen(updated, frozen), opt_state
 
 
-def make_train_step(update: Update, window_steps: int):
+def make_train_step(
+    update: Update,
+    window_steps: int,
+    *,
+    guard: SpikeGuard | None = None,
+    schedule: Callable[..., Any] | None = None,
+    instrumented: bool = False,
+):
     """The function (state, window, batch, base rng) -> (state, window).
 
-    `window` holds the merged metrics since the last multiple of `window_steps`.
+    `window` holds the merged metrics since the last multiple of `window_steps`, and
+    what `guard` keeps there; it decides whether a step counts. schedule: of the
+    learning rate, for the guard's account of it. With `instrumented`, as of `update`,
+    there is a third result: what the instruments tell.
     """
 
     def train_step(state, window, batch, base_rng):
         new_state, metrics = update(state, batch, base_rng)
-        restart = state.step % window_steps == 0
-        return new_state, _merge(window, metrics, restart)
+        metrics, told = readings.split(metrics)
+        place = state.step % window_steps
+
+        def merged(window, metrics):
+            return _merge(window, metrics, place == 0)
+
+        if guard is None:
+            result = new_state, merged(window, metrics)
+        else:
+            result = guard.advance(
+                state, new_state, window, metrics, merged, place, schedule
+            )
+        return (*result, told) if instrumented else result
 
     return train_step
 
@@ -156,15 +188,54 @@ def compile_train_step(
     batch: Batch,
     base_rng: jax.Array,
     partitioning: Partitioning,
+    *,
+    instrumented: bool = False,
 ) -> jax.stages.Compiled:
     """`train_step` compiled for these shapes and shardings; `state` may be abstract.
 
-    It gives the state's memory to the new state.
+    It gives the state's memory to the new state. instrumented: as it was made.
     """
-    out_shardings = (shardings_of(state), partitioning.replicated)
+    replicated = partitioning.replicated
+    told = (replicated,) if instrumented else ()
+    out_shardings = (shardings_of(state), replicated, *told)
     with partitioning.activate():
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
         return jitted.lower(state, window, batch, base_rng).compile()
+
+
+def compile_steps(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    arguments: tuple[Any, ...],
+    *,
+    num_microbatches: int,
+    window_steps: int,
+    instruments: readings.Instruments | None,
+    guard: SpikeGuard | None,
+) -> readings.Steps:
+    """The compiled step of a run, and the one with instruments if there are any.
+
+    arguments: of `compile_train_step` behind the step.
+    """
+    schedule = getattr(model.optimizer_def, "learning_rate", None)
+    compiled = []
+    for instrumented in (False,) if instruments is None else (False, True):
+        update = make_update(
+            model,
+            optimizer,
+            arguments[-1],
+            num_microbatches=num_microbatches,
+            instrumented=instrumented,
+        )
+        step = make_train_step(
+            update,
+            window_steps,
+            guard=guard,
+            schedule=schedule,
+            instrumented=instrumented,
+        )
+        compiled.append(compile_train_step(step, *arguments, instrumented=instrumented))
+    return readings.Steps(compiled, instruments)
 
 
 class StepsInFlight:
@@ -189,6 +260,14 @@ class StepsInFlight:
         ahead = 2 if seconds < 1.0 else 1 if seconds < 5.0 else 0
         while len(self._windows) > ahead:
             jax.block_until_ready(self._windows.popleft())
+
+
+def _trained(new, old, frozen_patterns):
+    return (freezing.split_frozen(tree, frozen_patterns)[0] for tree in (new, old))
+
+
+def _moved(new, old):
+    return new.astype(jnp.float32) - old.astype(jnp.float32)
 
 
 def _microbatches(batch, count, partitioning):

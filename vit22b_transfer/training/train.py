@@ -17,14 +17,18 @@ from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import (
     finite,
     inputs,
+    instrument_picture,
     optimizers,
     resuming,
     run_settings,
     steps,
 )
 from vit22b_transfer.training.eval_loss import EvaluationStopped
+from vit22b_transfer.training.instruments import Instruments
 from vit22b_transfer.training.logs import RunLog, StepTimer
 from vit22b_transfer.training.measures import Measures, TaskScores
+from vit22b_transfer.training.spike_guard import SpikeGuard
+from vit22b_transfer.training.spike_watch import SpikeWatch
 from vit22b_transfer.training.state import (
     abstract_state,
     abstract_variables,
@@ -88,6 +92,8 @@ def fine_tune(
     seed: int = 0,
     best: KeepBest | None = None,
     scores: TaskScores | None = None,
+    instruments: Instruments | None = None,
+    guard: SpikeGuard | None = None,
     allow_changes: Sequence[str] = (),
 ) -> TrainResult:
     """Trains `model` up to `total_steps`, in `model_dir`; resumes what is there.
@@ -98,7 +104,8 @@ def fine_tune(
     evaluation is stopped after a batch, and done again as a whole when the run is
     started again. `keep` newest checkpoints are kept (None: all), and those that are
     the best by `best`. `scores` generates answers every so many steps, for the tasks'
-    own metrics; neither changes what is learned.
+    own metrics; neither changes what is learned. `instruments` tell of the network
+    every so many steps; with `guard` steps that are spikes do not count.
 
     allow_changes: names in `run_settings.EXACT` that may differ from those of the run
       that is resumed. All changes are told, one line each.
@@ -115,6 +122,8 @@ def fine_tune(
     model_dir = whole_files.writable_directory(model_dir, "model_dir")
     inputs.check_run(model, total_steps, num_microbatches)
     run_settings.check_names(allow_changes)
+    if instruments is not None:
+        instruments.check(periods.log)
     identity.show_vocabulary(model)
 
     with (
@@ -146,6 +155,8 @@ def fine_tune(
             partitioning=partitioning,
             periods=periods,
             numbers=numbers,
+            instruments=instruments,
+            guard=guard,
         )
         if start_step:
             path = reading.checkpoint_path(model_dir, start_step)
@@ -184,10 +195,13 @@ def fine_tune(
             model, optimizer, partitioning, num_microbatches=num_microbatches
         )
         window = steps.empty_window(update, abstract, batch, step_rng, partitioning)
+        watch = SpikeWatch(guard, writer, log, periods.log)
+        window = watch.beside(window, partitioning)
         if start_step:
             with resuming.explained(model_dir, start_step):
                 state, window = resuming.resume(path, model, abstract, window)
                 to_measure = measures.known(resuming.to_measure(path))
+                watch.begin(start_step, path)
             log.message(f"resumed from {path}")
         else:
             params = resuming.initial_params(
@@ -198,13 +212,14 @@ def fine_tune(
 
         # 6. Compile the step.
         began = time.perf_counter()
-        train_step = steps.compile_train_step(
-            steps.make_train_step(update, periods.log),
-            abstract,
-            window,
-            batch,
-            step_rng,
-            partitioning,
+        train_step = steps.compile_steps(
+            model,
+            optimizer,
+            (abstract, window, batch, step_rng, partitioning),
+            num_microbatches=num_microbatches,
+            window_steps=periods.log,
+            instruments=instruments,
+            guard=guard,
         )
         log.message(f"compiled the step in {time.perf_counter() - began:.1f} s")
 
@@ -213,16 +228,21 @@ def fine_tune(
 
         def save():
             fetched = jax.device_get(window)
-            finite.check_window(fetched, step, writer)
+            watch.tell(fetched, step)
+            finite.check_window(watch.metrics(fetched), step, writer)
             finite.check_state(state, step, writer)
             record = resuming.record(
                 model,
-                fetched,
+                watch.saved(fetched),
                 settings=settings,
                 to_measure=to_measure,
                 measured=measured,
             )
+            record |= watch.record(fetched, step)
             writer.save(step, to_checkpoint_tree(state), record | origin)
+            watch.hold()
+            if instruments is not None and is_writer:
+                instrument_picture.draw(model_dir)
 
         def measure(due):
             """(logged values of this step, what is left to do as a signal came)."""
@@ -254,8 +274,9 @@ def fine_tune(
             if step > start_step:
                 batch = next(batches)
             with jax.transfer_guard_device_to_host("disallow"):
-                state, window = train_step(state, window, batch, step_rng)
+                state, window = train_step(step + 1, state, window, batch, step_rng)
             step += 1
+            watch.took(step, batches)
             in_flight.add(window)
             writer.check()
             log.advance(step)
@@ -263,13 +284,20 @@ def fine_tune(
 
             if step % periods.log == 0 or is_last:
                 fetched = jax.device_get(window)
-                finite.check_window(fetched, step, writer)
-                metrics = _computed(fetched)
+                watch.tell(fetched, step)
+                counted = watch.metrics(fetched)
+                finite.check_window(counted, step, writer)
+                metrics = _computed(counted) | watch.values(fetched)
+                told, of_heads = train_step.told()
                 speed = timer.steps_per_second(step)
                 timing = {"timing/examples_per_second": rows * speed}
-                log.scalars(step, metrics | timing)
+                log.scalars(step, metrics | told | timing, of_heads)
                 eta = (total_steps - step) / speed
-                log.report(step, metrics["train/loss"], rows * speed, eta)
+                log.report(step, metrics.get("train/loss"), rows * speed, eta)
+                if watch.goes_back(fetched):
+                    number, state = state.step, None
+                    state, window = watch.go_back(step, number, model, abstract, window)
+                    timer.restart(step)
 
             measured, due = {}, measures.due(step)
             if due:
