@@ -25,7 +25,7 @@ from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.inference import prediction_lines
 from vit22b_transfer.models import freezing, preparation
 from vit22b_transfer.recipes import shipped, t5x_bindings
-from vit22b_transfer.training import optimizers, state, steps
+from vit22b_transfer.training import microbatches, optimizers, state, steps
 from vit22b_transfer.training.train import InitialCheckpoint
 
 # pyright: reportMissingImports=false
@@ -377,7 +377,7 @@ def mean_gradient_trainer(
             f"trainer.Trainer.num_microbatches={own}. Set one of the two."
         )
     made._num_microbatches = own if num_microbatches is None else num_microbatches
-    steps.check_microbatches(model, made._num_microbatches or 1)
+    microbatches.check(model, made._num_microbatches or 1)
     learning_rate = model.optimizer_def.learning_rate
 
     def train_step(train_state, batch):

@@ -184,7 +184,7 @@ class Block(nn.Module):
         query, key = mha.normalize(query, key)
         if angles is not None:
             query, key = (attention.rotate(x, angles) for x in (query, key))
-        mha.record(query, key)
+        mha.record(query, key, mask=mask)
         weighted = attention.attend(
             query, key, value, mask=mask, scale=mha.attention_scale
         )

@@ -15,6 +15,7 @@ from vit22b_transfer.host import disk_errors, locks, whole_files
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import (
+    compiling,
     finite,
     inputs,
     instrument_picture,
@@ -194,9 +195,10 @@ def fine_tune(
         update = steps.make_update(
             model, optimizer, partitioning, num_microbatches=num_microbatches
         )
-        window = steps.empty_window(update, abstract, batch, step_rng, partitioning)
+        window = compiling.empty_window(update, abstract, batch, step_rng, partitioning)
         watch = SpikeWatch(guard, writer, log, periods.log)
         window = watch.beside(window, partitioning)
+        state: Any
         if start_step:
             with resuming.explained(model_dir, start_step):
                 state, window = resuming.resume(path, model, abstract, window)
@@ -212,7 +214,7 @@ def fine_tune(
 
         # 6. Compile the step.
         began = time.perf_counter()
-        train_step = steps.compile_steps(
+        train_step = compiling.compile_steps(
             model,
             optimizer,
             (abstract, window, batch, step_rng, partitioning),
@@ -268,7 +270,7 @@ def fine_tune(
             if not stopping and is_writer:
                 resuming.mark_as_measured(path, metrics)
                 writer.remove_old()
-        in_flight = steps.StepsInFlight()
+        in_flight = compiling.StepsInFlight()
         timer = StepTimer(step)
         while step < total_steps and not stopping:
             if step > start_step:
