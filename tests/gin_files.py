@@ -41,6 +41,8 @@ OPEN = {
     "TOWER_CHECKPOINT": "'/checkpoint_0'",
     "COOLDOWN_STEPS": "50",
     "DECODE_LENGTH": "5",
+    "EMBED_DIM": "192",
+    "TEXT_LENGTH": "8",
 }
 
 
