@@ -312,8 +312,8 @@ def test_optimizers_and_schedules_arrive_and_go_together():
     "recipe, behind, words",
     [
         ("my_pairs", "beam_search", "decode_fn, but .* this run is ContrastiveModel"),
-        ("lit", "frozen_tower", "frozen_tower, but .* this run is ContrastiveModel"),
-        ("vqav2", "locked_tower", "frozen_tower, but .* this run is ImageTextModel"),
+        ("lit", "lora", "lora, but .* this run is ContrastiveModel"),
+        ("vqav2", "contrastive_softmax", "loss, but .* this run is ImageTextModel"),
     ],
 )
 def test_a_file_of_another_model_is_refused_behind_a_recipe(recipe, behind, words):
@@ -328,7 +328,7 @@ def test_what_changes_a_model_of_pairs_arrives():
     for behind, expected in (
         ((), ("sigmoid", -10.0, ())),
         (("contrastive_softmax",), ("softmax", None, ())),
-        (("locked_tower",), ("sigmoid", -10.0, ("encoder/tower/.*",))),
+        (("frozen_tower",), ("sigmoid", -10.0, ("encoder/tower/.*",))),
     ):
         read = read_recipe(path, behind=model_files(*behind))
         model = loading.install(read, contrastive.ContrastiveModel, [str(ROOT)])()

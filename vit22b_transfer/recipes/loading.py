@@ -196,12 +196,16 @@ def _check_models(recipe: Recipe, reached: Sequence[Reference]) -> None:
     """Raises RecipeError for what is set of a model that the run does not build.
 
     Of such a file behind a recipe nothing would come: a model of pairs decodes no text.
+    A file that says something of several kinds of models is for each of them.
     """
     built = {r.target for r in reached if hasattr(r.target, "loss_fn")}
-    for binding in recipe.bindings.values():
-        other = hasattr(binding.target, "loss_fn") and binding.target not in built
-        # The run files give every model the optimizer of the run.
-        if built and other and binding.parameter != "optimizer_def":
+    bindings = [b for b in recipe.bindings.values() if hasattr(b.target, "loss_fn")]
+    files = {
+        b.where.file for b in bindings if b.target in built and not b.where.override
+    }
+    for binding in bindings:
+        other = binding.target not in built and binding.where.file not in files
+        if built and other:
             names = ", ".join(sorted(target.__name__ for target in built))
             raise RecipeError(
                 f"{binding.where} sets {binding.key}, but the model of this run is "
