@@ -44,6 +44,8 @@ OPEN = {
     "GENERATE_EVERY": "500",
     "BEST_METRIC": "'eval/scenes_vqa/loss'",
     "BEST_MODE": "'min'",
+    "NUM_CLASSES": "7",
+    "CLASSES": "'/classes.txt'",
 }
 
 

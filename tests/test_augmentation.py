@@ -239,7 +239,7 @@ def test_going_on_reads_no_earlier_record(name, caplog):
     source.read.clear()
     rows = train(name, 1, start=5_000)
     read = [str(number).replace(str(BROKEN), "") for number in source.read]
-    assert read[:8] == [number for number, _ in rows]
+    assert {number for number, _ in rows} <= set(read)
     assert len(read) < 200  # no more than what is read ahead
     assert "in sequence" not in caplog.text
     train("in_sequence", 1, start=2)

@@ -295,6 +295,9 @@ def test_a_split_with_bad_images_is_predicted_and_they_are_reported_at_the_end(
     assert left_out in report
     assert f"{TASK} test, 8 examples read: 3 skipped images" in caplog.text
     assert "2 skipped records" in caplog.text
+    # Each kind of loss is warned of where it was met, with the image's name, and once.
+    assert "the first to be seen" not in caplog.text
+    assert caplog.text.count("skipping image") == 1
     # Nothing is forgotten when the predictions are there already.
     infer.predict_split(restored, DATA, output=str(tmp_path / "out.jsonl"))
     assert left_out in " ".join(capsys.readouterr().out.split())

@@ -120,9 +120,14 @@ def mesh():
     return Partitioning(data=4, model=2)
 
 
-def request(name, batch_size=8, split="train", **lengths):
+def request(name, batch_size=8, split="train", max_examples=None, **lengths):
     return Request(
-        name, split, LENGTHS | lengths, ImageTextFeatureConverter, batch_size
+        name,
+        split,
+        LENGTHS | lengths,
+        ImageTextFeatureConverter,
+        batch_size,
+        max_examples=max_examples,
     )
 
 
@@ -136,8 +141,10 @@ def train(name, steps, *, seed=0, start_step=0, shard=None, batch_size=8):
     return taken
 
 
-def evaluate(name, *, start_index=0, shard=None, batch_size=8, split="test"):
-    requested = request(name, batch_size, split)
+def evaluate(
+    name, *, start_index=0, shard=None, batch_size=8, split="test", max_examples=None
+):
+    requested = request(name, batch_size, split, max_examples)
     return list(host_eval_batches(requested, start_index, shard or HostShard()))
 
 
@@ -278,6 +285,21 @@ def test_evaluation_resumes_at_any_example():
         evaluate("indexed", start_index=RECORDS + 1)
 
 
+@pytest.mark.parametrize("name", ["indexed", "odd"])
+def test_a_limit_makes_a_split_of_its_first_examples(name):
+    whole = [e for b in evaluate(name) for e in b.examples]
+    cut = evaluate(name, max_examples=9)
+    assert [e for b in cut for e in b.examples] == whole[:9]
+    assert sum(len(b.flags) for b in cut) == 9
+    # The second host has no row of the last batch.
+    other = evaluate(name, max_examples=9, shard=HostShard(1, 2))
+    assert [len(b.flags) for b in other] == [4, 0]
+    resumed = evaluate(name, max_examples=9, start_index=8)
+    assert_same([b.features for b in resumed], [cut[1].features])
+    with pytest.raises(ValueError, match="max_examples is 0; it must be a positive"):
+        evaluate(name, max_examples=0)
+
+
 @pytest.mark.parametrize("name", ["indexed", "odd", "tfrecords"])
 def test_hosts_evaluate_each_example_exactly_once_in_equally_many_batches(
     name, tfrecords
@@ -365,6 +387,9 @@ def test_lost_text_and_images_are_counted_and_first_losses_are_logged(mesh, capl
     assert not weights[[0, 5, 10, 15, 20]].any()
     assert "skipped_images: 2 of the 8 examples" in caplog.text
     assert caplog.text.count("truncated_targets") == 1
+    # Read again, as `vit22b eval` does for the token loss, it is not told anew.
+    list(device_eval("spoilt", mesh, inputs=6, targets=2))
+    assert caplog.text.count("examples read: 5 skipped") == 1
     lost = "12 truncated inputs, 9 truncated targets"
     assert f"spoilt test, {RECORDS} examples read: 5 skipped images, {lost}" in (
         caplog.text

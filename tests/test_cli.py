@@ -147,8 +147,8 @@ def test_a_recipe_error_is_one_line_and_exits_with_2(folder, capsys):
     arguments = ["config", "show", "--gin_file=model.gin", "--gin.T5Config.widht=3"]
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == (
-        "vit22b: error: command line: T5Config has no parameter 'widht'. "
-        "Did you mean width?\n"
+        "vit22b: error: command line --gin.T5Config.widht: T5Config has no parameter "
+        "'widht'. Did you mean width?\n"
     )
     assert cli.main([*arguments, "--traceback"]) == 2
     assert "Traceback" in capsys.readouterr().err
@@ -159,13 +159,40 @@ def test_config_show_resolves_macros_and_tells_where_values_come_from(folder, ca
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "VOCAB_SIZE = 300  # model.gin:9" in lines
-    assert "t5.T5Config.vocab_size = 300  # model.gin:19" in lines
-    assert "t5.T5Config.width = 16  # command line" in lines
+    assert "t5.T5Config.vocab_size = 300  # model.gin:9" in lines
+    assert "t5.T5Config.width = 16  # command line --gin.T5Config.width" in lines
     assert "t5.T5Config.tied_logits = False  # default" in lines
     assert (
         "encoder_decoder.ImageTextModule.tower = @vit.ViTConfig()  # model.gin:10"
         in lines
     )
+
+
+def test_the_place_of_a_value_is_where_its_macros_were_set_last(folder):
+    text = f"{HEADER}SIDE = 8\nOTHER = %SIDE\nvit.ViTConfig:\n  patch_size = %OTHER\n"
+    (folder / "extra.gin").write_text(f"{text}  image_size = (%SIDE, %OTHER)\n")
+
+    def shown(*overrides):
+        recipe = loading.read(["model.gin", "extra.gin"], overrides, [""])
+        lines = loading.show(recipe)
+        return dict(line.split("  # ") for line in lines if "  # " in line)
+
+    places = shown()
+    assert places["vit.ViTConfig.patch_size = 8"] == "extra.gin:8"
+    assert places["OTHER = 8"] == "extra.gin:8"
+    assert places["vit.ViTConfig.image_size = (8, 8)"] == (
+        "extra.gin:12; %SIDE extra.gin:8; %OTHER extra.gin:8"
+    )
+    places = shown("SIDE=4")
+    assert places["vit.ViTConfig.patch_size = 4"] == "command line --gin.SIDE"
+    assert places["OTHER = 4"] == "command line --gin.SIDE"
+    for override, message in (
+        ("SIDE=4.5", "command line --gin.SIDE: vit.ViTConfig.patch_size = %OTHER (ext"),
+        ("OTHER=4.5", "command line --gin.OTHER: vit.ViTConfig.patch_size = %OTHER "),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            shown(override)
+        assert str(caught.value).startswith(message)
 
 
 def test_config_show_needs_no_tensorflow(folder):
@@ -237,7 +264,11 @@ def test_a_gin_file_that_is_not_there_is_told_with_the_nearest(folder, file, mes
         ("ViTConfig.image_size=[8, 8]", "(a list). Write a tuple, with round brackets"),
         ("ViTConfig.image_size=(8, 8, 3)", "must be tuple[int, int], got (8, 8, 3)"),
         ("ViTConfig.image_size=8", "must be tuple[int, int], got 8 (int)."),
-        ("VOCAB_SIZE='300'", "through the macro set at command line: must be int, got"),
+        ("VOCAB_SIZE='300'", "command line --gin.VOCAB_SIZE: t5.T5Config.vocab_size ="),
+        (
+            "VOCAB_SIZE='300'",
+            "vocab_size = %VOCAB_SIZE (model.gin:19): must be int, go",
+        ),
         ("ImageTextModule.tower=@ViTConfig", "Write @ViTConfig() to pass what it retu"),
         (
             "ImageTextModule.tower=@T5Config()",

@@ -133,6 +133,23 @@ def test_metrics_are_written_beside_what_is_there(evaluated, run):
     assert json.loads(path.read_text()) == written | {"other/test": {"metrics": {}}}
 
 
+def test_a_trial_stands_beside_the_whole_and_says_what_it_is(run, tmp_path, capsys):
+    output = str(tmp_path)
+    trial = run(tasks=OTHER_TASK, output_dir=output, max_examples=3)[OTHER_TASK]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "first 3" in shown and "examples alone" in shown
+    run(tasks=OTHER_TASK, output_dir=output)
+    written = json.loads((tmp_path / evaluate.METRICS_FILE).read_text())
+    assert set(written) == {f"{OTHER_TASK}/test", f"{OTHER_TASK}/test/first_3"}
+    entry = written[f"{OTHER_TASK}/test/first_3"]
+    assert entry["num_scored"] == trial.num_scored == 3
+    assert entry["predictions"].endswith("-first_3.jsonl")
+    whole = written[f"{OTHER_TASK}/test"]["metrics"]
+    assert entry["metrics"]["token/loss"] != whole["token/loss"]
+    with pytest.raises(UserError, match="max_examples is 0"):
+        run(tasks=OTHER_TASK, output_dir=output, max_examples=0)
+
+
 def test_evaluating_again_reuses_the_predictions(evaluated, run, capsys):
     output, results = evaluated
     again = run(tasks=TASK, output_dir=str(output))

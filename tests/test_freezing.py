@@ -17,6 +17,7 @@ from tiny_models import (
     tower_config,
 )
 
+from vit22b_transfer import UserError
 from vit22b_transfer.models import freezing, lora
 
 PARAMS = {
@@ -44,6 +45,11 @@ def test_a_pattern_that_matches_nothing_is_refused_with_near_paths(pattern):
     with pytest.raises(ValueError, match="matches no parameter.*Nearest paths: ") as e:
         freezing.frozen_mask(PARAMS, [".*/bias", pattern])
     assert repr(pattern) in str(e.value) and "encoder/" in str(e.value)
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused():
+    with pytest.raises(UserError, match=r"'\(' is no regular expression"):
+        freezing.frozen_mask(PARAMS, ["("])
 
 
 def test_a_pattern_of_the_tower_may_match_nothing_where_there_is_none():

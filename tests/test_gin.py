@@ -24,7 +24,6 @@ from vit22b_transfer import UserError
 from vit22b_transfer.models import (
     encoder_decoder,
     gemma,
-    multimodal,
     prefix_lm,
     t5,
     t5_variants,
@@ -179,8 +178,8 @@ def test_every_recipe_requires_exactly_what_its_header_says(path):
 
 
 LORA = CONFIGS / "models/lora.gin"
-# Of both text models, without a tower, and with a frozen one.
-WITH_LORA = [path for path in RECIPES if re.search("pali|blind|vqav2", path.stem)]
+# Of both text models, without a tower, with a frozen one, and without a text model.
+WITH_LORA = [p for p in RECIPES if re.search("pali|blind|vqav2|folder", p.stem)]
 BUILT = [(path, ()) for path in RECIPES] + [(path, (LORA,)) for path in WITH_LORA]
 
 
@@ -193,9 +192,12 @@ def test_every_recipe_builds_its_model_on_its_mesh(path, behind):
     from vit22b_transfer.data import batches
 
     # Scanned layers have the same parameters, stacked, and are traced once.
-    text = re.search(r"text = @(.*)\(\)", "\n".join(loading.show(read_recipe(path))))[1]
-    recipe = read_recipe(path, f"{text}.scan_layers=True", behind=behind)
-    model = loading.install(recipe, multimodal.ImageTextModel, [str(ROOT)])()
+    shown = "\n".join(loading.show(read_recipe(path)))
+    text = re.search(r"text = @(.*)\(\)", shown)
+    scanned = [f"{text[1]}.scan_layers=True"] if text else []
+    recipe = read_recipe(path, *scanned, behind=behind)
+    root = recipe.macros["TRANSFER_MODEL"][0].target
+    model = loading.install(recipe, root, [str(ROOT)])()
     if behind:
         assert model.frozen[0] == model.lora.frozen
     layout = gin.get_configurable(rules.Partitioning)()

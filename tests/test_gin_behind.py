@@ -49,8 +49,8 @@ ALTERNATIVES = [
     [{"image_text"}, {"prefix_lm", "paligemma"}],
     [{"beam_search"}, {"sample"}, {"image_text", "prefix_lm", "paligemma"}],
     [{path.stem} for path in files("meshes")],
-    [{"optimizer_adafactor"}, {"optimizer_sgd"}],
-    [{"schedule_constant"}, {"schedule_rsqrt"}],
+    [{"optimizer_adafactor"}, {"optimizer_sgd"}, {"optimizer_vit22b"}],
+    [{"schedule_constant"}, {"schedule_rsqrt", "schedule_vit22b"}],
 ]
 
 

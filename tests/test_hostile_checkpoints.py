@@ -198,6 +198,8 @@ def test_chunks_that_orbax_cannot_have_written_are_refused(read, tmp_path, fruga
         (b'{"vocabularies": {"input_vocabulary": {"class": "x"}}}', "says vocab"),
         (b'{"vocabularies": {"input_vocabulary": 7}}', "says vocab"),
         (b'{"window": {"a": "x"}}', "says window = "),
+        (b'{"settings": [1]}', "says settings = "),
+        (b'{"settings": {"task": {"a": 1}}}', "says settings = "),
     ],
 )
 def test_a_damaged_record_of_a_run_is_named(record, match, ours):

@@ -444,6 +444,31 @@ def test_predictions_are_those_of_the_model_on_each_example_alone(restored, comp
             np.testing.assert_allclose(found["score"], score, atol=1e-4)
 
 
+def test_a_trial_on_the_first_examples_is_never_taken_for_the_whole(
+    restored, complete, tmp_path, capsys
+):
+    def first(count):
+        return infer.SplitToRead(TASK, "test", LENGTHS, BATCH_SIZE, max_examples=count)
+
+    trial = infer.predict_split(restored, first(6), output=str(tmp_path))
+    assert os.path.basename(trial.path) == f"{TASK}-test-checkpoint_7-first_6.jsonl"
+    assert all_lines(trial.path) == all_lines(complete.path)[:6]
+    assert trial.num_examples == 6
+    record = json.loads(pathlib.Path(f"{trial.path}.run.json").read_text())
+    assert record["fingerprint"]["max_examples"] == 6
+    assert record["fingerprint"]["num_examples"] == NUM_IMAGES
+    said = f"6 predictions in {trial.path}, of the first 6 of 10 examples alone"
+    assert said in capsys.readouterr().out
+    with pytest.raises(UserError, match="max_examples was 6 and is None"):
+        infer.predict_split(restored, DATA, output=trial.path)
+    with pytest.raises(UserError, match="max_examples was None and is 6"):
+        infer.predict_split(restored, first(6), output=complete.path)
+    # A limit that is not reached is none.
+    folder = os.path.dirname(complete.path)
+    whole = infer.predict_split(restored, first(NUM_IMAGES), output=folder)
+    assert whole.reused and whole.path == complete.path
+
+
 @pytest.mark.parametrize("batches_written,cut", [(0, 1), (1, 0), (2, 7), (3, 0)])
 def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(
     restored, complete, tmp_path, batches_written, cut

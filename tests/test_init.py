@@ -55,6 +55,23 @@ def test_the_printed_command_has_a_complete_recipe(tmp_path, monkeypatch, capsys
     assert all((tmp_path / "my project" / path).exists() for path in there)
 
 
+def test_no_caption_of_the_samples_is_cut(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    written("captions", "mine", capsys)
+    recipe = loading.read(
+        ["mine/gin_configs/recipes/my_captions.gin"], [], ["", *shipped.search_paths()]
+    )
+    lengths, _ = recipe.macros["FEATURE_LENGTHS"]
+    longest = max(
+        len(entry["caption"].encode()) + 1  # EOS
+        for name in ("captions", "validation")
+        for entry in json.loads(Path(f"mine/data/{name}.json").read_text())[
+            "annotations"
+        ]
+    )
+    assert longest <= lengths["targets"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["captions", "vqa"])
 def test_the_printed_command_works_and_the_readmes_go_on(
@@ -65,13 +82,14 @@ def test_the_printed_command_works_and_the_readmes_go_on(
     project = tmp_path / "my project"
     use_one_device(project)
     run_in_process(command, tmp_path)
-    assert (project / "model" / "checkpoint_20").is_dir()
+    assert (project / "trial" / "checkpoint_20").is_dir()
     readme = (project / "README.md").read_text()
     assert len(readme.splitlines()) <= 16
     run_in_process(readme.split("```")[1].removeprefix("bash\n"), project)
-    metrics = json.loads((project / "model" / "metrics.json").read_text())
-    assert metrics[f"my_{task}/validation"]["metrics"]
-    (lines,) = (project / "model").glob("my_*-test-checkpoint_20.jsonl")
+    metrics = json.loads((project / "trial" / "metrics.json").read_text())
+    part = {"captions": "", "vqa": "/first_16"}[task]  # of 16 images, 48 questions
+    assert metrics[f"my_{task}/validation{part}"]["metrics"]
+    (lines,) = (project / "trial").glob("my_*-test-checkpoint_20*.jsonl")
     assert len(lines.read_text().splitlines()) >= 8
 
 

@@ -216,7 +216,9 @@ def test_a_decaying_schedule_ends_at_zero_and_stays_there(name):
 
 
 def test_phases_that_do_not_fit_into_the_steps_are_an_error():
-    with pytest.raises(ValueError, match="do not fit into total_steps=100"):
+    with pytest.raises(
+        ValueError, match="into total_steps=100. .* WARMUP_STEPS and TR"
+    ):
         optimizers.rsqrt(1.0, total_steps=100, warmup_steps=50, cooldown_steps=60)
     with pytest.raises(ValueError, match="leaves no step"):
         optimizers.cosine(1.0, total_steps=100, warmup_steps=100)

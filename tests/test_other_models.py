@@ -19,7 +19,7 @@ import tiny_classifier
 import tiny_models
 import tiny_runs
 from flax import linen as nn
-from tiny_classifier import LENGTHS, Classifier
+from tiny_classifier import LENGTHS
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
@@ -46,8 +46,9 @@ READING = dict(
 
 def classifier(**arguments):
     schedule = optimizers.cosine(1e-2, total_steps=STEPS)
-    tower = tiny_models.tower_config(depth=1, pooling="gap")
-    return Classifier(tower, optimizers.adamw(schedule), **arguments)
+    return tiny_classifier.classifier(
+        optimizer_def=optimizers.adamw(schedule), all_scores=True, **arguments
+    )
 
 
 def train(model_dir, total_steps=STEPS, partitioning=ONE_DEVICE, **arguments):
@@ -89,6 +90,7 @@ def test_a_classifier_learns_is_resumed_and_evaluated(trained, tmp_path):
     assert result.counters == {
         "examples": STEPS * BATCH_SIZE,
         "skipped_images": 0,
+        "without_labels": 0,
         "skipped_records": 0,
     }
     train(tmp_path, total_steps=STEPS)
@@ -129,7 +131,7 @@ def test_its_labels_are_predicted_in_order_and_scored(trained, tmp_path):
     assert scores.metrics["accuracy"] == 1.0
     likelihood = np.mean([np.exp(line["score"]) for line in one])
     np.testing.assert_allclose(scores.metrics["likelihood"], likelihood, rtol=1e-5)
-    assert scores.metrics["token/accuracy"] == 1.0
+    assert scores.metrics["example/accuracy"] == 1.0
     assert scores.num_scored == 21 and scores.num_empty == 0
 
 

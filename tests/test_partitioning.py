@@ -74,7 +74,7 @@ def partitioning(setting, **mesh):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_rules_are_those_of_t5x_in_its_order_then_ours(setting):
-    ours = (("patch", None), ("lora_rank", None))
+    ours = (("patch", None), ("lora_rank", None), ("classes", None))
     t5x = parse_rules(f"{T5X_HEAD[setting]} {T5X_TAIL}")
     assert logical_axis_rules(*setting) == t5x + ours
 

@@ -281,7 +281,9 @@ def test_a_prefix_lm_is_planned_alike():
     job = jobs.Job(model, abstract_batch(), Partitioning())
     plan = planner.Plan(job.run(), planner.planned(Partitioning(), 1), H100)
     assert plan.flops["decoder", "backward"] == 2 * plan.flops["decoder", "forward"]
-    assert "DOES NOT" not in "\n".join(report.report(plan))
+    shown = list(report.report(plan))
+    assert "DOES NOT" not in "\n".join(shown)
+    assert max(map(len, shown)) <= 80
 
 
 @pytest.mark.slow

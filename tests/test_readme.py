@@ -134,17 +134,18 @@ def own_data(tmp_path):
 def test_my_captions_runs_as_written(own_data):
     folder, broken = own_data
     run_in_process(block("test: my-captions"), folder)
+    name = "my_new_images-test-checkpoint_20.jsonl"  # of six images, the whole
     lines = [
-        json.loads(x) for x in (folder / "captions.jsonl").read_text().splitlines()
+        json.loads(x) for x in (folder / "captions" / name).read_text().splitlines()
     ]
     assert len(lines) == 6
     assert [line["index"] for line in lines] == list(range(6))
     failed = [line for line in lines if "error" in line]
     assert len(failed) == 1 and broken in json.dumps(failed[0])
     assert all(isinstance(x["prediction"], str) for x in lines if "error" not in x)
-    metrics = json.loads((folder / "my_model" / "metrics.json").read_text())
+    metrics = json.loads((folder / "trial" / "metrics.json").read_text())
     assert "cider_d" in metrics["my_captions/validation"]["metrics"]
-    assert (folder / "my_model" / "checkpoint_20").is_dir()
+    assert (folder / "trial" / "checkpoint_20").is_dir()
 
 
 def save_public_models(folder):
@@ -199,7 +200,7 @@ def test_init_runs_as_written(tmp_path, capfd):
     run_in_process(block("test: init"), tmp_path)
     shown = capfd.readouterr().out
     assert "cd my_project && VIT22B_VOCABULARY=bytes vit22b train" in shown
-    assert shown.splitlines()[-4].startswith("my_new_images")
+    assert "my_new_images" in shown.splitlines()[-5:]
     assert "coco_captions" not in shown  # its own tasks only
 
 

@@ -32,7 +32,7 @@ t5x = pytest.importorskip(
 )
 
 SETTINGS = [(1, 1), (1, 2), (2, 1), (2, 2)]
-OWN = (("patch", None), ("lora_rank", None))
+OWN = (("patch", None), ("lora_rank", None), ("classes", None))
 LEARNING_RATE = 1e-3
 
 

@@ -96,16 +96,17 @@ def train_state_of(definition):
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
 def test_optimizer_state_is_laid_out_like_its_parameters(name):
-    """Adafactor's state too, which T5X's wrapper of optax does not know."""
-    definition = t5x_adapter.Optimizer(getattr(optimizers, name)(1e-3))
+    """Adafactor's too, and the average, which T5X's wrapper of optax does not know."""
+    definition = t5x_adapter.Optimizer(getattr(optimizers, name)(1e-3, ema_decay=0.9))
     shapes, axes = train_state_of(definition)
     params = jax.tree.leaves(unfreeze(axes.params))
-    moments = [
-        leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(axes.param_states)
-        if any(getattr(entry, "name", "") in ("mu", "trace", "ema") for entry in path)
-    ]
-    assert moments == params
+    for names in (("mu", "trace", "ema"), ("weight_average",)):
+        kept = [
+            leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(axes.param_states)
+            if any(getattr(entry, "name", "") in names for entry in path)
+        ]
+        assert kept == params
     assert jax.sharding.PartitionSpec(None, "model") in params
 
 

@@ -51,6 +51,7 @@ RUNS = {
     "sgd": (optimizers.sgd(0.1, clip_norm=None), (), wrapped_by_t5x),
     "frozen_adapter": (optimizers.adamw(0.1), FROZEN, wrapped_by_us),
     "adafactor_adapter": (optimizers.adafactor(0.1), FROZEN, wrapped_by_us),
+    "average_adapter": (optimizers.sgd(0.1, ema_decay=0.9), FROZEN, wrapped_by_us),
 }
 
 

@@ -43,6 +43,8 @@ CONFIGS = gin_files.CONFIGS
 T5_RECIPE, GEMMA_RECIPE = (
     CONFIGS / f"recipes/{name}.gin" for name in ("scenes_vqa", "scenes_paligemma")
 )
+CLASS_RECIPE = CONFIGS / "recipes/image_folder.gin"
+OF_CLASSES = {"classifier", "class_names", "multi_label"}
 # Of published sizes: a layer or two in place of all.
 SMALL = {
     "VIT": "'Ti/16'",
@@ -160,6 +162,9 @@ def cases():
         yield (path,)
     for path in gin_files.BEHIND:
         text = path.read_text()
+        if path.stem in OF_CLASSES:
+            yield (CLASS_RECIPE, path)
+            continue
         of_gemma = "gemma" in text and "regularization" not in path.stem
         yield (
             GEMMA_RECIPE if of_gemma or path.stem == "prefix_lm" else T5_RECIPE,
@@ -167,6 +172,7 @@ def cases():
         )
         if path.stem in ("frozen_tower", "int8_tower", "lora"):
             yield (GEMMA_RECIPE, path)
+            yield (CLASS_RECIPE, path)
 
 
 # What T5X refuses of the shipped files, and with which words.
@@ -364,6 +370,10 @@ def test_t5x_evaluates_and_predicts_what_our_runtime_does(job):
         assert found.split == made["split"]
         assert found.task_feature_lengths == made["feature_lengths"]
         assert found.batch_size == made["batch_size"]
+        if path == CLASS_RECIPE:
+            own = made["model"].prediction_settings
+            assert model.prediction_settings == own
+            continue
         assert infer.decode_settings(model.decode_fn) == infer.decode_settings(
             made["model"].decode_fn
         )

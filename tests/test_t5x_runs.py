@@ -80,18 +80,19 @@ def train_in_ours(model_dir, model, total_steps, **arguments):
     }
 
 
-def train_in_t5x(model_dir, model, start_step, total_steps, *, microbatches=None):
+def train_in_t5x(
+    model_dir,
+    model,
+    start_step,
+    total_steps,
+    *,
+    microbatches=None,
+    batch=tiny_runs.text_batch,
+):
     """T5X's own train loop on the batches of `tiny_runs.Data`; losses by step."""
 
     def batches(config, shard_id, num_shards, converter):
-        drawn = [
-            tiny_models.batch(tiny_runs.BATCH_SIZE, seed=step)
-            for step in range(start_step, total_steps)
-        ]
-        for batch in drawn:
-            batch["decoder_loss_weights"] = batch["decoder_loss_weights"].astype(
-                np.float32
-            )
+        drawn = [batch(step) for step in range(start_step, total_steps)]
         return tf.data.Dataset.from_tensor_slices(
             {name: np.stack([b[name] for b in drawn]) for name in drawn[0]}
         ).repeat()

@@ -20,6 +20,7 @@ from tasks.vqa import register_vqa
 from vit22b_transfer.data import images, task_metrics, vocabularies
 from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.preprocessors import ReadingOptions
+from vit22b_transfer.data.records import Tally
 from vit22b_transfer.data.sources import (
     CaptionFiles,
     CaptionFileSource,
@@ -365,6 +366,12 @@ def test_a_skipped_image_keeps_its_place_and_weighs_nothing(pictures, register, 
     assert b"empty (0 bytes)" in found[3]["image_error"]
     assert sum(bool(example["image_error"]) for example in found) == 2
     assert caplog.text.count("skipping image") == 1
+
+
+def test_the_only_bad_image_is_warned_of_once_however_often_it_is_read():
+    tally = Tally()
+    assert [tally.add("bad image", "1.jpg") for _ in range(3)] == [True, False, False]
+    assert tally.counts() == {"bad image": 1}
 
 
 def test_records_that_the_sources_of_a_mixture_left_out_are_added_up(

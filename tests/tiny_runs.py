@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -135,13 +136,11 @@ class Stream:
             raise Killed
         if self._step in self._data.events:
             self._data.events[self._step]()
-        batch = tiny_models.batch(BATCH_SIZE, seed=1000 * self._seed + self._step)
+        batch = self._data.batch(1000 * self._seed + self._step)
         if self._step in self._data.broken:
             batch["decoder_loss_weights"] = np.full_like(
                 batch["decoder_loss_weights"], np.nan, np.float32
             )
-        weights = batch["decoder_loss_weights"].astype(np.float32)
-        batch["decoder_loss_weights"] = weights
         self._step += 1
         self.counters.examples += BATCH_SIZE
         return on_device(batch, self._partitioning)
@@ -150,17 +149,26 @@ class Stream:
         pass
 
 
+def text_batch(seed):
+    """A batch of images and texts, as the converter and T5X hand them out."""
+    batch = tiny_models.batch(BATCH_SIZE, seed=seed)
+    weights = batch["decoder_loss_weights"].astype(np.float32)
+    return batch | {"decoder_loss_weights": weights}
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """In place of `inputs.TrainData`: no files, no TensorFlow.
 
     dies_at: the step whose batch is not given any more. events: functions called when
     the batch of a step is asked for. broken: steps whose loss weights are not numbers.
+    batch: what makes the batch of a seed.
     """
 
     dies_at: int | None = None
     events: Any = dataclasses.field(default_factory=dict)
     broken: tuple[int, ...] = ()
+    batch: Callable[[int], dict] = text_batch
 
     def batches(self, model, partitioning, *, seed, start_step):
         return Stream(partitioning, seed, start_step, self)

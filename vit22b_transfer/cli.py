@@ -11,6 +11,7 @@ from importlib import metadata
 
 from vit22b_transfer import UserError
 from vit22b_transfer.commands import config, data, demo, init, plan, runs, weights
+from vit22b_transfer.commands.arguments import GIN_NOTE
 
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
 
@@ -122,8 +123,7 @@ def _message(error: Exception) -> str | None:
     """What the user can do about an error, None if it is a fault of ours."""
     if not isinstance(error, UserError | OSError):
         return None
-    # gin appends to each message the configurables on the way.
-    message = re.sub(r"\n  In call to configurable .*", "", str(error))
+    message = re.sub(f"{GIN_NOTE}.*", "", str(error))
     if isinstance(error, UserError) and error.exit_code == 2:
         return message  # a recipe says itself where
     return f"{message} (--traceback shows where)"

@@ -20,6 +20,7 @@ from vit22b_transfer.data import (
     feature_shards,
     image_sets,
     images,
+    labelled_sources,
     preprocessors,
     sources,
     streams,
@@ -47,6 +48,7 @@ def readers() -> list[Reader]:
         Reader("captions", _captions, _read_captions, share=0.3),
         Reader("vqa", _vqa, _read_vqa, share=0.3),
         Reader("image sets", _image_sets, _read_image_sets, share=0.3),
+        Reader("labels", _labels, _read_labels, share=0.3),
         Reader("texts", _texts, _read_texts),
         Reader("vocabulary", _vocabulary, _read_vocabulary, share=0.2),
     ]
@@ -174,6 +176,31 @@ def _read_image_sets(folder):
         )
 
     _all_examples(make, files)
+
+
+def _labels(folder):
+    for name in ("1.png", "2.png"):
+        _write(folder, name, "no image: it is not read")
+    _write(folder, "classes.txt", "animal\ncat\ndog\ncar\n")
+    _write(folder, "hierarchy.csv", "child,parent\ncat,animal\ndog,animal\n")
+    lines = [{"file_name": "1.png", "labels": ["cat", 3]}]
+    lines.append({"file_name": "2.png", "label": "dog"})
+    _write(folder, "labels.jsonl", "\n".join(map(json.dumps, lines)) + "\n")
+    _write(folder, "labels.csv", 'file_name,label\n1.png,"cat"\n2.png,dog\n')
+
+
+def _read_labels(folder):
+    def make(split_to_files, on_bad_record):
+        return labelled_sources.LabelFileSource(
+            split_to_files,
+            classes=os.path.join(folder, "classes.txt"),
+            hierarchy=os.path.join(folder, "hierarchy.csv"),
+            on_bad_record=on_bad_record,
+        )
+
+    for name in ("labels.jsonl", "labels.csv"):
+        path = os.path.join(folder, name)
+        _all_examples(make, labelled_sources.LabelFiles(path, folder))
 
 
 def _texts(folder):

@@ -201,7 +201,7 @@ def _sources(flat, rules):
     return sources
 
 
-def _check_trained_together(path: str, abstract_params: reading.Tree) -> None:
+def check_trained_together(path: str, abstract_params: reading.Tree) -> None:
     """Raises UserError if a model with a tower is to be read from parts of it."""
     ours = reading.flatten(abstract_params)
     if any(name.startswith(_PROJECTION) for name in ours) and not any(
@@ -231,7 +231,7 @@ def restore_params(
     """
     path = reading.resolve(path)
     if model is not None:
-        _check_trained_together(path, abstract_params)
+        check_trained_together(path, abstract_params)
         identity.check_vocabularies(path, model)
         identity.check_lora(path, model)
     abstract = jax.tree.map(

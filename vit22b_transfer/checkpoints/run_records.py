@@ -66,6 +66,11 @@ def _are_names(said: Any) -> bool:
     )
 
 
+def _are_settings(said: Any) -> bool:
+    kinds = (str, bool, type(None), *_NUMBERS)
+    return isinstance(said, dict) and all(type(x) in kinds for x in said.values())
+
+
 def _has(said: Any, **kinds: tuple[type, ...]) -> bool:
     """Whether a part of a record has values of these types."""
     return isinstance(said, dict) and all(
@@ -77,6 +82,7 @@ _RECORDED = {
     "evaluation_unfinished": _are_names,
     "lora": _is_lora,
     "measured": _are_measured,
+    "settings": _are_settings,
     "tower": _is_tower,
     "vocabularies": _are_vocabularies,
     "window": _is_window,

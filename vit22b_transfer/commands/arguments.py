@@ -15,6 +15,9 @@ Add = Callable[..., argparse.ArgumentParser]
 
 GIN_EPILOG = "--gin.NAME=VALUE sets a macro or a parameter; repeat it as needed."
 
+# gin appends to each message the configurables on the way, one to a line.
+GIN_NOTE = "\n  In call to configurable "
+
 # The last is said on a machine without a GPU.
 _STARTUP_NOTE = re.compile(
     r"WARNING: All log messages before absl|I0000 .*\.cc:\d+\]"

@@ -16,6 +16,7 @@ from vit22b_transfer.commands.arguments import Add
 
 # The drawn data are too few words for a vocabulary of pieces.
 _BYTES = "VIT22B_VOCABULARY=bytes"
+_TRIAL = "gin_configs/runs/try.gin"
 _SIZES = {"train": 64, "validation": 16, "test": 8}
 
 _README = """# My project
@@ -27,7 +28,7 @@ here comes from the package, `vit22b config path` says where; a copy here comes 
 ```bash
 export VIT22B_VOCABULARY=bytes   # or the file that `vit22b vocab` made of your texts
 RECIPE="--gin_file=gin_configs/recipes/{name}.gin --gin.MODEL_DIR='model'"
-TRY="--gin.TRAIN_STEPS=20 --gin.WARMUP_STEPS=5 --gin.BATCH_SIZE=8"   # then without
+TRY="--gin_file={trial} --gin.MODEL_DIR='trial'"   # then without
 vit22b train $RECIPE $TRY && vit22b eval $RECIPE $TRY && vit22b infer $RECIPE $TRY
 ```
 
@@ -110,7 +111,7 @@ def _init(args: argparse.Namespace) -> None:
     recipe = f"gin_configs/recipes/{name}.gin"
     source = pathlib.Path(shipped.folder())
     texts = {
-        "README.md": _README.format(name=name),
+        "README.md": _README.format(name=name, trial=_TRIAL),
         recipe: (source / recipe).read_text(encoding="utf-8"),
         task: _filled((source / task).read_text(encoding="utf-8"), sample.paths),
     }
@@ -134,8 +135,7 @@ def _init(args: argparse.Namespace) -> None:
     )
     print(
         f"\nNext, a short try:\n\n{enter}{_BYTES} vit22b train --gin_file={recipe} "
-        "--gin.MODEL_DIR=\"'$PWD/model'\" --gin.TRAIN_STEPS=20 --gin.WARMUP_STEPS=5 "
-        "--gin.BATCH_SIZE=8"
+        f"--gin_file={_TRIAL} --gin.MODEL_DIR=\"'$PWD/trial'\""
     )
 
 

@@ -24,7 +24,7 @@ def add_to(add: Add) -> None:
 
         for line in report.report(plan):
             print(line)
-        if job.model.decode_fn is not None:
+        if getattr(job.model, "decode_fn", None) is not None:
             for line in report.decoding(job, plan):
                 print(line)
         if not plan.fits:

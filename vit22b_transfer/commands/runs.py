@@ -4,8 +4,10 @@ import argparse
 import importlib
 import sys
 
+from vit22b_transfer import UserError
 from vit22b_transfer.commands.arguments import (
     GIN_EPILOG,
+    GIN_NOTE,
     Add,
     add_gin_file,
     without_startup_notes,
@@ -67,4 +69,14 @@ def _run(args: argparse.Namespace) -> None:
             streams.keep_tensorflow_off_accelerators()
     module, _, function = FUNCTIONS[args.command].rpartition(".")
     root = getattr(importlib.import_module(module), function)
-    loading.install(recipe, root, paths)()
+    call = loading.install(recipe, root, paths)
+    try:
+        call()
+    except UserError as error:
+        from vit22b_transfer.data.records import MissingSplitError
+
+        if not isinstance(error, MissingSplitError):
+            raise
+        problem = str(error).partition(GIN_NOTE)[0]
+        advice = loading.other_data(recipe, root, error.split)
+        raise UserError(f"{problem} {advice}".rstrip()) from error

@@ -8,10 +8,10 @@ import os
 import pathlib
 import reprlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import answers, text_files
+from vit22b_transfer.data import answers, question_kinds, text_files
 from vit22b_transfer.data.image_folders import ImageFolder
 from vit22b_transfer.data.records import (
     BadRecords,
@@ -117,14 +117,26 @@ def _jsonl_lines(path, bad):
 
 
 def _csv_lines(path, bad):
+    for where, name, _, caption in csv_cells(path, bad, ("caption",)):
+        yield where, name, caption
+
+
+def csv_cells(
+    path: pathlib.Path, bad: BadRecords, columns: tuple[str, ...]
+) -> Iterator[tuple[str, str, str, str]]:
+    """(where, file name, column, cell) of each row of a CSV file with a header.
+
+    The header has `file_name`, and of `columns` exactly one, once.
+    """
     rows = text_files.csv_rows(path)
     _, header = next(rows, (1, []))
-    if [header.count(name) for name in ("file_name", "caption")] != [1, 1]:
+    found = [column for column in header if column in columns]
+    if header.count("file_name") != 1 or len(found) != 1:
         raise UserError(
-            f"{path}: the header must have columns file_name and caption, found "
-            f"{_REPR.repr(header)}."
+            f"{path}: the header must have columns file_name and "
+            f"{' or '.join(columns)}, found {_REPR.repr(header)}."
         )
-    name, caption = header.index("file_name"), header.index("caption")
+    name, cell = header.index("file_name"), header.index(found[0])
     for number, row in rows:
         where = f"line {number}"
         if len(row) != len(header):
@@ -136,7 +148,7 @@ def _csv_lines(path, bad):
                 "row, as it seems: close it before the end of its field."
             )
         else:
-            yield where, row[name], row[caption]
+            yield where, row[name], found[0], row[cell]
 
 
 def _holds_a_row(row, place):
@@ -184,13 +196,21 @@ def coco_image_paths(
     return paths
 
 
-def vqa_answers(
-    path: pathlib.Path, bad: BadRecords
-) -> dict[str, tuple[str, str, tuple[str, ...]]]:
-    """Question id -> (image id, the answer to learn, all answers).
+class VqaAnnotation(NamedTuple):
+    """What VQAv2's annotations say of a question.
 
-    The answer to learn is the one that `answers.most_rewarded` names.
+    target: the answer to learn, the one that `answers.most_rewarded` names.
+    kinds: as `question_kinds.read_kinds` gives them.
     """
+
+    image_id: str
+    target: str
+    answers: tuple[str, ...]
+    kinds: dict[str, str]
+
+
+def vqa_answers(path: pathlib.Path, bad: BadRecords) -> dict[str, VqaAnnotation]:
+    """Question id -> what is said of it; questions without an answer are left out."""
     entries = json_list(read_json(path), "annotations", path, "VQAv2 annotations")
     result = {}
     for number, entry in enumerate(entries):
@@ -211,9 +231,15 @@ def vqa_answers(
         elif chosen is not None and (problem := wrong_text(chosen)):
             bad.add("malformed entry", f"{name}: multiple_choice_answer {problem}")
         else:
+            try:
+                kinds = question_kinds.read_kinds(entry)
+            except ValueError as problem:
+                bad.add("malformed entry", f"{name}: {problem}")
+                continue
             target = answers.most_rewarded(given, chosen or "")
             if target:  # else its question is reported
-                result[question_id] = (str(entry["image_id"]), target, given)
+                image_id = str(entry["image_id"])
+                result[question_id] = VqaAnnotation(image_id, target, given, kinds)
     return result
 
 

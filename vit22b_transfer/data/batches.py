@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,9 +20,13 @@ from vit22b_transfer.data.host_batches import (
     host_train_batches,
 )
 from vit22b_transfer.data.prefetch import Prefetched
+from vit22b_transfer.data.preprocessors import encode_text, load_images
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
+
+# What was lost of each split that was read to its end, as it was logged.
+_LOGGED: set[str] = set()
 
 
 @dataclasses.dataclass
@@ -33,8 +37,9 @@ class BatchCounters:
       whether this host reads it all or a part.
     lost: by name in the converter's `flags`: `skipped_images` counts examples whose
       image could not be read (policy 'skip': zero image, nothing to learn);
-      `truncated_<text>` counts texts that lost tokens beyond their length. Rows that
-      fill up the last batch do not count.
+      `truncated_<text>` counts texts that lost tokens beyond their length;
+      `without_labels` images that have none. Rows that fill up the last batch do not
+      count.
     """
 
     examples: int
@@ -54,11 +59,14 @@ class BatchCounters:
             if count and name != "examples"
         )
 
-    def add(self, flags: np.ndarray) -> None:
-        """Counts a batch by its rows of flags; warns of each first loss."""
+    def add(self, flags: np.ndarray, told: Collection[str] = ()) -> None:
+        """Counts a batch by its rows of flags; warns of each first loss.
+
+        told: flags whose first loss was warned of when it was read.
+        """
         self.examples += len(flags)
         for name, count in zip(self.lost, flags.sum(axis=0), strict=True):
-            if count and not self.lost[name]:
+            if count and not self.lost[name] and name not in told:
                 logger.warning(
                     "%s: %d of the %d examples of this batch, the first to be seen. "
                     "The total is counted.",
@@ -88,8 +96,9 @@ class EvalBatch:
 class Batches(Generic[Item], Iterator[Item]):
     """Iterator over device batches made ahead of use, with `counters` of those given.
 
-    At the end of the split it logs what was lost, if anything was. Close
-    it, or use it in a `with` block, to stop its thread before the end.
+    At the end of the split it logs what was lost, if anything was; a split that is
+    read again with the same loss logs nothing anew. Close it, or use it in a `with`
+    block, to stop its thread before the end.
     """
 
     def __init__(
@@ -98,6 +107,7 @@ class Batches(Generic[Item], Iterator[Item]):
         skipped = registered.skipped_records(request.provider, request.split)
         lost = dict.fromkeys(request.converter.flags, 0)
         self.counters = BatchCounters(0, sum(skipped.values()), lost)
+        self._told = _told(request, lost)
         self._what = f"{request.name} {request.split}"
         self._items = Prefetched(items)
 
@@ -107,9 +117,12 @@ class Batches(Generic[Item], Iterator[Item]):
         except StopIteration:
             if lost := self.counters.losses():
                 read = self.counters.examples
-                logger.warning("%s, %d examples read: %s", self._what, read, lost)
+                total = f"{self._what}, {read} examples read: {lost}"
+                if total not in _LOGGED:
+                    logger.warning("%s", total)
+                _LOGGED.add(total)
             raise
-        self.counters.add(flags)
+        self.counters.add(flags, self._told)
         return item
 
     def close(self) -> None:
@@ -121,6 +134,17 @@ class Batches(Generic[Item], Iterator[Item]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _told(request: Request, flags: Collection[str]) -> set[str]:
+    """The flags whose first loss all preprocessors warn of, naming the example."""
+    tasks = map(request.read_as, registered.with_rates(request.provider)[0])
+    steps = [{getattr(p, "func", None) for p in task.preprocessors} for task in tasks]
+
+    def by(flag):
+        return load_images if flag == "skipped_images" else encode_text
+
+    return {flag for flag in flags if all(by(flag) in own for own in steps)}
 
 
 def train_batches(
@@ -179,11 +203,12 @@ def eval_batches(
     partitioning: placement.BatchPartitioning,
     start_index: int = 0,
     task_overrides: Mapping[str, seqio.Task] | None = None,
+    max_examples: int | None = None,
 ) -> Batches[EvalBatch]:
     """One pass over a split in order, from example `start_index` on.
 
-    The last batch is filled up with zero rows. Of a task without targets all loss
-    weights are zero.
+    With `max_examples` the split ends after that many examples. The last batch is
+    filled up with zero rows. Of a task without targets all loss weights are zero.
 
     Raises:
       UserError: if a name, split, length or batch size does not fit, if the name is a
@@ -197,6 +222,7 @@ def eval_batches(
         converter_cls,
         batch_size,
         task_overrides or {},
+        max_examples,
     )
     if start_index < 0:
         raise UserError(f"start_index must not be negative, got {start_index}.")

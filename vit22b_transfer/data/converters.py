@@ -24,6 +24,8 @@ class ImageFeatureConverter(seqio.FeatureConverter):
         what is cut is counted.
       TARGETS: task features that are learned, without which there is no training. In
         evaluation a vector that a task lacks is an empty one.
+      COUNTED_EMPTY: vectors that are counted where they are empty though the image can
+        be read.
       IMAGES: the model's name of `images`.
 
     Task feature lengths: of `images` as `image_shape` says, of the others how many
@@ -36,6 +38,7 @@ class ImageFeatureConverter(seqio.FeatureConverter):
 
     TEXTS: tuple[str, ...] = ()
     TARGETS: tuple[str, ...] = ()
+    COUNTED_EMPTY: tuple[str, ...] = ()
     IMAGES = "encoder_input_images"
     PACKING_FEATURE_DTYPES = {}
 
@@ -66,7 +69,11 @@ class ImageFeatureConverter(seqio.FeatureConverter):
     @property
     def flags(self) -> tuple[str, ...]:
         """What is counted of each example that is read."""
-        return ("skipped_images", *(f"truncated_{name}" for name in self.TEXTS))
+        return (
+            "skipped_images",
+            *(f"truncated_{name}" for name in self.TEXTS),
+            *(f"without_{name}" for name in self.COUNTED_EMPTY),
+        )
 
     def shapes(self, lengths: Lengths) -> dict[str, tuple[int, ...]]:
         """Shape of each task feature in one example.

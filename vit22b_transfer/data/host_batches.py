@@ -29,6 +29,7 @@ class Request:
     """What to read: a split of a registered task or mixture, and in which shapes.
 
     task_overrides: tasks to read in place of those of the same names.
+    max_examples: of evaluation: how many of the first examples to read; None: all.
 
     Raises:
       UserError: for an unknown name or split, or shapes that do not fit.
@@ -40,10 +41,12 @@ class Request:
     converter_cls: ConverterFactory
     batch_size: int
     task_overrides: Mapping[str, seqio.Task] = dataclasses.field(default_factory=dict)
+    max_examples: int | None = None
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise UserError(f"batch_size must be positive, got {self.batch_size}.")
+        registered.check_max_examples(self.max_examples)
         self.converter.shapes(self.feature_lengths)
         # Tasks make images as the tower takes them.
         lengths = self.converter.prepared(self.feature_lengths)
@@ -118,7 +121,13 @@ def host_eval_batches(
     task, size = request.read_as(request.provider), request.batch_size
     rows = shard.rows(size)
     examples, num_examples = streams.eval_examples(
-        task, request.split, request.feature_lengths, size, shard, start_index
+        task,
+        request.split,
+        request.feature_lengths,
+        size,
+        shard,
+        start_index,
+        request.max_examples,
     )
     if num_examples is not None and start_index > num_examples:
         raise UserError(

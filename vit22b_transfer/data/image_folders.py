@@ -6,7 +6,7 @@ import pathlib
 import unicodedata
 from collections.abc import Iterator
 
-from vit22b_transfer import UserError
+from vit22b_transfer.data.records import MissingFilesError
 
 # Files that macOS puts beside others where it cannot store what it knows of them; such
 # as `._photo.jpg`, which is no image.
@@ -21,7 +21,9 @@ class ImageFolder:
 
     def __init__(self, root: pathlib.Path, *, paths_outside: bool = False):
         if not root.is_dir():
-            raise UserError(f"{root} is not a directory; an image folder is expected.")
+            raise MissingFilesError(
+                f"{root} is not a directory; an image folder is expected."
+            )
         self.root = root
         self._paths_outside = paths_outside
         self._names: dict[str, set[str]] = {}

@@ -4,7 +4,9 @@ Images stay on disk: a record carries a path. Paths may hold `~` and `$VARIABLES
 are resolved when a split is first used, so constructing a source touches no file.
 
 Every source yields examples with the same string features: `image_path`, `image_id`,
-`question_id`, `question`, `target` (scalars) and `references` (a vector).
+`question_id`, `question`, `target` (scalars) and `references` (a vector); with several
+images `image_paths` in place of the first, of labelled images `labels` (ids) as well;
+where the split has any, also `answer_type` and `question_type`.
 """
 
 import abc
@@ -29,6 +31,7 @@ from vit22b_transfer.data.records import (
 
 _BAD_RECORD_POLICIES = ("error", "skip")
 _SCALARS = ("image_path", "image_id", "question_id", "question", "target")
+_KINDS = ("answer_type", "question_type")
 
 
 class RandomAccessSource(seqio.DataSource):
@@ -174,10 +177,13 @@ class IndexedSource(RandomAccessSource):
 def _look_up(records):
     """The function from a record index to the example, in TensorFlow alone."""
     lists = ["references"]
-    if any(record.image_paths for record in records):
-        lists.append("image_paths")
+    types = {"references": tf.string, "image_paths": tf.string, "labels": tf.int32}
+    for name in ("image_paths", "labels"):
+        if any(getattr(record, name) for record in records):
+            lists.append(name)
+    kinds = [n for n in _KINDS if any(getattr(record, n) for record in records)]
     columns, places = {}, []
-    for name in (*_SCALARS, *lists):
+    for name in (*_SCALARS, *kinds, *lists):
         values = [getattr(record, name) for record in records]
         # Paths, ids and references repeat: keep each once, and where it lies.
         distinct = {value: place for place, value in enumerate(dict.fromkeys(values))}
@@ -185,12 +191,12 @@ def _look_up(records):
         places.append([distinct[value] for value in values])
     # A name that is no UTF-8 keeps its bytes; to read it is then an error that says so.
     columns["image_path"] = [os.fsencode(path) for path in columns["image_path"]]
-    scalars = {name: tf.constant(columns[name]) for name in _SCALARS}
-    texts, spans = {}, {}
+    scalars = {name: tf.constant(columns[name]) for name in (*_SCALARS, *kinds)}
+    values_of, spans = {}, {}
     for name in lists:
         ends = np.cumsum([0, *(len(group) for group in columns[name])])
-        flat = [text for group in columns[name] for text in group]
-        texts[name] = tf.constant(flat, tf.string)
+        flat = [value for group in columns[name] for value in group]
+        values_of[name] = tf.constant(flat, types[name])
         spans[name] = tf.constant(np.stack([ends[:-1], ends[1:]], axis=1))
     rows = tf.constant(np.array(places, np.int64).T)
 
@@ -199,7 +205,7 @@ def _look_up(records):
         example = {name: tf.gather(scalars[name], row[name]) for name in scalars}
         for name in lists:
             start, end = tf.unstack(spans[name][row[name]])
-            example[name] = texts[name][start:end]
+            example[name] = values_of[name][start:end]
         if "image_paths" in example:
             del example["image_path"]
         return example

@@ -17,6 +17,21 @@ _SHOWN_ITEMS = 5
 _SHOWN_LENGTH = 400
 
 
+class MissingFilesError(UserError):
+    """A file, a folder, or the variable that names it is not there."""
+
+
+class MissingSplitError(UserError):
+    """A split of a task has no files; `split` is its name."""
+
+    def __init__(self, problem: str, task: str, split: str, splits: Sequence[str]):
+        super().__init__(
+            f"{problem} Split {split!r} of task {task!r} is read from there; its "
+            f"splits are {', '.join(sorted(splits))}."
+        )
+        self.split = split
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     """One example before its image is read.
@@ -24,6 +39,8 @@ class Record:
     `target` is the text to learn ("" if unknown), `references` all the texts that a
     prediction is scored against; `question` and `question_id` may be "".
     `image_paths` are all images of an example with several, `image_path` the first.
+    `answer_type` and `question_type` are what VQAv2's annotations say of a question.
+    `labels` are ids of classes; their names are then the references.
     """
 
     image_path: str
@@ -33,6 +50,9 @@ class Record:
     target: str = ""
     references: tuple[str, ...] = ()
     image_paths: tuple[str, ...] = ()
+    answer_type: str = ""
+    question_type: str = ""
+    labels: tuple[int, ...] = ()
 
 
 def printable(text: str) -> str:
@@ -66,11 +86,12 @@ class Tally:
         self._lock = threading.Lock()
 
     def add(self, reason: str, item: str) -> bool:
-        """Counts the item; whether it is the first one with this reason."""
+        """Counts the item; whether it is the first ever met with this reason."""
         with self._lock:
             items = self._items.setdefault(reason, {})
+            is_first = not items
             items[item] = None
-            return len(items) == 1
+            return is_first
 
     def counts(self) -> dict[str, int]:
         """The number of distinct items for each reason."""
@@ -143,7 +164,7 @@ def resolve_path(path: PathLike) -> pathlib.Path:
         )
     unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:
-        raise UserError(
+        raise MissingFilesError(
             f"path {os.fspath(path)!r} needs the environment variable {unset[1]}, "
             "which is not set; set it to the directory or file that you want to use."
         )

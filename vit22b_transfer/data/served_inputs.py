@@ -15,8 +15,13 @@ def image_shape(feature_lengths: Mapping[str, Any]) -> tuple[int, ...]:
     """(height, width, 3) of the images that a served model takes.
 
     Raises:
-      UserError: for several images per example.
+      UserError: for several images per example, or a model that takes no prompt.
     """
+    if "inputs" not in feature_lengths:
+        raise UserError(
+            f"the feature lengths are {dict(feature_lengths)}, without inputs: only "
+            "models that take a prompt can be served. Use `vit22b infer`."
+        )
     length = feature_lengths["images"]
     if not isinstance(length, int) and len(length) > 2 and length[-1] != 3:
         raise UserError(

@@ -157,7 +157,7 @@ class VqaSource(IndexedSource):
 
     Every question is a record. `references` are the answers of all annotators, `target`
     is the one that VQA accuracy rewards most (`answers.most_rewarded`); both are empty
-    where no annotations are given.
+    where no annotations are given. `answer_type` and `question_type` are theirs.
     """
 
     def _resolved(self, files: VqaFiles) -> VqaFiles:
@@ -226,11 +226,15 @@ def _vqa_record(entry, files, folder, answers):
         return Record(path, image_id, question_id, question)
     if question_id not in answers:
         raise _BadEntry("question without answers", f"{name} in {files.annotations}")
-    annotated_id, target, given = answers[question_id]
-    if annotated_id != image_id:
-        detail = f"{name}: image {image_id} in the questions, {annotated_id} in answers"
+    said = answers[question_id]
+    if said.image_id != image_id:
+        detail = (
+            f"{name}: image {image_id} in the questions, {said.image_id} in answers"
+        )
         raise _BadEntry("annotation of another image", detail)
-    return Record(path, image_id, question_id, question, target, given)
+    return Record(
+        path, image_id, question_id, question, said.target, said.answers, **said.kinds
+    )
 
 
 def _image_file(pattern: str, image_id: int | str) -> str:

@@ -245,8 +245,11 @@ def eval_examples(
     batch_size: int,
     shard: HostShard,
     start_index: int,
+    max_examples: int | None = None,
 ) -> tuple[tf.data.Dataset, int | None]:
     """One pass over the task's examples in order, and the number there are, or None.
+
+    With `max_examples` the split is as if it had no more than its first ones.
 
     With a number, the examples are this host's rows of batches that begin at
     `start_index`. With None (no random access, or not one example per record) they are
@@ -256,6 +259,7 @@ def eval_examples(
     source = random_access(task)
     if source is not None and seed is None:
         size, rows = source.num_records(split), shard.rows(batch_size)
+        size = size if max_examples is None else min(size, max_examples)
 
         def records(batch: int) -> np.ndarray:
             start = start_index + batch * batch_size
@@ -268,7 +272,10 @@ def eval_examples(
         examples = task_examples(task, split, lengths, seed, order)
         if examples.cardinality() == order.cardinality():
             return examples, size
-    return task_examples(task, split, lengths, seed).skip(start_index), None
+    examples = task_examples(task, split, lengths, seed)
+    if max_examples is not None:
+        examples = examples.take(max_examples)
+    return examples.skip(start_index), None
 
 
 def fitted(
@@ -300,17 +307,20 @@ def fitted(
             )
 
     def fit(example: Example) -> Example:
-        result, truncated = {}, []
+        result, counted = {}, []
         for name, spec in wanted.items():
             values = example.get(name)
             result[name] = tf.zeros([0], spec.dtype) if values is None else values
         for name in converter.TEXTS:
             tokens = result[name]
             before = example.get(f"truncated_{name}", tf.constant(False))
-            truncated.append(before | (tf.shape(tokens)[0] > lengths[name]))
+            counted.append(before | (tf.shape(tokens)[0] > lengths[name]))
             result[name] = tokens[: lengths[name]]
         error = example.get("image_error", tf.constant(""))
-        result["example_flags"] = tf.cast(tf.stack([error != "", *truncated]), tf.int32)
+        for name in converter.COUNTED_EMPTY:
+            empty = tf.equal(tf.size(result[name]), 0)
+            counted.append(tf.logical_and(empty, tf.equal(error, "")))
+        result["example_flags"] = tf.cast(tf.stack([error != "", *counted]), tf.int32)
         result["image_id"] = tf.as_string(example.get("image_id", tf.constant("")))
         result["example_metadata"] = example_metadata.packed(example, metadata)
         return result

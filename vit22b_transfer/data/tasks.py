@@ -2,14 +2,19 @@
 
 import collections
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import seqio
 import tensorflow as tf
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import vocabularies
+from vit22b_transfer.data import class_lists, vocabularies
+from vit22b_transfer.data.records import MissingFilesError, MissingSplitError
+
+# Of a line of a description, as terminals have it.
+_WIDTH, _NO_BREAK = 80, "\N{NO-BREAK SPACE}"
 
 
 def names() -> set[str]:
@@ -18,19 +23,34 @@ def names() -> set[str]:
 
 
 def describe() -> Iterator[str]:
-    """Lines: each task with splits, features and metrics, then each mixture."""
+    """Lines: each task with splits, features and metrics, then each mixture.
+
+    A long line is broken between items, so that these stay whole on a narrow screen.
+    """
     for name in sorted(seqio.TaskRegistry.names()):
         task = seqio.TaskRegistry.get(name)
         yield f"{name}"
-        yield f"  splits: {', '.join(sorted(task.splits)) or 'none'}"
-        yield f"  features: {', '.join(map(_feature, task.output_features.items()))}"
-        metrics = [_name(function) for function in task.metric_fns]
-        yield f"  metrics: {', '.join(metrics) or 'none'}"
+        yield from _listed("splits", sorted(task.splits))
+        yield from _listed("features", map(_feature, task.output_features.items()))
+        yield from _listed("metrics", map(_name, task.metric_fns))
     for name in sorted(seqio.MixtureRegistry.names()):
         mixture = seqio.MixtureRegistry.get(name)
         rates = (f"{task.name} x{mixture.get_rate(task):g}" for task in mixture.tasks)
         yield f"{name}"
-        yield f"  mixture of: {', '.join(rates)}"
+        yield from _listed("mixture of", rates)
+
+
+def _listed(what: str, items: Iterable[str]) -> list[str]:
+    whole = [item.replace(" ", _NO_BREAK) for item in items]
+    lines = textwrap.wrap(
+        f"{what}: {', '.join(whole) or 'none'}",
+        width=_WIDTH,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace(_NO_BREAK, " ") for line in lines]
 
 
 def _name(function: Any) -> str:
@@ -40,7 +60,11 @@ def _name(function: Any) -> str:
 
 def _feature(item: tuple[str, Any]) -> str:
     name, feature = item
-    size = f", {feature.vocabulary.vocab_size} tokens" if feature.rank == 1 else ""
+    size = ""
+    if isinstance(feature.vocabulary, class_lists.ClassIds):
+        size = ", ids of classes"
+    elif feature.rank == 1:
+        size = f", {feature.vocabulary.vocab_size} tokens"
     return f"{name} ({feature.dtype.name}, rank {feature.rank}{size})"
 
 
@@ -70,7 +94,8 @@ def find_provider(name: str, split: str) -> seqio.Task | seqio.Mixture:
     """The registered task or mixture of that name, which has the split.
 
     Raises:
-      UserError: naming the nearest registered names, or the splits there are.
+      UserError: naming the nearest registered names, or the splits there are; a
+        MissingSplitError if its files are not there.
     """
     known = sorted(names())
     if name not in known:
@@ -88,7 +113,13 @@ def find_provider(name: str, split: str) -> seqio.Task | seqio.Mixture:
                 f"task {task.name!r} has no split {split!r}; it has "
                 f"{', '.join(sorted(task.splits))}."
             )
-        if num_records(task, split) == 0:
+        try:
+            size = num_records(task, split)
+        except MissingFilesError as error:
+            raise MissingSplitError(
+                str(error), task.name, split, task.splits
+            ) from error
+        if size == 0:
             raise UserError(f"split {split!r} of task {task.name!r} is empty.")
     return provider
 
@@ -160,6 +191,26 @@ def num_examples(task_name: str, split: str) -> int | None:
     That of the records, for preprocessors that drop or multiply examples.
     """
     return num_records(task_named(task_name), split)
+
+
+def check_max_examples(max_examples: int | None) -> None:
+    """UserError unless it is None, for all, or a positive number of examples."""
+    if max_examples is not None and max_examples < 1:
+        raise UserError(
+            f"max_examples is {max_examples}; it must be a positive number of "
+            "examples, or None for all of the split."
+        )
+
+
+def cut_to(task_name: str, split: str, max_examples: int | None) -> int | None:
+    """The number of first examples to read; None if that is the whole split.
+
+    A limit that the split does not reach is none. UserError as `check_max_examples`.
+    """
+    check_max_examples(max_examples)
+    size = num_examples(task_name, split)
+    whole = max_examples is None or (size is not None and size <= max_examples)
+    return None if whole else max_examples
 
 
 def skipped_text(task_name: str, split: str) -> str:

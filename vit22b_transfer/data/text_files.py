@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data.records import MissingFilesError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A quoted field (with what white space follows it) or a plain one, and its end.
@@ -22,11 +23,12 @@ def read_bytes(path: pathlib.Path) -> bytes:
     """The content of a file without a byte order mark, which Windows may write.
 
     Raises:
-      UserError: if it is no file, cannot be read, or holds nothing but white space.
+      UserError: if it is no file (a MissingFilesError), cannot be read, or holds
+        nothing but white space.
     """
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {kind}; an annotation file is expected there.")
+        raise MissingFilesError(f"{path} {kind}; an annotation file is expected there.")
     try:
         content = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
     except OSError as error:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import rich.console
-import rich.table
-from PIL import Image, ImageDraw
+
+from vit22b_transfer.host import tables
 
 Cli = Callable[[Sequence[str]], int]
 
@@ -181,14 +181,13 @@ def _lines(path: str) -> list[dict]:
 
 
 def _print_table(console: rich.console.Console, results: dict) -> None:
-    table = rich.table.Table(
-        "", "model", "blind", "majority", "references", title="Drawn scenes"
-    )
-    for task, _, title in HEADLINES:
-        row = results["results"][task]
-        names = ("model", "blind", "majority", "references")
-        table.add_row(title, *(f"{row[n]:.3f}" if n in row else "" for n in names))
-    console.print(table)
+    rows = [results["results"][task] for task, _, _ in HEADLINES]
+    columns = {
+        name: [f"{row[name]:.3f}" if name in row else "" for row in rows]
+        for name in ("model", "blind", "majority", "references")
+    }
+    titles = [title for _, _, title in HEADLINES]
+    tables.print_table(console, titles, columns, title="Drawn scenes")
     captions = results["results"]["scenes_captioning"]
     console.print(
         "blind: the same text model without images. majority: always the most frequent "
@@ -204,28 +203,25 @@ def _predictions(paths: DemoPaths, task: str) -> str:
 
 
 def _draw_predictions(paths: DemoPaths) -> None:
-    """Writes predictions.png: test images with their caption, question and answer."""
-    from vit22b_transfer.demo import scenes
+    """Writes predictions.png: test images, what is predicted of them, what is true."""
+    from vit22b_transfer.demo import picture, scenes
 
-    by_image: dict[str, list[str]] = {}
+    by_image: dict[str, list[picture.Line]] = {}
     for task in ("scenes_captioning", "scenes_vqa"):
         for line in _lines(_predictions(paths, task)):
-            texts = by_image.setdefault(line["image_id"], [])
+            lines = by_image.setdefault(line["image_id"], [])
             question = line["prompt"].removeprefix("answer en ")
-            asked = "" if question == line["prompt"] else f"{question} "
-            texts.append(asked + line["prediction"])
+            if question == line["prompt"]:
+                said = picture.caption_lines(line["prediction"], line["references"])
+            else:
+                said = picture.answer_lines(
+                    question, line["prediction"], line["references"]
+                )
+            lines += said
     folder = scenes.scene_paths(paths.data, "test").images
-    side, text_width, columns = 128, 400, 2
     chosen = list(by_image.items())[:_SHOWN]
-    rows = -(-len(chosen) // columns)
-    size = (columns * (side + text_width), rows * (side + 8))
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, (image_id, texts) in enumerate(chosen):
-        x = number % columns * (side + text_width)
-        y = number // columns * (side + 8)
-        file = folder / scenes.IMAGE_FILE.format(image_id=int(image_id))
-        with Image.open(file, formats=["JPEG"]) as image:
-            sheet.paste(image.resize((side, side)), (x, y))
-        pen.multiline_text((x + side + 8, y + 8), "\n".join(texts), fill="black")
-    sheet.save(paths.root / "predictions.png")
+    panels = [
+        (folder / scenes.IMAGE_FILE.format(image_id=int(image_id)), lines)
+        for image_id, lines in chosen
+    ]
+    picture.draw(panels, str(paths.root / "predictions.png"))

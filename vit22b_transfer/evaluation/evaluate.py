@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import rich.console
-import rich.table
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.records import half_character
-from vit22b_transfer.host import json_files, whole_files
+from vit22b_transfer.host import json_files, tables, whole_files
 from vit22b_transfer.inference import infer, prediction_lines
 from vit22b_transfer.inference.prediction_files import is_empty, read_lines
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -47,13 +46,21 @@ def evaluate_checkpoint(
     batch_size: int,
     output_dir: str,
     seed: int = 0,
+    max_examples: int | None = None,
+    weights: infer.Weights = "trained",
 ) -> dict[str, Scores]:
     """The scores of a checkpoint by task; a mixture stands for its tasks.
 
     Predicts as `infer.infer_split` does, into `output_dir`, or takes the predictions
-    that are there. Beside the tasks' own metrics stand the token loss and accuracies
-    on the targets, as `token/...`. Prints a table and enters the scores as
-    `TASK/SPLIT` in `output_dir/metrics.json`.
+    that are there. Beside the tasks' own metrics stand the loss and accuracies on the
+    targets, as `token/...`, or what else the model's `loss_per` is. Prints a table and
+    enters the scores as `TASK/SPLIT` in `output_dir/metrics.json`, or
+    `TASK/SPLIT/average`.
+
+    weights: the trained ones, or their average, which a training with `ema_decay` kept.
+
+    max_examples: for a trial, score no more than the first examples of each task: the
+      table says so, and the entry is `TASK/SPLIT/first_N`.
 
     Raises:
       UserError: if something does not fit together, or a task has no metrics or no
@@ -61,33 +68,41 @@ def evaluate_checkpoint(
     """
     from vit22b_transfer.data import tasks as registered
 
+    registered.check_max_examples(max_examples)
     tasks = [tasks] if isinstance(tasks, str) else tasks
     names = [name for given in tasks for name in registered.task_names(given, split)]
     restored = infer.restore(
-        model, partitioning, checkpoint, feature_lengths, batch_size
+        model, partitioning, checkpoint, feature_lengths, batch_size, weights=weights
     )
+    suffix = "" if weights == "trained" else f"/{weights}"
     eval_step = make_eval_step(model, partitioning)
-    results, entries = {}, {}
+    results, entries, titles = {}, {}, []
     for name in dict.fromkeys(names):
-        data = infer.SplitToRead(name, split, feature_lengths, batch_size)
+        data = infer.SplitToRead(name, split, feature_lengths, batch_size, max_examples)
+        cut = data.cut_to()
         predictions = infer.predict_split(restored, data, output=output_dir, seed=seed)
         scores = score_file(predictions.path, name)
-        eval_data = EvalData([name], split, feature_lengths, batch_size)
+        eval_data = EvalData(
+            [name], split, feature_lengths, batch_size, max_examples=cut
+        )
         with partitioning.activate():
             losses = evaluate_loss(
                 eval_data, model, eval_step, restored.params, partitioning
             )
-        tokens = {
-            f"token/{key.rpartition('/')[2]}": value for key, value in losses.items()
+        per = getattr(model, "loss_per", "token")
+        own = {
+            f"{per}/{key.rpartition('/')[2]}": value for key, value in losses.items()
         }
-        results[name] = dataclasses.replace(scores, metrics=scores.metrics | tokens)
-        entries[f"{name}/{split}"] = dataclasses.asdict(results[name]) | {
+        results[name] = dataclasses.replace(scores, metrics=scores.metrics | own)
+        titles.append(f"{name} {split}" + (f", {data.part()}" if cut else ""))
+        entry = f"{name}/{split}" + (f"/first_{cut}" if cut else "") + suffix
+        entries[entry] = dataclasses.asdict(results[name]) | {
             "checkpoint": restored.checkpoint,
             "predictions": predictions.path,
         }
     if jax.process_index() == 0:
         path = record_scores(output_dir, entries)
-        print_scores({f"{name} {split}": scores for name, scores in results.items()})
+        print_scores(dict(zip(titles, results.values(), strict=True)))
         rich.console.Console(soft_wrap=True).print(f"written to {path}", markup=False)
     return results
 
@@ -194,23 +209,32 @@ def record_scores(output_dir: str, entries: Mapping[str, Mapping[str, Any]]) -> 
 def print_scores(
     scores: Mapping[str, Scores], *, console: rich.console.Console | None = None
 ) -> None:
-    """Prints a table with a column for each of `scores`."""
-    table = rich.table.Table("metric", *scores)
+    """Prints a table with a column for each of `scores`, or several if too wide.
+
+    The count of a slice (`x_count/SLICE`) stands behind its metric (`x/SLICE`).
+    """
     rows: dict[str, None] = {}
     for column in scores.values():
         rows |= dict.fromkeys(column.metrics)
-    for name in rows:
-        table.add_row(
-            name, *(_cell(column.metrics.get(name)) for column in scores.values())
-        )
-    table.add_section()
-    for name, attribute in (
-        ("examples scored", "num_scored"),
-        ("images not read", "num_bad_images"),
-        ("empty predictions", "num_empty"),
-    ):
-        table.add_row(name, *(str(getattr(c, attribute)) for c in scores.values()))
-    (console or rich.console.Console()).print(table)
+    counts = {count for name in rows if (count := _count_name(name)) in rows}
+    names = [name for name in rows if name not in counts]
+    last = {
+        "examples scored": "num_scored",
+        "images not read": "num_bad_images",
+        "empty predictions": "num_empty",
+    }
+    columns = {}
+    for title, column in scores.items():
+        cells = [_cell(column.metrics, name) for name in names]
+        cells += [str(getattr(column, attribute)) for attribute in last.values()]
+        columns[title] = cells
+    tables.print_table(
+        console or rich.console.Console(),
+        [*names, *last],
+        columns,
+        heading="metric",
+        section=len(names),
+    )
 
 
 def _has_target(example):
@@ -218,7 +242,14 @@ def _has_target(example):
     return any(texts)
 
 
-def _cell(value):
+def _cell(metrics, name):
+    value, count = metrics.get(name), metrics.get(_count_name(name))
     if value is None:
         return ""
-    return value if isinstance(value, str) else f"{value:.4f}"
+    text = value if isinstance(value, str) else f"{value:.4f}"
+    return text if count is None else f"{text} of {count:.0f}"
+
+
+def _count_name(name):
+    metric, _, part = name.partition("/")
+    return f"{metric}_count/{part}"

@@ -2,7 +2,9 @@
 
 Metric functions have SeqIO's form `f(targets, predictions) -> {name: value}`, where
 `targets` holds a list of answers for each question. An empty prediction scores 0. What
-the functions raise is in `references.py`.
+the functions raise is in `references.py`. Where the answers say of which kinds their
+questions are (`question_kinds.Answers`), the mean over each kind stands beside the
+whole, with the number of its questions: `question_slices.by_kind`.
 """
 
 import warnings
@@ -17,6 +19,7 @@ from vit22b_transfer.data.answers import (
     clean,
 )
 from vit22b_transfer.data.answers import normalize_answer as normalize_answer
+from vit22b_transfer.evaluation.question_slices import by_kind
 from vit22b_transfer.evaluation.references import (
     Scored,
     checked_predictions,
@@ -29,15 +32,17 @@ ANLS_THRESHOLD = 0.5
 def vqa(
     targets: Sequence[Iterable[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-    """VQA accuracy and exact match."""
-    return {**vqa_accuracy(targets, predictions), **exact_match(targets, predictions)}
+    """VQA accuracy, also by the kinds of questions, and exact match."""
+    exact = exact_match_scores(targets, predictions)
+    return vqa_accuracy(targets, predictions) | {"exact_match": exact.mean}
 
 
 def vqa_accuracy(
     targets: Sequence[Iterable[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-    """Mean VQA accuracy; see `vqa_accuracy_scores`."""
-    return {"vqa_accuracy": vqa_accuracy_scores(targets, predictions).mean}
+    """Mean VQA accuracy, also by kinds of questions; see `vqa_accuracy_scores`."""
+    mean, scores = vqa_accuracy_scores(targets, predictions)
+    return {"vqa_accuracy": mean} | by_kind("vqa_accuracy", targets, scores)
 
 
 def vqa_accuracy_scores(
@@ -71,8 +76,9 @@ def vqa_accuracy_scores(
 def exact_match(
     targets: Sequence[Iterable[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-    """Mean of `exact_match_scores`."""
-    return {"exact_match": exact_match_scores(targets, predictions).mean}
+    """Mean of `exact_match_scores`, also by kinds of questions."""
+    mean, scores = exact_match_scores(targets, predictions)
+    return {"exact_match": mean} | by_kind("exact_match", targets, scores)
 
 
 def exact_match_scores(

@@ -5,20 +5,30 @@ import dataclasses
 import functools
 import os
 import re
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import rich.console
 
-from vit22b_transfer.checkpoints import fingerprints, identity, reading, restoring
+from vit22b_transfer import UserError
+from vit22b_transfer.checkpoints import (
+    averages,
+    fingerprints,
+    identity,
+    reading,
+    restoring,
+)
 from vit22b_transfer.host import disk_errors, progress, whole_files
 from vit22b_transfer.inference import predicting
 from vit22b_transfer.inference.prediction_files import LineWriter, PredictionFiles
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training.state import abstract_variables, shardings_of
+
+Weights = Literal["trained", "average"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +52,16 @@ class Predictions:
 
 @dataclasses.dataclass(frozen=True)
 class RestoredModel:
-    """A model with the parameters of a checkpoint on the devices of a mesh."""
+    """A model with the parameters of a checkpoint on the devices of a mesh.
+
+    weights: which of the checkpoint's: see `infer_split`.
+    """
 
     model: Any
     partitioning: Partitioning
     checkpoint: str
     params: Any
+    weights: str = "trained"
 
     @functools.cached_property
     def predict(self) -> predicting.Predict:
@@ -66,12 +80,30 @@ class SplitToRead:
 
     feature_lengths: of what the model's converter reads. Decoded texts are no longer
       than `targets`, unless the model has its own `max_decode_length`.
+    max_examples: how many of the first examples; None: all.
     """
 
     task: str
     split: str
     feature_lengths: Mapping[str, Any]
     batch_size: int
+    max_examples: int | None = None
+
+    def cut_to(self) -> int | None:
+        """The number of first examples that are read, None if it is all of them."""
+        from vit22b_transfer.data import tasks as registered
+
+        return registered.cut_to(self.task, self.split, self.max_examples)
+
+    def part(self) -> str:
+        """`the first 16 of 500 examples alone`; "" of a whole split."""
+        from vit22b_transfer.data import tasks as registered
+
+        cut = self.cut_to()
+        if cut is None:
+            return ""
+        size = registered.num_examples(self.task, self.split)
+        return f"the first {cut} of {size or 'its'} examples alone"
 
 
 def infer_split(
@@ -85,14 +117,20 @@ def infer_split(
     batch_size: int,
     output: str,
     seed: int = 0,
+    max_examples: int | None = None,
+    weights: Weights = "trained",
 ) -> Predictions:
     """Predictions of `model` for every example of a split, as JSON lines in order.
 
     checkpoint: one, or a directory of them, of which the latest is taken.
     output: a path ending in .jsonl, or a directory, in which the file is then called
-      TASK-SPLIT-CHECKPOINT.jsonl.
+      TASK-SPLIT-CHECKPOINT.jsonl, or TASK-SPLIT-CHECKPOINT-average.jsonl.
+    weights: the trained ones, or their average, which a training with `ema_decay` kept.
     seed: of `decoding.sample`; results depend on it and on `batch_size` alone, but for
       rounding: a mesh decides in which order sums are taken.
+    max_examples: for a trial, predict no more than the first ones. The file is then
+      called TASK-SPLIT-CHECKPOINT-first_N.jsonl, its record holds `max_examples`, and
+      it is never taken for one of the whole split, nor gone on from.
 
     A line holds index, image_id, question_id, prompt, prediction and score, what the
     task knows beside them (target, references, metadata), and of an image that could
@@ -107,8 +145,11 @@ def infer_split(
     from vit22b_transfer.data import tasks as registered
 
     registered.task_names(task, split)  # an error now, not after the parameters' read
-    restored = restore(model, partitioning, checkpoint, feature_lengths, batch_size)
-    data = SplitToRead(task, split, feature_lengths, batch_size)
+    registered.check_max_examples(max_examples)
+    restored = restore(
+        model, partitioning, checkpoint, feature_lengths, batch_size, weights=weights
+    )
+    data = SplitToRead(task, split, feature_lengths, batch_size, max_examples)
     return predict_split(restored, data, output=output, seed=seed)
 
 
@@ -118,10 +159,17 @@ def restore(
     checkpoint: str,
     feature_lengths: Mapping[str, Any],
     batch_size: int,
+    *,
+    weights: Weights = "trained",
 ) -> RestoredModel:
-    """The model with a checkpoint's parameters, laid out on the mesh."""
+    """The model with a checkpoint's parameters, laid out on the mesh.
+
+    weights: see `infer_split`.
+    """
     from vit22b_transfer.data import batches, image_lengths, placement
 
+    if weights not in (known := typing.get_args(Weights)):
+        raise UserError(f"weights={weights!r} must be one of {', '.join(known)}.")
     identity.show_vocabulary(model)
     path = reading.resolve(checkpoint)
     # A batch that the mesh cannot hold is an error before gigabytes are read.
@@ -133,13 +181,21 @@ def restore(
         name: jax.ShapeDtypeStruct(shape, types[name]) for name, shape in shapes.items()
     }
     abstract = abstract_variables(model, partitioning, batch)
-    if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(abstract)):
+    if weights == "average":
+        params, count = averages.restore(path, abstract, model=model)
+        rest = len(jax.tree.leaves(abstract)) - count
+        progress.console(quiet=jax.process_index() > 0).print(
+            f"{path}: the average of {count} parameters; {rest} frozen in its training "
+            "are as they were",
+            markup=False,
+        )
+    elif any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(abstract)):
         params = restoring.restore_whole(path, abstract, model=model)
     else:
         params = restoring.restore_params(
             path, abstract, shardings_of(abstract), model=model
         )
-    return RestoredModel(model, partitioning, path, params)
+    return RestoredModel(model, partitioning, path, params, weights)
 
 
 def predict_split(
@@ -153,13 +209,14 @@ def predict_split(
     registered.check_vocabularies(data.task, restored.model)
     console = progress.console(quiet=jax.process_index() > 0)
     files = PredictionFiles(
-        _output_path(output, data, restored.checkpoint),
+        _output_path(output, data, restored),
         _fingerprint(restored, data, seed),
         host=jax.process_index(),
         num_hosts=jax.process_count(),
     )
     left_out = registered.skipped_text(data.task, data.split)
     left_out = f"; left out of the split: {left_out}" if left_out else ""
+    part = f", of {data.part()} (max_examples)" if data.part() else ""
     with contextlib.ExitStack() as stack:
         folder = os.path.dirname(files.path)
         stack.enter_context(disk_errors.said(folder, files.kept))
@@ -168,7 +225,7 @@ def predict_split(
         processes.wait_for_all("predictions locked")
         if files.is_complete():
             console.print(
-                f"reusing the predictions in {files.path}{left_out}", markup=False
+                f"reusing the predictions in {files.path}{part}{left_out}", markup=False
             )
             return Predictions(files.path, **files.summary(), reused=True)
         start = _recovered(files, data, console)
@@ -180,10 +237,10 @@ def predict_split(
         processes.wait_for_all("predictions merged")
         summary = files.summary()
     result = Predictions(files.path, **summary, reused=False, num_resumed=start)
+    predicted = result.num_examples - result.num_bad_images
     console.print(
-        f"{result.num_examples - result.num_bad_images} predictions in {files.path} "
-        f"({result.num_empty} of them are empty); {result.num_bad_images} images could "
-        f"not be read{left_out}",
+        f"{predicted} predictions in {files.path}{part} ({result.num_empty} of them "
+        f"are empty); {result.num_bad_images} images could not be read{left_out}",
         markup=False,
     )
     return result
@@ -220,7 +277,8 @@ def _predict(
     from vit22b_transfer.data import tasks as registered
 
     model = restored.model
-    total = registered.num_examples(data.task, data.split)
+    cut = data.cut_to()
+    total = cut or registered.num_examples(data.task, data.split)
     if start == total:
         return  # stopped between the last line and the merge
     with (
@@ -232,6 +290,7 @@ def _predict(
             batch_size=data.batch_size,
             partitioning=restored.partitioning,
             start_index=start,
+            max_examples=cut,
         ) as rows,
         restored.partitioning.activate(),
         progress.Progress(
@@ -249,10 +308,10 @@ def _predict(
         ):
             writer.write(lines)
             bar.show(done)
-        if cut := rows.counters.lost.get("truncated_inputs"):
+        if shortened := rows.counters.lost.get("truncated_inputs"):
             console.print(
-                f"{cut} prompts were longer than {data.feature_lengths['inputs']} "
-                "tokens and were cut",
+                f"{shortened} prompts were longer than "
+                f"{data.feature_lengths['inputs']} tokens and were cut",
                 markup=False,
             )
 
@@ -273,6 +332,10 @@ def _fingerprint(restored, data, seed):
         "batch_size": data.batch_size,
         "seed": seed,
     }
+    if (cut := data.cut_to()) is not None:
+        facts["max_examples"] = cut
+    if settings := getattr(model, "prediction_settings", None):
+        facts["predictions"] = settings
     if getattr(model, "decode_fn", None) is not None:
         facts |= {
             "vocabulary": vocabularies.fingerprint(model.output_vocabulary),
@@ -282,11 +345,14 @@ def _fingerprint(restored, data, seed):
     return facts
 
 
-def _output_path(output, data, checkpoint):
+def _output_path(output, data, restored):
     """The absolute path of the file; its directory is made and can be written."""
     path = os.path.abspath(os.path.expanduser(output))
     if not path.endswith(".jsonl"):
-        parts = (data.task, data.split, os.path.basename(checkpoint))
+        parts = [data.task, data.split, os.path.basename(restored.checkpoint)]
+        parts += [f"first_{cut}"] if (cut := data.cut_to()) else []
+        if restored.weights != "trained":
+            parts.append(restored.weights)
         name = "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in parts)
         path = os.path.join(path, f"{name}.jsonl")
     whole_files.writable_directory(os.path.dirname(path), "output directory")

@@ -49,7 +49,7 @@ def check_trained(
         )
     mask = flatten_dict(frozen_mask(params, patterns), sep="/")
     for pattern in lora.trained:
-        chosen = _matched(pattern, mask, "LoRA's trained")
+        chosen = matched(pattern, mask, "LoRA's trained")
         if chosen and all(mask[path] for path in chosen):
             by = [p for p in patterns if any(re.fullmatch(p, path) for path in chosen)]
             raise UserError(
@@ -59,13 +59,18 @@ def check_trained(
             )
 
 
-def _matched(pattern: str, paths: Collection[str], what: str) -> list[str]:
+def matched(pattern: str, paths: Collection[str], what: str) -> list[str]:
     """The paths that a pattern matches; UserError if it should and does not."""
-    matched = [path for path in paths if re.fullmatch(pattern, path)]
+    try:
+        found = [path for path in paths if re.fullmatch(pattern, path)]
+    except re.error as error:
+        raise UserError(
+            f"{what} pattern {pattern!r} is no regular expression: {error}."
+        ) from error
     has_tower = any(path.startswith("encoder/tower/") for path in paths)
     # The blind model has no tower, and training on cached features holds none.
-    if matched or ("tower" in pattern and not has_tower):
-        return matched
+    if found or ("tower" in pattern and not has_tower):
+        return found
     near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
     raise UserError(
         f"{what} pattern {pattern!r} matches no parameter; patterns are regular "
@@ -81,7 +86,7 @@ def frozen_mask(params: dict, patterns: Sequence[str]) -> dict:
     is none.
     """
     flat = flatten_dict(params, sep="/")
-    frozen = {path for p in patterns for path in _matched(p, flat, "frozen")}
+    frozen = {path for p in patterns for path in matched(p, flat, "frozen")}
     return unflatten_dict({path: path in frozen for path in flat}, sep="/")
 
 

@@ -1,8 +1,8 @@
 """Layers: every parameter of the library is created in this file.
 
 Shape legend: B batch, L length, E embed (width), M mlp, N heads, H head dimension,
-V vocabulary, K beams, T decode length. Logical axis names are T5X's; `patch` and
-`lora_rank` are ours.
+V vocabulary, K beams, T decode length. Logical axis names are T5X's; `patch`,
+`lora_rank` and `classes` are ours.
 """
 
 import functools
@@ -89,7 +89,7 @@ class Dense(nn.Module):
     `kernel_axes` are the logical axes of the kernel; the bias takes the second one.
     Operands are cast to `dtype`; the result has `out_dtype` (`dtype` by default);
     parameters are stored in `param_dtype`, the kernel with `int8_kernel` as in
-    `models.int8`.
+    `models.int8`. The bias starts at `bias_value`.
     Where `lora` chooses the kernel, a low-rank update is added, in float32 and zero at
     first.
     """
@@ -102,6 +102,7 @@ class Dense(nn.Module):
     out_dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = xavier_uniform
+    bias_value: float = 0.0
     lora: LoraConfig | None = None
     int8_kernel: bool = False
 
@@ -117,8 +118,9 @@ class Dense(nn.Module):
             init, dtype = int8.fresh_values(init), jnp.int8
         self.kernel = create("kernel", init, shape, dtype, axes=axes)
         if self.use_bias:
-            zeros, dtype = nn.initializers.zeros_init(), jnp.dtype(self.param_dtype)
-            self.bias = create("bias", zeros, shape[1:], dtype, axes=axes[1:])
+            first = nn.initializers.constant(self.bias_value)
+            dtype = jnp.dtype(self.param_dtype)
+            self.bias = create("bias", first, shape[1:], dtype, axes=axes[1:])
         self.lora_a = self.lora_b = None
         if self.lora is not None and self._is_updated(self.lora):
             (into, out), rank, name = self.kernel_axes, self.lora.rank, "lora_rank"

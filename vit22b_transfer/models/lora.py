@@ -63,14 +63,17 @@ class LoraConfig:
 
 
 def with_lora(module: Any, config: LoraConfig, *, in_tower: bool = True) -> Any:
-    """The same image-text module with updates in its text model, and in its tower.
+    """The same module with updates in its text model if it has one, and in its tower.
 
     Raises:
       UserError: if the tower or the text model has a LoRA of its own.
     """
-    parts = {"text": module.text}
-    if in_tower and module.tower is not None:
-        parts["tower"] = module.tower
+    parts = {
+        name: getattr(module, name)
+        for name in ("text", "tower")
+        # The blind model has no tower, a classifier no text model.
+        if getattr(module, name, None) is not None and (in_tower or name == "text")
+    }
     for name, part in parts.items():
         if getattr(part, "lora", None) not in (None, config):
             raise UserError(

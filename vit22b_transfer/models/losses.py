@@ -42,3 +42,21 @@ def token_log_probabilities(
     """Natural-log probability of each target token."""
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+
+
+def softmax_cross_entropy(
+    logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
+) -> Float[Array, " batch"]:
+    """Cross entropy in nats of softmax against `targets`, which sum to 1 in a row."""
+    return -jnp.sum(targets * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+
+
+def sigmoid_cross_entropy(
+    logits: Float[Array, "batch classes"], targets: Float[Array, "batch classes"]
+) -> Float[Array, " batch"]:
+    """Binary cross entropy in nats, summed over all classes.
+
+    targets: in [0, 1], any number of them above 0.
+    """
+    yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    return -jnp.sum(targets * yes + (1.0 - targets) * no, axis=-1)

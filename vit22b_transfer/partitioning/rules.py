@@ -76,9 +76,14 @@ _REPLICATED: tuple[Rule, ...] = (
     ("mlp_activations", None),
 )
 
-# Names that T5X has no word for: pixels of a flattened patch, and what lies between the
-# two matrices of a low-rank update.
-_NOT_IN_T5X: tuple[Rule, ...] = (("patch", None), ("lora_rank", None))
+# Names that T5X has no word for: pixels of a flattened patch, what lies between the two
+# matrices of a low-rank update, and classes, of which there may be any number: 29,593
+# do not divide by 2.
+_NOT_IN_T5X: tuple[Rule, ...] = (
+    ("patch", None),
+    ("lora_rank", None),
+    ("classes", None),
+)
 
 LOGICAL_AXES: tuple[str, ...] = tuple(
     dict.fromkeys(name for name, _ in _SETTINGS[1, 1] + _REPLICATED + _NOT_IN_T5X)

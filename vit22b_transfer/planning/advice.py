@@ -74,7 +74,7 @@ def _job_knobs(job) -> Iterator[tuple[tuple[str, ...], jobs.Job]]:
             job.with_batch(job.batch_size // 2),
         )
     for name in ("tower", "text"):
-        part = getattr(module, name)
+        part: Any = getattr(module, name, None)
         if getattr(part, "remat", "block") != "block":
             remat = dataclasses.replace(part, remat="block")
             changed = _changed(model, module=module.clone(**{name: remat}))
@@ -96,7 +96,9 @@ def _job_knobs(job) -> Iterator[tuple[tuple[str, ...], jobs.Job]]:
         yield lines, dataclasses.replace(job, model=changed)
     rate = getattr(model.optimizer_def, "learning_rate", None)
     if rate is not None:
-        changed = _changed(model, optimizer_def=optimizers.adafactor(rate))
+        ema_decay = getattr(model.optimizer_def, "ema_decay", None)
+        optimizer = optimizers.adafactor(rate, ema_decay=ema_decay)
+        changed = _changed(model, optimizer_def=optimizer)
         lines = ("include 'gin_configs/runs/optimizer_adafactor.gin'",)
         yield lines, dataclasses.replace(job, model=changed)
 

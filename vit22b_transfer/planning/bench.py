@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
-import rich.table
 
 from vit22b_transfer import UserError
+from vit22b_transfer.host import tables
 from vit22b_transfer.inference import decoding
 from vit22b_transfer.models import multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -97,7 +97,7 @@ def measure(
         Measured(name, seconds[name], c.flops, c.items, c.unit)
         for name, c in contenders.items()
     ]
-    console.print(_table(results, partitioning))
+    print_results(results, partitioning, console)
     return results
 
 
@@ -226,23 +226,27 @@ def _interleaved(contenders, rounds):
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def _table(results, partitioning):
+def print_results(
+    results: list[Measured],
+    partitioning: Partitioning,
+    console: rich.console.Console,
+) -> None:
+    """Prints a table of the results, of which the first is the matrix product."""
     mesh = partitioning.mesh
     device = mesh.devices.flat[0].device_kind
-    table = rich.table.Table(title=f"{mesh.size} x {device}")
-    for name in ("", "ms", "a second", "TFLOP/s", "of the product's rate"):
-        table.add_column(name, justify="right" if name else "left")
     rates = [result.flops / result.seconds for result in results]
-    for result, rate in zip(results, rates, strict=True):
-        speed = f"{result.items / result.seconds:,.1f} {result.unit}"
-        table.add_row(
-            result.name,
-            f"{result.seconds * 1e3:,.1f}",
-            speed if result.items else "",
-            f"{rate / 1e12:,.3f}",
-            f"{rate / rates[0]:.1%}",
-        )
-    return table
+    speeds = [
+        f"{result.items / result.seconds:,.1f} {result.unit}" if result.items else ""
+        for result in results
+    ]
+    columns = {
+        "ms": [f"{result.seconds * 1e3:,.1f}" for result in results],
+        "a second": speeds,
+        "TFLOP/s": [f"{rate / 1e12:,.3f}" for rate in rates],
+        "of the product's rate": [f"{rate / rates[0]:.1%}" for rate in rates],
+    }
+    names = [result.name for result in results]
+    tables.print_table(console, names, columns, title=f"{mesh.size} x {device}")
 
 
 def flops(function: Callable[..., Any], *arguments: Any, params: Any) -> int:

@@ -111,6 +111,31 @@ def arguments(
     return gin.get_bindings(root)
 
 
+def other_data(recipe: Recipe, root: Callable[..., Any], split: str) -> str:
+    """A sentence on what chooses other data than `split`, "" if nothing bound does.
+
+    Such as "--gin.INFER_SPLIT chooses another split, --gin.INFER_TASK another task."
+    """
+    options = {}
+    for reference in _reachable(recipe, root):
+        bound = recipe.bound_to(reference.name, reference.scope)
+        if "split" in bound and recipe.resolved(bound["split"].value) == split:
+            options |= {_option(bound["split"]): "chooses another split"}
+            options |= {
+                _option(bound[name]): "another task"
+                for name in ("task", "tasks")
+                if name in bound
+            }
+    said = ", ".join(f"--gin.{option} {what}" for option, what in options.items())
+    return f"{said}." if said else ""
+
+
+def _option(binding: Binding) -> str:
+    """The name that sets a parameter: the macro that it is bound to, or its own."""
+    value = binding.value
+    return value.name if isinstance(value, MacroUse) else binding.key
+
+
 def _check_agreement(one: Recipe, other: Recipe, last: Recipe) -> None:
     """Raises RecipeError if the order of two files would decide what is said."""
     ours, others = one.statements(), other.statements()
@@ -157,15 +182,12 @@ def _check_acyclic(recipe: Recipe, name: str, outer: tuple[str, ...]) -> None:
 
 
 def _check_type(recipe: Recipe, binding: Binding) -> None:
-    value = binding.value
-    through = ""
-    while isinstance(value, MacroUse) and value.name != REQUIRED:
-        value, where = recipe.macros[value.name]
-        through = f" through the macro set at {where}"
-    value = recipe.resolved(value)
+    said, value = binding.value, recipe.resolved(binding.value)
+    place = recipe.place(said, binding.where)
+    through = f" = {said} ({binding.where})" if isinstance(said, MacroUse) else ""
     annotation = gin_values.parameters(binding.target)[binding.parameter].annotation
     if problem := gin_values.mismatch(value, annotation):
-        raise RecipeError(f"{binding.where}: {binding.key}{through}: {problem}")
+        raise RecipeError(f"{place}: {binding.key}{through}: {problem}")
 
 
 def _reachable(recipe: Recipe, root: Callable[..., Any]) -> list[Reference]:
@@ -188,7 +210,8 @@ def _reachable(recipe: Recipe, root: Callable[..., Any]) -> list[Reference]:
 def show(recipe: Recipe) -> Iterator[str]:
     """Lines of text: every macro, then every configurable with all its parameters."""
     for name, (value, where) in sorted(recipe.macros.items()):
-        yield f"{name} = {gin_values.text(recipe.resolved(value))}  # {where}"
+        place = recipe.place(value, where)
+        yield f"{name} = {gin_values.text(recipe.resolved(value))}  # {place}"
     heads = {(b.scope, b.name): b.target for b in recipe.bindings.values()}
     used = {("", name): target for name, target in recipe.configurables.items()}
     for (scope, name), target in sorted((used | heads).items(), key=lambda kv: kv[0]):
@@ -203,7 +226,8 @@ def show(recipe: Recipe) -> Iterator[str]:
             if parameter.name in bound:
                 binding = bound[parameter.name]
                 value = gin_values.text(recipe.resolved(binding.value))
-                yield f"{key} = {value}  # {binding.where}"
+                place = recipe.place(binding.value, binding.where)
+                yield f"{key} = {value}  # {place}"
             elif parameter.is_extra and hasattr(made, parameter.name):
                 value = getattr(made, parameter.name)
                 by = f"by {target.__name__}"

@@ -31,13 +31,16 @@ class RecipeError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """The file and line of a statement."""
+    """The file and line of a statement, or the name that an override gives a value."""
 
     file: str
     line: int
+    override: str = ""
 
     def __str__(self):
-        return self.file if self.file == _OVERRIDES else f"{self.file}:{self.line}"
+        if self.file == _OVERRIDES:
+            return f"{_OVERRIDES} --gin.{self.override}"
+        return f"{self.file}:{self.line}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,22 @@ class Recipe:
     def resolved(self, value: Any) -> Any:
         """`value` with every macro replaced by what it stands for."""
         return gin_values.substitute(value, lambda name: self.macros[name][0])
+
+    def place(self, value: Any, where: Where) -> str:
+        """Where a value was set that is said at `where`, perhaps by macros.
+
+        What a macro alone says was set at the macro's last assignment; macros inside of
+        a value are told behind its own place.
+        """
+        while isinstance(value, MacroUse) and value.name in self.macros:
+            value, where = self.macros[value.name]
+        inside = dict.fromkeys(use.name for use in gin_values.find(value, MacroUse))
+        parts = [
+            f"%{name} {self.place(*self.macros[name])}"
+            for name in inside
+            if name in self.macros
+        ]
+        return "; ".join([str(where), *parts])
 
     def bound_to(self, name: str, scope: str = "") -> dict[str, Binding]:
         """Bindings of the configurable `name` by parameter, as seen in `scope`."""
@@ -157,7 +176,7 @@ class Reader:
         with _syntax_errors(f"--gin.{name}={value}", is_override=True):
             parser = config_parser.ConfigParser(override, gin_values.Collector())
             for statement in parser:
-                self._take(statement, Where(_OVERRIDES, 1))
+                self._take(statement, Where(_OVERRIDES, 1, name))
 
     def _take(self, statement: Any, where: Where) -> None:
         if isinstance(statement, config_parser.ImportStatement):

@@ -18,8 +18,11 @@ _STEPS = (*_TRAINING, "precompile")
 SHARED = (
     "vit22b_transfer.models.",
     "vit22b_transfer.data.augmentation.",
+    "vit22b_transfer.data.class_lists.",
     "vit22b_transfer.data.converters.",
+    "vit22b_transfer.data.label_converters.",
     "vit22b_transfer.data.served_inputs.",
+    "vit22b_transfer.data.t5x_tasks.",
     "vit22b_transfer.data.vocabularies.",
     "vit22b_transfer.inference.decoding.",
     "vit22b_transfer.training.optimizers.",
@@ -91,6 +94,11 @@ _ONE_SEED = _refused(
     "`vit22b infer` for another",
     (0,),
 )
+_TRAINED_WEIGHTS = _refused(
+    "T5X reads the trained weights. Set it to 'trained' (with gin_configs/runs/ema.gin "
+    "--gin.WEIGHTS=\"'trained'\"), or use `vit22b eval` or `vit22b infer`",
+    ("trained",),
+)
 _PREDICTS: dict[str, Meaning] = {
     "model": _MODEL,
     "partitioning": _MESH,
@@ -98,6 +106,12 @@ _PREDICTS: dict[str, Meaning] = {
     "feature_lengths": _macro("FEATURE_LENGTHS"),
     "batch_size": _macro("BATCH_SIZE"),
     "seed": _ONE_SEED,
+    "max_examples": _refused(
+        "T5X reads the whole split. Leave gin_configs/runs/try.gin out, or set "
+        "max_examples=None",
+        (None,),
+    ),
+    "weights": _TRAINED_WEIGHTS,
 }
 _OF_CACHING = _own("it is of `vit22b cache-features` and cached training alone")
 _OF_TRAINING = _own("it is of `vit22b train` alone")
@@ -147,6 +161,11 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
             "scores": _own(
                 "T5X generates every train.eval_period steps where "
                 "train.infer_eval_dataset_cfg says what, as in t5x_finetune.gin"
+            ),
+            "allow_changes": _refused(
+                "T5X goes on from what is in MODEL_DIR, and compares nothing. Leave it "
+                "out",
+                ((),),
             ),
         },
     ),
@@ -200,6 +219,7 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
                 (),
                 ("train_eval/t5x.utils.DatasetConfig.split",),
             ),
+            "max_examples": _own("T5X evaluates train.eval_steps batches of each task"),
             "feature_lengths": _macro("FEATURE_LENGTHS"),
             "batch_size": _macro("BATCH_SIZE"),
             "cache": _NO_CACHE,
@@ -291,7 +311,7 @@ IN_ONE_JOB: Mapping[tuple[str, str, str], Meaning] = {
         ("precompile", f"{_TRAIN}.fine_tune", name): _carried("no step depends on it")
         for name in (
             *("eval_data", "total_steps", "initial", "periods", "keep", "seed"),
-            *("best", "scores"),
+            *("best", "scores", "allow_changes"),
         )
     },
     ("finetune", f"{_TRAIN}.fine_tune", "initial"): _refused(
@@ -303,14 +323,15 @@ IN_ONE_JOB: Mapping[tuple[str, str, str], Meaning] = {
     ("precompile", f"{_TRAIN}.fine_tune", "num_microbatches"): _refused(
         "T5X compiles its own step on a whole batch. Leave it out", (1,)
     ),
-    ("precompile", "vit22b_transfer.models.multimodal.ImageTextModel", "int8_tower"): (
-        _refused(
+    **{
+        ("precompile", f"vit22b_transfer.models.{model}", "int8_tower"): _refused(
             "T5X compiles its own step, which differentiates int8 kernels as well. "
             "Leave gin_configs/models/int8_tower.gin out, or train with t5x_train.gin, "
             "whose step does not",
             (False,),
         )
-    ),
+        for model in ("multimodal.ImageTextModel", "classifier.ClassificationModel")
+    },
 }
 
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -18,6 +20,12 @@ def cache_keys(
 
     if model.module.tower is None:
         raise UserError("the model has no tower, so there are no features to cache.")
+    if not getattr(model, "reads_cached_features", True):
+        raise UserError(
+            f"cached features are the tower's tokens, but {type(model).__name__} takes "
+            "what the tower pools of them. Leave gin_configs/runs/cached_features.gin "
+            "out; a frozen tower (models/frozen_tower.gin) is run in every step."
+        )
     return [
         feature_cache.CacheKey(
             cache=cache,
@@ -51,6 +59,15 @@ def batch_arguments(
         "converter_cls": cached.converter_cls,
         "task_overrides": cached.tasks,
     }
+
+
+def check_splits(eval_data: Any) -> None:
+    """UserError if a split of an `EvalData` is not there, before any step is taken."""
+    if isinstance(eval_data, EvalData):
+        from vit22b_transfer.data import tasks as registered
+
+        for task in eval_data.tasks:
+            registered.task_names(task, eval_data.split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +123,7 @@ class EvalData:
     """What the loss is measured on while training: one split of some SeqIO tasks.
 
     cache: as in `TrainData`, and both with or both without one.
+    max_examples: how many of the first examples of each task; None: all.
     """
 
     tasks: Sequence[str]
@@ -113,6 +131,7 @@ class EvalData:
     feature_lengths: Mapping[str, Any]
     batch_size: int
     cache: Any = None
+    max_examples: int | None = None
 
     def batches(
         self, task: str, model: Any, partitioning: Partitioning
@@ -131,4 +150,36 @@ class EvalData:
             **read_as,
             batch_size=self.batch_size,
             partitioning=partitioning,
+            max_examples=self.max_examples,
         )
+
+
+def check_run(model: Any, total_steps: int, num_microbatches: int) -> None:
+    """Raises UserError for what no run can begin with."""
+    for name, value in (
+        ("total_steps", total_steps),
+        ("num_microbatches", num_microbatches),
+    ):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
+    optimizer = model.optimizer_def
+    if not (
+        callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")
+    ):
+        raise UserError(
+            f"the model's optimizer_def is {optimizer!r}; to train it must be an optax "
+            "transformation such as optimizers.adamw(...)."
+        )
+
+
+def check_batch(batch: Any, partitioning: Partitioning, num_microbatches: int) -> int:
+    """Number of examples in the batch; UserError if the mesh cannot divide it."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    data_size = partitioning.mesh.shape["data"]
+    if rows % (data_size * num_microbatches):
+        raise UserError(
+            f"a batch of {rows} examples does not divide by the mesh's data axis of "
+            f"{data_size} x num_microbatches={num_microbatches}. Choose a batch_size "
+            f"that is a multiple of {data_size * num_microbatches}."
+        )
+    return rows

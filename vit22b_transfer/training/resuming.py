@@ -27,11 +27,13 @@ def record(
     model: Any,
     window: Any,
     *,
+    settings: Mapping[str, Any],
     to_measure: Sequence[str] = (),
     measured: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds beside the state; float32 survives JSON exactly.
 
+    settings: see `run_settings`.
     to_measure: what of `measures` is still to be done of its step, and of it all.
     measured: what was measured at its step.
     """
@@ -40,6 +42,7 @@ def record(
     return {
         "vocabularies": identity.vocabulary_record(model),
         "lora": identity.lora_record(model),
+        "settings": dict(settings),
         "window": {jax.tree_util.keystr(key): leaf.tolist() for key, leaf in leaves},
     } | (unfinished | best.measured(measured or {}))
 

@@ -17,7 +17,14 @@ from vit22b_transfer.host import disk_errors, locks, whole_files
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import finite, optimizers, resuming, steps
+from vit22b_transfer.training import (
+    finite,
+    inputs,
+    optimizers,
+    resuming,
+    run_settings,
+    steps,
+)
 from vit22b_transfer.training.eval_loss import EvaluationStopped
 from vit22b_transfer.training.logs import RunLog, StepTimer
 from vit22b_transfer.training.measures import Measures, TaskScores
@@ -84,6 +91,7 @@ def fine_tune(
     seed: int = 0,
     best: KeepBest | None = None,
     scores: TaskScores | None = None,
+    allow_changes: Sequence[str] = (),
 ) -> TrainResult:
     """Trains `model` up to `total_steps`, in `model_dir`; resumes what is there.
 
@@ -95,16 +103,21 @@ def fine_tune(
     the best by `best`. `scores` generates answers every so many steps, for the tasks'
     own metrics; neither changes what is learned.
 
+    allow_changes: names in `run_settings.EXACT` that may differ from those of the run
+      that is resumed. All changes are told, one line each.
+
     Raises:
       UserError: for inputs that do not fit together, before anything is written over;
-        if another run writes into model_dir.
+        if another run writes into model_dir, or the one that is resumed was told
+        something else and `allow_changes` does not name it.
       NotFiniteError: if the loss, the gradients or what is to be saved stop being
         finite; the last checkpoint is from before.
     """
     # 1. Check the inputs.
     periods = periods or Periods()
     model_dir = whole_files.writable_directory(model_dir, "model_dir")
-    _check_inputs(model, total_steps, num_microbatches)
+    inputs.check_run(model, total_steps, num_microbatches)
+    run_settings.check_names(allow_changes)
     identity.show_vocabulary(model)
 
     with (
@@ -126,18 +139,37 @@ def fine_tune(
         stack.callback(log.close)
         writer = writing.CheckpointWriter(model_dir, keep, best)
         stack.callback(writer.close)
+        numbers = {"seed": seed, "num_microbatches": num_microbatches}
+        numbers |= {"total_steps": total_steps, "keep": keep}
+        settings = run_settings.of_run(
+            model,
+            data=data,
+            eval_data=eval_data,
+            initial=initial,
+            partitioning=partitioning,
+            periods=periods,
+            numbers=numbers,
+        )
+        if start_step:
+            path = reading.checkpoint_path(model_dir, start_step)
+            with resuming.explained(model_dir, start_step):
+                for line in run_settings.changes(path, settings, allow_changes):
+                    log.message(line)
 
         # 3. Batches: the stream goes on at the step to be taken.
         batches = data.batches(model, partitioning, seed=seed, start_step=start_step)
         stack.callback(batches.close)
+        inputs.check_splits(eval_data)
         batch = next(batches)
-        rows = _check_batch(batch, partitioning, num_microbatches)
+        rows = inputs.check_batch(batch, partitioning, num_microbatches)
 
         # 4. Abstract state with its shardings: nothing is allocated yet.
         params = abstract_variables(model, partitioning, batch)
         optimizer = optimizers.freeze(model.optimizer_def, params, model.frozen)
         abstract = abstract_state(params, optimizer, partitioning)
         log.message(_describe(params, model.frozen, partitioning))
+        for line in optimizers.describe(model.optimizer_def, params, model.frozen):
+            log.message(line)
         measures = Measures(
             model,
             partitioning,
@@ -156,7 +188,6 @@ def fine_tune(
         )
         window = steps.empty_window(update, abstract, batch, step_rng, partitioning)
         if start_step:
-            path = reading.checkpoint_path(model_dir, start_step)
             with resuming.explained(model_dir, start_step):
                 state, window = resuming.resume(path, model, abstract, window)
                 to_measure = measures.known(resuming.to_measure(path))
@@ -188,7 +219,11 @@ def fine_tune(
             finite.check_window(fetched, step, writer)
             finite.check_state(state, step, writer)
             record = resuming.record(
-                model, fetched, to_measure=to_measure, measured=measured
+                model,
+                fetched,
+                settings=settings,
+                to_measure=to_measure,
+                measured=measured,
             )
             writer.save(step, to_checkpoint_tree(state), record | origin)
 
@@ -266,36 +301,6 @@ def fine_tune(
         if best is not None and is_writer:
             log.message(best.told(model_dir))
     return TrainResult(step, interrupted, path, metrics, counters)
-
-
-def _check_inputs(model, total_steps, num_microbatches):
-    for name, value in (
-        ("total_steps", total_steps),
-        ("num_microbatches", num_microbatches),
-    ):
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1.")
-    optimizer = model.optimizer_def
-    if not (
-        callable(getattr(optimizer, "init", None)) and hasattr(optimizer, "update")
-    ):
-        raise UserError(
-            f"the model's optimizer_def is {optimizer!r}; to train it must be an optax "
-            "transformation such as optimizers.adamw(...)."
-        )
-
-
-def _check_batch(batch, partitioning, num_microbatches):
-    """Number of examples in the batch."""
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    data_size = partitioning.mesh.shape["data"]
-    if rows % (data_size * num_microbatches):
-        raise UserError(
-            f"a batch of {rows} examples does not divide by the mesh's data axis of "
-            f"{data_size} x num_microbatches={num_microbatches}. Choose a batch_size "
-            f"that is a multiple of {data_size * num_microbatches}."
-        )
-    return rows
 
 
 def _describe(params, frozen, partitioning):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -28,6 +28,9 @@ class Statistics:
         return text + (f"  NOT FINITE: {self.bad}" if self.bad else "")
 
 
+# Of a line, as terminals have it.
+_WIDTH = 80
+
 Tensors = Mapping[str, StoredTensor]
 
 
@@ -35,6 +38,7 @@ def inspect(tensors: Tensors, *, stats: bool = False) -> Iterator[str]:
     """Lines: every tensor below its scopes, with shape, dtype and size, then totals."""
     names = sorted(tensors, key=_natural)
     width = max((len(_leaf_text(name)) for name in names), default=0)
+    width = min(width, _WIDTH // 2)
     above: list[str] = []
     bad = 0
     for name in names:
@@ -44,13 +48,13 @@ def inspect(tensors: Tensors, *, stats: bool = False) -> Iterator[str]:
             yield "  " * depth + scopes[depth]
         above = scopes
         tensor = tensors[name]
-        line = ("  " * len(scopes) + leaf).ljust(width)
-        line += f"  {tensor.dtype.name} {list(tensor.shape)}  {_size(tensor.nbytes)}"
+        indent = "  " * len(scopes)
+        told = [f"{_kind(tensor)}  {_size(tensor.nbytes)}"]
         if stats:
             found = statistics(tensor)
             bad += found.bad
-            line += f"  {found}"
-        yield line
+            told.append(str(found))
+        yield from _beside((indent + leaf).ljust(width), told, indent)
     count = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
     total = sum(tensor.nbytes for tensor in tensors.values())
     yield f"{len(tensors)} tensors, {count:,} elements, {_size(total)}"
@@ -67,25 +71,28 @@ def differences(source: str, one: Tensors, other: str, two: Tensors) -> Iterator
         if names:
             yield f"{title}: {len(names)}"
             for name in sorted(names, key=_natural):
-                yield f"  {name}  {_kind(tensors[name])}"
+                yield from _beside(f"  {name}", [_kind(tensors[name])], "  ")
     equal, differing = 0, []
     for name in sorted(one.keys() & two.keys(), key=_natural):
         a, b = one[name], two[name]
         if a.shape != b.shape:
-            differing.append(f"  {name}  {_kind(a)} and {_kind(b)}")
+            kinds = [f"{_kind(a)} and {_kind(b)}"]
+            differing.append(_beside(f"  {name}", kinds, "  "))
             continue
         largest, different = _largest_difference(a, b)
         if a.dtype != b.dtype or different:
-            kinds = f"  {a.dtype.name} and {b.dtype.name}" if a.dtype != b.dtype else ""
-            differing.append(
-                f"  {name}{kinds}  max abs difference {largest:.3g}, "
+            told = [f"{a.dtype.name} and {b.dtype.name}"] if a.dtype != b.dtype else []
+            told.append(
+                f"max abs difference {largest:.3g}, "
                 f"{different} of {int(np.prod(a.shape))} elements"
             )
+            differing.append(_beside(f"  {name}", told, "  "))
         else:
             equal += 1
     if differing:
         yield f"different: {len(differing)}"
-        yield from differing
+        for lines in differing:
+            yield from lines
     yield f"equal: {equal}"
 
 
@@ -131,6 +138,17 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
     step = 2**20
     for i in range(0, flat.size, step):
         yield flat[i : i + step]
+
+
+def _beside(name: str, told: Sequence[str], indent: str) -> list[str]:
+    """A name and what is told of it, in further lines what does not fit."""
+    lines = [name]
+    for text in told:
+        if len(lines[-1]) + 2 + len(text) > _WIDTH:
+            lines.append(f"{indent}  {text}")
+        else:
+            lines[-1] += f"  {text}"
+    return [line.rstrip() for line in lines]
 
 
 def _parts(name: str) -> list[str]:
