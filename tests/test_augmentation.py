@@ -237,10 +237,9 @@ def test_going_on_reads_no_earlier_record(name, caplog):
     caplog.set_level(logging.INFO)
     source = seqio.TaskRegistry.get(name).source
     source.read.clear()
-    rows = train(name, 1, start=1_000_000)
-    read = [str(number).replace(str(BROKEN), "") for number in source.read]
-    assert read[:8] == [number for number, _ in rows]
-    assert len(read) < 200  # no more than what is read ahead
+    rows = train(name, 1, start=500)
+    assert {int(number or BROKEN) for number, _ in rows} <= set(source.read)
+    assert len(source.read) < 200  # no more than what is read ahead
     assert "in sequence" not in caplog.text
     train("in_sequence", 1, start=2)
     assert "draw random numbers in sequence" in caplog.text

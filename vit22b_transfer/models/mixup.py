@@ -32,11 +32,7 @@ def mixup(
     Raises:
       UserError: unless alpha is positive.
     """
-    if not alpha > 0:
-        raise UserError(
-            f"mixup has alpha {alpha}; it must be above 0, such as 1.0. Without mixup, "
-            "leave it out."
-        )
+    check_alpha(alpha)
     drawn = jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
     share = jnp.maximum(drawn, 1.0 - drawn)
     real = jnp.max(labels, axis=-1) > 0
@@ -44,6 +40,15 @@ def mixup(
     own = jnp.where(both, share, jnp.ones_like(share))
     pixels = jnp.round(_blended(images.astype(jnp.float32), own))
     return pixels.astype(jnp.uint8), _blended(labels, own)
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises UserError unless Beta(alpha, alpha) is a distribution."""
+    if not alpha > 0:
+        raise UserError(
+            f"mixup has alpha {alpha}; it must be above 0, such as 1.0. None, the "
+            "default, mixes nothing."
+        )
 
 
 def _blended(values: Float[Array, "batch *rest"], own: Float[Array, " batch"]):
