@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import workload
 
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import optimizers, spike_guard, steps
+from vit22b_transfer.training import compiling, optimizers, spike_guard, steps
 from vit22b_transfer.training.instruments import Instruments
 from vit22b_transfer.training.state import (
     abstract_state,
@@ -42,13 +42,13 @@ class Step:
             model, optimizer, ONE_DEVICE, instrumented=instrumented
         )
         plain = steps.make_update(model, optimizer, ONE_DEVICE)
-        window = steps.empty_window(plain, abstract, batch, rng, ONE_DEVICE)
+        window = compiling.empty_window(plain, abstract, batch, rng, ONE_DEVICE)
         if guard is not None:
             empty = spike_guard.empty_guard(50, ONE_DEVICE)
             window = {**window, spike_guard.KEY: empty}
         self.window = window
         self.arguments = batch, rng
-        self.step = steps.compile_train_step(
+        self.step = compiling.compile_train_step(
             steps.make_train_step(update, 50, guard=guard, instrumented=instrumented),
             abstract,
             window,

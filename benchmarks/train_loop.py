@@ -23,7 +23,7 @@ from vit22b_transfer.data import converters, vocabularies
 from vit22b_transfer.demo import scenes
 from vit22b_transfer.models import encoder_decoder, multimodal, t5, vit
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import inputs, optimizers, steps, train
+from vit22b_transfer.training import compiling, inputs, optimizers, steps, train
 from vit22b_transfer.training.state import (
     abstract_state,
     abstract_variables,
@@ -76,8 +76,8 @@ class BareStep:
         self.state = fresh_state(fresh, optimizer, abstract)
         update = steps.make_update(model, optimizer, partitioning)
         example = abstract, batches[0], rng, partitioning
-        self.window = steps.empty_window(update, *example)
-        self.step = steps.compile_train_step(
+        self.window = compiling.empty_window(update, *example)
+        self.step = compiling.compile_train_step(
             steps.make_train_step(update, block), abstract, self.window, *example[1:]
         )
         self.rng = rng

@@ -46,6 +46,8 @@ OPEN = {
     "BEST_MODE": "'min'",
     "NUM_CLASSES": "7",
     "CLASSES": "'/classes.txt'",
+    "EMBED_DIM": "192",
+    "TEXT_LENGTH": "8",
 }
 
 

@@ -15,8 +15,9 @@ from flax.traverse_util import flatten_dict
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import classifier, freezing, lora
+from vit22b_transfer.models import mixup as mixing
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import inputs
+from vit22b_transfer.training import inputs, steps
 
 CLASSES = 7
 SIZE = tiny_models.IMAGE_SIZE
@@ -279,3 +280,32 @@ def test_cached_features_are_refused_before_anything_is_read():
         model_of().get_initial_variables(
             jax.random.key(0), {"encoder_input_features": (5, 4, 32)}
         )
+
+
+# --- Mixup ---
+
+
+def test_mixup_is_of_training_alone_and_learns_both_labels(params):
+    """Against the mixed batch given as one: the loss of `mixup`'s images and labels."""
+    model, key = model_of(mixup=1.0), jax.random.key(4)
+    plain, mixed = batch(), functools.partial(model.loss_fn, params, batch())
+    images, targets = mixing.mixup(key, plain["encoder_input_images"], jnp.asarray(HOT))
+    logits = np.asarray(model.module.apply({"params": params}, images))
+    shares = targets / np.maximum(targets.sum(-1, keepdims=True), 1e-9)
+    each = -(shares * jax.nn.log_softmax(logits)).sum(-1)
+    loss, metrics = mixed(key)
+    np.testing.assert_allclose(loss, each[REAL].sum(), rtol=1e-5)
+    hits = HOT[np.arange(5), logits.argmax(-1)][REAL]
+    np.testing.assert_allclose(metrics["accuracy"].compute(), hits.mean())
+    assert float(mixed(jax.random.fold_in(key, 1))[0]) != float(loss)
+    without = model_of().eval_fn(params, plain)[0]
+    for same in (model.eval_fn(params, plain)[0], mixed(None)[0]):
+        assert float(same) == float(without)
+
+
+def test_mixup_refuses_microbatches_and_a_share_that_cannot_be_drawn():
+    steps.check_microbatches(model_of(), 2)
+    with pytest.raises(UserError, match="num_microbatches=2, but the loss"):
+        steps.check_microbatches(model_of(mixup=0.2), 2)
+    with pytest.raises(UserError, match="alpha -1.0; it must be above 0"):
+        model_of(mixup=-1.0)

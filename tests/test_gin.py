@@ -196,7 +196,7 @@ def test_every_recipe_builds_its_model_on_its_mesh(path, behind):
     text = re.search(r"text = @(.*)\(\)", shown)
     scanned = [f"{text[1]}.scan_layers=True"] if text else []
     recipe = read_recipe(path, *scanned, behind=behind)
-    root = recipe.macros["TRANSFER_MODEL"][0].target
+    root = recipe.macros["RUN_MODEL"][0].target
     model = loading.install(recipe, root, [str(ROOT)])()
     if behind:
         assert model.frozen[0] == model.lora.frozen

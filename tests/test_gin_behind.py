@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict
 from gin_files import BEHIND, CONFIGS, ROOT, files, model_files, read_recipe
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import freezing, multimodal
+from vit22b_transfer.data.augmentation import Augmentation
+from vit22b_transfer.models import contrastive, freezing, multimodal
 from vit22b_transfer.planning import jobs
 from vit22b_transfer.recipes import loading
 from vit22b_transfer.recipes.reader import Reader, Recipe
@@ -46,6 +47,7 @@ ALTERNATIVES = [
     [{"t5", "t5_scanned"}, {"t5_tiny"}],
     [{"gemma", "paligemma"}, {"gemma_tiny"}],
     [{"image_text"}, {"prefix_lm", "paligemma"}],
+    [{"text_tower"}, {"text_tower_t5"}],
     [{"beam_search"}, {"sample"}, {"image_text", "prefix_lm", "paligemma"}],
     [{path.stem} for path in files("meshes")],
     [{"optimizer_adafactor"}, {"optimizer_sgd"}, {"optimizer_vit22b"}],
@@ -209,6 +211,42 @@ def model_behind(name, recipe=RECIPE):
     return loading.install(read, multimodal.ImageTextModel, [str(ROOT)])()
 
 
+@pytest.mark.parametrize(
+    "behind, overrides, expected",
+    [
+        ((), (), None),
+        (("runs/augment",), (), Augmentation(crop_area=(0.05, 1.0), flip=True)),
+        (
+            ("runs/augment",),
+            ("CROP_AREA=(0.5, 1.0)", "FLIP=False"),
+            Augmentation(crop_area=(0.5, 1.0)),
+        ),
+    ],
+)
+def test_random_crops_and_flips_are_of_training_and_off_by_default(
+    behind, overrides, expected
+):
+    paths = [CONFIGS / f"{name}.gin" for name in behind]
+    read = read_recipe(RECIPE, *overrides, behind=paths)
+    made = loading.arguments(read, train.fine_tune, [str(ROOT)])
+    assert made["data"].augmentation == expected
+    assert "augmentation" not in vars(made["eval_data"])
+
+
+@pytest.mark.parametrize(
+    "area, message",
+    [
+        ("'wide'", r"crop_area .*augment.gin:15.*must be tuple.*got 'wide'"),
+        ("(0.5, 0.2)", "least, most"),
+    ],
+)
+def test_a_crop_that_cannot_be_is_refused_before_any_work(area, message):
+    behind = [CONFIGS / "runs/augment.gin"]
+    with pytest.raises(UserError, match=message):
+        read = read_recipe(RECIPE, f"CROP_AREA={area}", behind=behind)
+        loading.arguments(read, train.fine_tune, [str(ROOT)])
+
+
 def test_sampling_arrives():
     decode = model_behind("models/sample").decode_fn
     fed = jnp.zeros((2, 1, 60)).at[:, :, 7].set(5.0)
@@ -268,3 +306,33 @@ def test_optimizers_and_schedules_arrive_and_go_together():
                 size = sum(leaf.size for leaf in jax.tree.leaves(state))
                 moments = {None: 2, "runs/optimizer_sgd": 1}.get(optimizer, 1.03)
                 assert size / 64**2 == pytest.approx(moments, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "recipe, behind, words",
+    [
+        ("my_pairs", "beam_search", "decode_fn, but .* this run is ContrastiveModel"),
+        ("lit", "lora", "lora, but .* this run is ContrastiveModel"),
+        ("vqav2", "contrastive_softmax", "loss, but .* this run is ImageTextModel"),
+    ],
+)
+def test_a_file_of_another_model_is_refused_behind_a_recipe(recipe, behind, words):
+    path = CONFIGS / f"recipes/{recipe}.gin"
+    read = read_recipe(path, behind=model_files(behind))
+    with pytest.raises(UserError, match=words):
+        loading.install(read, train.fine_tune, [str(ROOT)])
+
+
+def test_what_changes_a_model_of_pairs_arrives():
+    path = CONFIGS / "recipes/my_pairs.gin"
+    for behind, expected in (
+        ((), ("sigmoid", -10.0, ())),
+        (("contrastive_softmax",), ("softmax", None, ())),
+        (("frozen_tower",), ("sigmoid", -10.0, ("encoder/tower/.*",))),
+    ):
+        read = read_recipe(path, behind=model_files(*behind))
+        model = loading.install(read, contrastive.ContrastiveModel, [str(ROOT)])()
+        assert (model.loss, model.module.first_bias, model.frozen) == expected
+    read = read_recipe(path, "T5='small'", behind=model_files("text_tower_t5"))
+    model = loading.install(read, contrastive.ContrastiveModel, [str(ROOT)])()
+    assert model.module.text.t5.width == 512

@@ -22,7 +22,7 @@ from vit22b_transfer import NotFiniteError, UserError
 from vit22b_transfer.checkpoints import damage, reading, writing
 from vit22b_transfer.host import whole_files
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import steps
+from vit22b_transfer.training import compiling
 from vit22b_transfer.training.state import (
     abstract_state,
     from_checkpoint_tree,
@@ -338,9 +338,9 @@ def test_few_slow_steps_are_to_be_waited_for_when_a_run_is_stopped(
 ):
     """No longer than ten seconds, if a step takes less."""
     clock, waited = iter(range(1000)), []
-    monkeypatch.setattr(steps.time, "monotonic", lambda: seconds * next(clock))
-    monkeypatch.setattr(steps.jax, "block_until_ready", waited.append)
-    in_flight = steps.StepsInFlight()
+    monkeypatch.setattr(compiling.time, "monotonic", lambda: seconds * next(clock))
+    monkeypatch.setattr(compiling.jax, "block_until_ready", waited.append)
+    in_flight = compiling.StepsInFlight()
     windows = [{} for _ in range(6)]
     for window in windows:
         in_flight.add(window)

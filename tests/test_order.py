@@ -9,6 +9,7 @@ from vit22b_transfer.data.order import (
     HostShard,
     MixtureSchedule,
     ReadingPlan,
+    example_keys,
     shuffled_records,
     stream_key,
 )
@@ -61,6 +62,33 @@ def test_ten_million_records_cost_no_more_than_their_positions():
     records = shuffled_records(positions, 10_000_019, key=5)
     assert records.max() < 10_000_019
     assert len(set(records)) == 100
+
+
+def test_keys_of_examples_are_a_function_of_epoch_and_record_that_looks_random():
+    key, records = stream_key(0, "task"), np.arange(4096)
+    epochs = [example_keys(np.full(4096, e), records, key) for e in range(3)]
+    found = np.stack([*epochs, example_keys(0 * records, records, key + 1)])
+    assert len(set(found.ravel())) == found.size
+    bits = np.unpackbits(found.astype("<i8").view(np.uint8)).reshape(4, 4096, 64)
+    # Half of the bits are set, of each and of what two share: epochs and neighbours.
+    pairs = [bits[:1] ^ bits[1:], bits[:, 1:] ^ bits[:, :-1]]
+    for mean in (bits.mean(axis=1), *(pair.mean(axis=1) for pair in pairs)):
+        assert np.abs(mean - 0.5).max() < 5 * 0.5 / np.sqrt(4095)
+
+
+def test_hosts_and_batches_have_the_keys_of_their_records_and_epochs():
+    schedule, size = MixtureSchedule((2.0, 1.0)), 5
+    whole = [ReadingPlan(12, 0, schedule).example_keys(s, 0, size, 7) for s in range(6)]
+    halves = ReadingPlan(6, 0, schedule)
+    parts = [halves.example_keys(step, 0, size, 7) for step in range(12)]
+    hosts = [ReadingPlan(12, 0, schedule, HostShard(i, 2)) for i in range(2)]
+    shares = [host.example_keys(s, 0, size, 7) for s in range(6) for host in hosts]
+    for found in (parts, shares):
+        np.testing.assert_array_equal(np.concatenate(found), np.concatenate(whole))
+    positions = np.arange(48)
+    records = shuffled_records(positions, size, 7)
+    want = example_keys(positions // size, records, 7)
+    np.testing.assert_array_equal(np.concatenate(whole), want)
 
 
 RATES = st.lists(st.floats(0.01, 100), min_size=1, max_size=8).map(tuple)

@@ -19,7 +19,7 @@ from vit22b_transfer.checkpoints import reading, writing
 from vit22b_transfer.demo import scenes
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import optimizers, spike_guard, state, steps
+from vit22b_transfer.training import compiling, optimizers, spike_guard, state, steps
 from vit22b_transfer.training.spike_guard import KEY, SpikeGuard
 from vit22b_transfer.training.train import Periods
 
@@ -92,7 +92,7 @@ def one_step(scale, partitioning=ONE_DEVICE, guard=GUARD, steps_before=0, places
     now = state.fresh_state(fresh, optimizer, abstract)
     rng = jax.device_put(jax.random.key(0), partitioning.replicated)
     update = steps.make_update(model, optimizer, partitioning)
-    window = steps.empty_window(update, abstract, batch, rng, partitioning)
+    window = compiling.empty_window(update, abstract, batch, rng, partitioning)
     window = {**window, KEY: spike_guard.empty_guard(places, partitioning)}
     schedule = model.optimizer_def.learning_rate
     step = steps.make_train_step(update, places, guard=guard, schedule=schedule)

@@ -10,7 +10,7 @@ import tiny_models
 import tiny_runs
 
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import optimizers, state, steps
+from vit22b_transfer.training import compiling, optimizers, state, steps
 
 BATCH = tiny_models.batch(8, inputs=4, targets=5)
 # The meshes of fsdp.gin and activations_2d_fsdp.gin.
@@ -98,8 +98,8 @@ def test_optimizer_state_lies_with_its_parameters_and_stays_there(mesh):
     batch = tiny_runs.on_device(BATCH, partitioning)
     rng = jax.device_put(jax.random.key(0), partitioning.replicated)
     update = steps.make_update(model(), model().optimizer_def, partitioning)
-    window = steps.empty_window(update, abstract, batch, rng, partitioning)
-    step = steps.compile_train_step(
+    window = compiling.empty_window(update, abstract, batch, rng, partitioning)
+    step = compiling.compile_train_step(
         steps.make_train_step(update, 1), abstract, window, batch, rng, partitioning
     )
     whole, part = num_bytes(abstract)

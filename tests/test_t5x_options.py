@@ -94,6 +94,7 @@ def test_all_that_shipped_files_configure_is_shared_or_in_the_table():
 @pytest.mark.parametrize("job", ["train", "eval", "infer", "precompile"])
 def test_a_shipped_recipe_is_heeded_in_every_job(job):
     assert checked(job) == []
+    assert checked(job, behind=["runs/augment"]) == []
 
 
 def test_what_is_t5x_own_matter_is_told():
@@ -153,6 +154,7 @@ def test_what_t5x_heeds_is_taken(job, overrides, t5x):
         ("infer", [], ["meshes/activations_2d_async"], "activations_2d.gin lays"),
         ("train", [], ["runs/cached_features"], "TrainData.cache.*not cached features"),
         ("precompile", [], ["runs/cached_features"], "TrainData.cache"),
+        ("train", ["TrainData.augmentation=None"], ["runs/augment"], "AUGMENTATION"),
         ("finetune", [], [], "fine_tune.initial = .*Name t5x_train.gin"),
         ("precompile", [], ["models/int8_tower"], "int8_tower = True"),
         ("precompile", ["fine_tune.num_microbatches=2"], [], "on a whole batch"),

@@ -299,6 +299,7 @@ SETTINGS = {
     "eight-devices-2d": (8, [*MESH, *SPLIT_BOTH_WAYS]),
 }
 STEPS = 30
+FROZEN_TOWER = "gin_configs/models/frozen_tower.gin"
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +311,7 @@ def drawn(tmp_path_factory):
 CASES = [
     *((recipe, setting, []) for recipe in list(RECIPES)[:2] for setting in SETTINGS),
     ("scenes_paligemma", "eight-devices-2d", []),
-    ("scenes_paligemma", "one-device", ["gin_configs/models/frozen_tower.gin"]),
+    ("scenes_paligemma", "one-device", [FROZEN_TOWER, "gin_configs/runs/augment.gin"]),
 ]
 
 

@@ -13,6 +13,7 @@ from flax import traverse_util
 from tiny_captions import BATCH_SIZE, LENGTHS, ONE_DEVICE
 
 from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.data.augmentation import Augmentation
 from vit22b_transfer.training import optimizers
 from vit22b_transfer.training.inputs import EvalData, TrainData
 from vit22b_transfer.training.train import Periods, fine_tune
@@ -71,15 +72,19 @@ def run(model_dir, data_class=TrainData, the_model=None, **arguments):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two directories: of a straight run and of one that was killed at step 3."""
+    """Two directories: of a straight run and of one that was killed at step 3.
+
+    What is drawn at random of their images is drawn again by the one that goes on.
+    """
     folder = tmp_path_factory.mktemp("train_task")
     tiny_captions.write_folder(folder)
     tiny_captions.register(TASK, folder)
-    result = run(folder / "straight")
+    drawn = Augmentation(crop_area=(0.05, 1.0), flip=True)
+    result = run(folder / "straight", augmentation=drawn)
     with pytest.raises(tiny_runs.Killed):
-        run(folder / "killed", ShortData, lasts=3)
+        run(folder / "killed", ShortData, lasts=3, augmentation=drawn)
     assert reading.latest_step(str(folder / "killed")) == 2
-    run(folder / "killed")
+    run(folder / "killed", augmentation=drawn)
     return folder / "straight", folder / "killed", result
 
 

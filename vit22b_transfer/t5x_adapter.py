@@ -25,7 +25,7 @@ from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.inference import prediction_lines
 from vit22b_transfer.models import freezing, preparation
 from vit22b_transfer.recipes import shipped, t5x_bindings
-from vit22b_transfer.training import optimizers, state, steps
+from vit22b_transfer.training import microbatches, optimizers, state, steps
 from vit22b_transfer.training.train import InitialCheckpoint
 
 # pyright: reportMissingImports=false
@@ -169,7 +169,7 @@ class Optimizer(t5x_optimizers.OptaxWrapper):
     """An optimizer of `training.optimizers` with frozen parameters, for T5X.
 
     The state is that of our runtime, name by name, so either resumes the other's. Any
-    optax part will do: state of a parameter's shape is laid out like the parameter.
+    optax part will do: state of a parameter's shape is laid out like it.
     """
 
     def __init__(
@@ -351,14 +351,12 @@ def mean_gradient_trainer(
 ) -> t5x_trainer.Trainer:
     """T5X's trainer, taking our runtime's steps: gradients are means over tokens.
 
-    T5X adds up the gradients of microbatches, whatever these are normalised by, logs a
-    learning rate that optax never sees, and differentiates frozen parameters, int8 ones
-    included. Here sums are divided once, by the weight of the whole batch, the logged
-    rate is the optimizer's own, and only what is trained is differentiated. A function
-    around `trainer_cls`, so that what gin binds to T5X's own class still counts.
+    T5X adds up gradients of microbatches as they are, logs a rate that optax never sees
+    and differentiates frozen parameters. Here sums are divided once, by the weight of
+    the whole batch, the logged rate is the optimizer's, and only what is trained is
+    differentiated. So that what gin binds to `trainer_cls` counts, it is called here.
 
-    num_microbatches: the recipe's; T5X's own `trainer.Trainer.num_microbatches`, if
-      set, must say the same.
+    num_microbatches: the recipe's; T5X's own, if set, must say the same.
 
     Raises:
       UserError: if the numbers of microbatches differ, or the loss is no sum over them.
@@ -379,7 +377,7 @@ def mean_gradient_trainer(
             f"trainer.Trainer.num_microbatches={own}. Set one of the two."
         )
     made._num_microbatches = own if num_microbatches is None else num_microbatches
-    steps.check_microbatches(model, made._num_microbatches or 1)
+    microbatches.check(model, made._num_microbatches or 1)
     learning_rate = model.optimizer_def.learning_rate
 
     def train_step(train_state, batch):
@@ -389,7 +387,9 @@ def mean_gradient_trainer(
 
         def loss_fn(params, batch, dropout_rng):
             params = freezing.merge_frozen(params, frozen)
-            return model.loss_fn(params, batch, dropout_rng)
+            # For losses that are chunked over devices; T5X says its mesh otherwise.
+            with jax.sharding.use_abstract_mesh(partitioner.mesh.abstract_mesh):
+                return model.loss_fn(params, batch, dropout_rng)
 
         # Of the model T5X asks for no more, and of the state for the parameters.
         grads, metrics, _ = t5x_trainer.accumulate_grads_microbatched(

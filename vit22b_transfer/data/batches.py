@@ -170,8 +170,9 @@ def train_batches(
     where the source has random access and the preprocessors give one example per record
     and draw no random numbers. Otherwise the examples before `start_step` are read
     again, and the log says so; of a source without random access the order then also
-    depends on the number of hosts. `task_overrides` holds tasks by name to read in
-    place of the registered ones (`data.feature_cache`).
+    depends on the number of hosts. What is drawn by `data.augmentation` is a function
+    of seed, epoch and record, and costs no resuming. `task_overrides` holds tasks by
+    name to read in place of the registered ones (`data.feature_cache`).
 
     Raises:
       UserError: if a name, split, length or batch size does not fit, or while

@@ -65,14 +65,21 @@ def read_image(
     size: tuple[int, int],
     how: Preparation = USUAL,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The image in a file or in encoded bytes, made into one of (height, width).
+    """`read_whole`, made into an image of (height, width)."""
+    return prepare(read_whole(source), size, how)
+
+
+def read_whole(
+    source: bytes | str | os.PathLike,
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """The image in a file or in encoded bytes, of the size that it has.
 
     Raises:
       UserError: it cannot be read or has more than `MAX_PIXELS` pixels; the message
         says why but not which image it is, unless a path was given.
     """
     if isinstance(source, bytes):
-        return prepare(decode(source), size, how)
+        return decode(source)
     name = printable(os.fspath(source))
     try:
         if not stat.S_ISREG(os.stat(source).st_mode):
@@ -82,7 +89,7 @@ def read_image(
     except OSError as e:
         raise UserError(f"{name}: {e.strerror or e}") from e
     try:
-        return prepare(decode(data), size, how)
+        return decode(data)
     except ValueError as e:
         raise UserError(f"{name}: {e}") from e
 

@@ -16,6 +16,8 @@ from vit22b_transfer import UserError
 _ROUNDS = 8
 _ALL = (1 << 64) - 1
 _ONE = 1 << 32  # fixed-point 1.0 of mixture shares
+# Keeps the keys of examples apart from those of their order (digits of pi).
+_OF_EXAMPLES = 0x243F6A8885A308D3
 
 
 def stream_key(seed: int, name: str) -> int:
@@ -38,9 +40,7 @@ def shuffled_records(
     """
     if num_records < 1:
         raise UserError(f"cannot order {num_records} records.")
-    words = [key & _ALL, (key >> 64) & _ALL]
-    epochs = positions // num_records
-    keys = _mixed(_mixed(epochs.astype(np.uint64) ^ _word(words[0])) + _word(words[1]))
+    keys = _epoch_keys(positions // num_records, key)
     values = (positions % num_records).astype(np.uint64)
     # Fewer than 6 bits give a Feistel network too few permutations to choose from.
     bits = max(6, (num_records - 1).bit_length())
@@ -49,6 +49,22 @@ def shuffled_records(
         values[outside] = _permuted(values[outside], keys[outside], bits)
         outside = values >= _word(num_records)
     return values.astype(np.int64)
+
+
+def example_keys(
+    epochs: Int64[np.ndarray, " n"], records: Int64[np.ndarray, " n"], key: int
+) -> Int64[np.ndarray, " n"]:
+    """64 bits for each record in each epoch, from which random numbers may be drawn.
+
+    Those of one epoch differ from each other.
+    """
+    keys = _mixed(_epoch_keys(epochs, key) ^ _word(_OF_EXAMPLES))
+    return _mixed(keys + records.astype(np.uint64)).view(np.int64)
+
+
+def _epoch_keys(epochs: Int64[np.ndarray, " n"], key: int) -> UInt64[np.ndarray, " n"]:
+    low, high = _word(key & _ALL), _word((key >> 64) & _ALL)
+    return _mixed(_mixed(epochs.astype(np.uint64) ^ low) + high)
 
 
 def _permuted(
@@ -192,8 +208,19 @@ class ReadingPlan:
         self, step: int, member: int, num_records: int, key: int
     ) -> Int64[np.ndarray, " rows"]:
         """Records of `member` in this host's rows, in their order."""
+        return shuffled_records(self._positions(step, member), num_records, key)
+
+    def example_keys(
+        self, step: int, member: int, num_records: int, key: int
+    ) -> Int64[np.ndarray, " rows"]:
+        """`example_keys` of the same rows: they know nothing of step, batch or host."""
+        positions = self._positions(step, member)
+        records = shuffled_records(positions, num_records, key)
+        return example_keys(positions // num_records, records, key)
+
+    def _positions(self, step, member):
         members, positions = self.members(step)
-        return shuffled_records(positions[members == member], num_records, key)
+        return positions[members == member]
 
     def rows_before(self, step: int, member: int) -> int:
         """Number of this host's rows that `member` gives before `step`."""

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import logging
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,9 +26,10 @@ from seqio.utils import Feature
 from seqio.vocabularies import Vocabulary
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data import augmentation, image_lengths
 from vit22b_transfer.data.converters import feature_specs, map_examples
-from vit22b_transfer.data.image_lengths import PreparedImages, preparation_of
-from vit22b_transfer.data.images import RESIZE_METHODS, prepare, read_image
+from vit22b_transfer.data.decoded_images import SMALL_SETS, WHOLE_IMAGES
+from vit22b_transfer.data.images import RESIZE_METHODS, prepare
 from vit22b_transfer.data.records import (
     Tally,
     check_choice,
@@ -150,7 +150,7 @@ def _target_size(options, sequence_length) -> tuple[int, int]:
 
 def _preparation(options, sequence_length) -> Preparation:
     """How images are made; UserError if the task and the run disagree."""
-    run = preparation_of((sequence_length or {}).get("images"))
+    run = image_lengths.preparation_of((sequence_length or {}).get("images"))
     task = options.resize_method
     if run is None:
         return Preparation(filter=task or "bilinear")
@@ -163,43 +163,7 @@ def _preparation(options, sequence_length) -> Preparation:
     return run
 
 
-class _DecodedImages:
-    """Decoded images of the files that were read first, up to a number of bytes.
-
-    A small set is then decoded once, not in every epoch, by every caption and by every
-    task that shows the image. Nothing is ever evicted: in a shuffled set larger than
-    the limit any image is as good as another.
-    """
-
-    def __init__(self, max_bytes: int):
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._images: dict[tuple, np.ndarray] = {}
-        self._lock = threading.Lock()
-
-    def read(
-        self,
-        source: bytes | str,
-        size: tuple[int, int],
-        how: Preparation,
-    ) -> np.ndarray:
-        """`read_image` of encoded bytes, or of the file at a path."""
-        key = (source, size, how)
-        pixels = self._images.get(key) if isinstance(source, str) else None
-        if pixels is None:
-            pixels = read_image(source, size, how)
-            with self._lock:
-                fits = self._bytes + pixels.nbytes <= self._max_bytes
-                if isinstance(source, str) and fits and key not in self._images:
-                    self._images[key] = pixels
-                    self._bytes += pixels.nbytes
-        # TensorFlow may take over the memory, and write to it.
-        return pixels.copy()
-
-
-_SMALL_SETS = _DecodedImages(max_bytes=256 * 2**20)
-
-
+@augmentation.augments
 def load_images(
     dataset: tf.data.Dataset,
     sequence_length: Mapping[str, Any] | None = None,
@@ -209,8 +173,10 @@ def load_images(
 ) -> tf.data.Dataset:
     """Replaces `image` (encoded bytes or uint8 pixels) or `image_path` by `images`.
 
+    An empty path is no image, and gives zeros.
     `image_paths`, the files of an example with several images, become `images` of rank
-    4; how many there must be is the first size in the feature length `images`.
+    4; how many there must be is the first size in the feature length `images`. Where
+    that carries an `augmentation.Augmentation`, they are drawn by it.
     Adds `image_error`: why an image could not be read, "" if all could.
     """
     several = "image_paths" in feature_specs(dataset)
@@ -218,15 +184,22 @@ def load_images(
     height, width = _target_size(options, sequence_length)
     shape = (*([count] if several else []), height, width, 3)
     how = _preparation(options, sequence_length)
+    drawn = image_lengths.augmentation_of((sequence_length or {}).get("images"))
+    if drawn:
+        dataset = augmentation.with_keys(dataset)
 
     def pixels_of(image):
         if isinstance(image, np.ndarray):
-            return prepare(image, (height, width), how)
+            return image if drawn else prepare(image, (height, width), how)
+        if image == "":  # the text of a class has none
+            return np.zeros((height, width, 3), np.uint8)
         if isinstance(image, str) and half_character(image):
             name = os.fsencode(os.path.basename(image))
             name = name.decode(errors="backslashreplace")
             raise UserError(f"the file name is no UTF-8 text: {name}; rename the file")
-        return _SMALL_SETS.read(image, (height, width), how)
+        if drawn:
+            return WHOLE_IMAGES.read(image)
+        return SMALL_SETS.read(image, (height, width), how)
 
     def read(images, image_id):
         name = _shown(image_id)
@@ -247,8 +220,10 @@ def load_images(
                 logging.getLogger(__name__).warning(
                     "skipping image %s: %s (later ones are only counted)", name, e
                 )
-            return np.zeros(shape, np.uint8), str(e).encode()
-        return np.stack(pixels) if several else pixels[0], b""
+            size = (1, 1) if drawn else (height, width)
+            nothing = [np.zeros((*size, 3), np.uint8) for _ in images]
+            return *nothing, str(e).encode()
+        return *pixels, b""
 
     def read_one(image, image_id):
         return read([image], image_id)
@@ -272,11 +247,16 @@ def load_images(
             )
         ((name, value),) = given.items()
         image_id = _as_string(example.get("image_id", tf.constant("")))
-        images, error = tf.numpy_function(
-            readers[name], [value, image_id], [tf.uint8, tf.string], stateful=False
+        types = [tf.uint8] * count + [tf.string]
+        *images, error = tf.numpy_function(
+            readers[name], [value, image_id], types, stateful=False
         )
-        images.set_shape(shape)
         error.set_shape([])
+        if drawn:
+            key = example[augmentation.EXAMPLE_KEY]
+            images = [drawn.draw(image, key, (height, width), how) for image in images]
+        images = tf.stack(images) if several else images[0]
+        images.set_shape(shape)
         return {**example, "images": images, "image_error": error}
 
     return map_examples(dataset, load)
@@ -292,8 +272,7 @@ def _number_of_images(sequence_length, several):
             "with several images per example the feature length 'images' must be "
             f"(number, height, width), got {asked!r}."
         )
-    how, one = preparation_of(asked), tuple(asked[1:])
-    one = one if how is None else PreparedImages(one, how)
+    one = image_lengths.of_one_image(asked)
     return asked[0], {**(sequence_length or {}), "images": one}
 
 

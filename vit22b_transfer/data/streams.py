@@ -12,7 +12,8 @@ import seqio
 import tensorflow as tf
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import example_metadata
+from vit22b_transfer.data import example_metadata, image_lengths
+from vit22b_transfer.data.augmentation import EXAMPLE_KEY
 from vit22b_transfer.data.converters import (
     Example,
     ImageFeatureConverter,
@@ -29,12 +30,22 @@ _LAST_STEP = 1 << 62
 
 
 class _OrderedSource(seqio.DataSource):
-    """The records of another source in a given order, behind SeqIO's interface."""
+    """The records of another source in a given order, behind SeqIO's interface.
 
-    def __init__(self, source: seqio.DataSource, split: str, order: tf.data.Dataset):
+    keys: of int64 scalars in the same order, which become the examples' `EXAMPLE_KEY`.
+    """
+
+    def __init__(
+        self,
+        source: seqio.DataSource,
+        split: str,
+        order: tf.data.Dataset,
+        keys: tf.data.Dataset | None,
+    ):
         super().__init__(splits=[split], caching_permitted=source.caching_permitted)
         self._source = source
         self._order = order
+        self._keys = keys
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -56,9 +67,16 @@ class _OrderedSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         assert isinstance(self._source, RandomAccess)
         records = self._source.records(split, self._order)
+        if self._keys is not None:
+            records = tf.data.Dataset.zip((records, self._keys)).map(_with_key)
         # Known, so that preprocessors which drop or multiply examples can be told.
         cardinality = self._order.cardinality()
         return records.apply(tf.data.experimental.assert_cardinality(cardinality))
+
+
+@tf.autograph.experimental.do_not_convert
+def _with_key(example: Example, key: tf.Tensor) -> Example:
+    return {**example, EXAMPLE_KEY: tf.bitcast(key, tf.int32)}
 
 
 def keep_tensorflow_off_accelerators() -> None:
@@ -97,14 +115,16 @@ def task_examples(
     lengths: Lengths,
     seed: int | None = None,
     order: tf.data.Dataset | None = None,
+    keys: tf.data.Dataset | None = None,
 ) -> tf.data.Dataset:
     """The task's examples in its own order, or of the records in `order`.
 
+    keys: int64 scalars in that order, for what is drawn at random of each example.
     They are as the task makes them: SeqIO trims nothing. The cardinality is that of
     `order` only if the task gives one example per record.
     """
     if order is not None:
-        task = task.replace(source=_OrderedSource(task.source, split, order))
+        task = task.replace(source=_OrderedSource(task.source, split, order, keys))
     return task.get_dataset(
         lengths,
         split=split,
@@ -174,9 +194,12 @@ def _endless(
     def ordered_from(step: int) -> tuple[tf.data.Dataset, bool]:
         """The examples, and whether there is one for each record."""
         assert source is not None
-        size = source.num_records(split)
-        order = _endless_numbers(lambda s: plan.records(s, member, size, key), step)
-        examples = task_examples(task, split, lengths, plan.seed, order)
+        of_member = (member, source.num_records(split), key)
+        order = _endless_numbers(lambda s: plan.records(s, *of_member), step)
+        keys = None
+        if image_lengths.augmentation_of(lengths.get("images")) is not None:
+            keys = _endless_numbers(lambda s: plan.example_keys(s, *of_member), step)
+        examples = task_examples(task, split, lengths, plan.seed, order, keys)
         return examples, bool(examples.cardinality() == order.cardinality())
 
     if source is None:

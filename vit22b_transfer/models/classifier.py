@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from vit22b_transfer import UserError
 from vit22b_transfer.models import freezing, layers, losses, towers
 from vit22b_transfer.models import lora as low_rank
+from vit22b_transfer.models import mixup as mixing
 
 Batch = Mapping[str, jax.Array | np.ndarray]
 Loss = Literal["softmax", "sigmoid"]
@@ -85,6 +86,9 @@ class ClassificationModel:
     feature_converter_cls: of `data.label_converters`; it learns the number of classes.
     loss: `softmax` over classes, several labels of an image sharing the probability; or
       `sigmoid`, in which each class is a question of its own.
+    mixup: blends the images and labels of a training batch in pairs, by a share from
+      Beta(mixup, mixup) that the step's random key decides (`models.mixup`); None does
+      not. A hit is then one of the image's own labels, which weigh more.
     label_smoothing: s in [0, 1): targets become (1 - s) * target + s / classes.
     class_names: gives the names of all classes, by id; predictions then have them.
     all_scores: predictions tell the score of every class, as mean average precision
@@ -111,6 +115,7 @@ class ClassificationModel:
         *,
         loss: Loss = "softmax",
         label_smoothing: float = 0.0,
+        mixup: float | None = None,
         class_names: Callable[[], Sequence[str]] | None = None,
         all_scores: bool = False,
         frozen: Sequence[str] = (),
@@ -119,6 +124,8 @@ class ClassificationModel:
         int8_tower: bool = False,
     ):
         _check(module, loss, label_smoothing)
+        if mixup is not None:
+            mixing.check_alpha(mixup)
         if int8_tower:
             tower = towers.changed(module.tower, "int8_tower", int8_kernels=True)
             module = module.clone(tower=tower)
@@ -130,6 +137,7 @@ class ClassificationModel:
         self.optimizer_def = optimizer_def
         self.loss = loss
         self.label_smoothing = label_smoothing
+        self.mixup = mixup
         self.all_scores = all_scores
         self.lora = lora
         self.frozen_tower = frozen_tower
@@ -142,6 +150,11 @@ class ClassificationModel:
             self.FEATURE_CONVERTER_CLS = functools.partial(
                 feature_converter_cls, num_classes=module.num_classes
             )
+
+    @property
+    def loss_spans_batch(self) -> bool:
+        """Whether the loss of an image depends on the others of its batch."""
+        return self.mixup is not None
 
     @property
     def prediction_settings(self) -> dict[str, Any]:
@@ -190,11 +203,14 @@ class ClassificationModel:
         return variables
 
     def loss_fn(self, params: Any, batch: Batch, dropout_rng: jax.Array | None):
-        """(sum of losses, metrics): training mode. Nothing is dropped out."""
-        del dropout_rng
+        """(sum of losses, metrics): training mode. Nothing is dropped out.
+
+        Without a random key nothing is mixed, either.
+        """
         # T5X keeps parameters in a FrozenDict.
         params = freezing.stop_frozen_gradients(flax.core.unfreeze(params), self.frozen)
-        loss, metrics, _ = self._loss(params, batch)
+        key = dropout_rng if self.mixup is not None else None
+        loss, metrics, _ = self._loss(params, batch, key)
         return loss, metrics
 
     def eval_fn(self, params: Any, batch: Batch):
@@ -209,11 +225,16 @@ class ClassificationModel:
             )
         return loss, metrics
 
-    def _loss(self, params, batch):
-        logits = self._logits(params, batch)
+    def _loss(self, params, batch, mixup_key=None):
         targets = label_targets(batch, self.module.num_classes)
+        learned = targets
+        if mixup_key is not None:
+            images = jnp.asarray(batch["encoder_input_images"])
+            images, learned = mixing.mixup(mixup_key, images, targets, alpha=self.mixup)
+            batch = {**batch, "encoder_input_images": images}
+        logits = self._logits(params, batch)
         real = (jnp.max(targets, axis=-1) > 0).astype(jnp.float32)
-        each = self._cross_entropy(logits, targets, self.label_smoothing) * real
+        each = self._cross_entropy(logits, learned, self.label_smoothing) * real
         loss, count = jnp.sum(each), jnp.sum(real)
         best = jnp.argmax(logits, axis=-1, keepdims=True)
         hit = jnp.take_along_axis(targets, best, axis=-1)[:, 0] > 0

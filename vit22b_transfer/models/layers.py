@@ -292,6 +292,19 @@ class LearnedTable(nn.Module):
         )
 
 
+class LearnedNumber(nn.Module):
+    """One learned number, in float32: a temperature, or the bias of a loss."""
+
+    first: float
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> Float[Array, ""]:
+        first, dtype = nn.initializers.constant(self.first), self.param_dtype
+        number = param_with_axes("value", first, (), jnp.dtype(dtype), axes=())
+        return number.astype(jnp.float32)
+
+
 class RelativePositionBias(nn.Module):
     """T5's learned attention bias by bucketed distance (Raffel et al. 2020, 2.1)."""
 

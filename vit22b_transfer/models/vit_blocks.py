@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import (
@@ -115,6 +115,7 @@ class Block(nn.Module):
     """One transformer block in either form; returns (x, x if `keep` else None).
 
     angles: rotary positions of queries and keys, as `vit_positions.rotary_angles`.
+    mask: True where a query may attend to a key; without one everywhere.
     """
 
     config: BlockConfig
@@ -136,27 +137,28 @@ class Block(nn.Module):
         self,
         x: Float[Array, "batch length embed"],
         angles: Float[Array, "length half"] | None = None,
+        mask: Bool[Array, "#batch 1 length length"] | None = None,
     ):
         scaled = self.config.layer_scale
         if not self.config.fused_projections:
             projections.refuse_separate()
         y = self.norm(x)
         if not self.config.parallel:
-            y = self.attention(y, y, angles=angles)
+            y = self.attention(y, y, angles=angles, mask=mask)
             x = x + (self.layer_scale(y) if scaled else y)
             y = self.mlp(self.mlp_norm(x))
             x = x + (self.mlp_layer_scale(y) if scaled else y)
         else:
             if self.config.fused_projections:
-                y = self._fused(y, angles)
+                y = self._fused(y, angles, mask)
             else:
-                y = self.attention(y, y, angles=angles) + self.mlp(y)
+                y = self.attention(y, y, angles=angles, mask=mask) + self.mlp(y)
             x = x + (self.layer_scale(y) if scaled else y)
         x = layers.with_sharding_constraint(x, ("batch", "length", "embed"))
         instruments.record_rms(self, instruments.RESIDUAL, x)
         return x, (x if self.keep else None)
 
-    def _fused(self, y: Float[Array, "batch length embed"], angles):
+    def _fused(self, y: Float[Array, "batch length embed"], angles, mask):
         """Both branches with one in- and one out-projection.
 
         Columns are grouped head by head as [query, key, value, mlp / num_heads], so a
@@ -182,8 +184,10 @@ class Block(nn.Module):
         query, key = mha.normalize(query, key)
         if angles is not None:
             query, key = (attention.rotate(x, angles) for x in (query, key))
-        mha.record(query, key)
-        weighted = attention.attend(query, key, value, scale=mha.attention_scale)
+        mha.record(query, key, mask=mask)
+        weighted = attention.attend(
+            query, key, value, mask=mask, scale=mha.attention_scale
+        )
         hidden = mlp.activation(hidden)
         joined = jnp.concatenate([weighted, hidden], axis=-1)
         out = jnp.concatenate(

@@ -11,7 +11,7 @@ from vit22b_transfer.models import multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.planning import planner
 from vit22b_transfer.planning.trace import Value
-from vit22b_transfer.training import optimizers, state, steps
+from vit22b_transfer.training import compiling, optimizers, state, steps
 
 GIB = 2.0**30
 
@@ -97,7 +97,7 @@ def compile_step(job: Job, partitioning: Partitioning) -> jax.stages.Compiled:
     """
     update, arguments = abstract_step(job, partitioning)
     step = steps.make_train_step(update, 1)
-    return steps.compile_train_step(step, *arguments, partitioning)
+    return compiling.compile_train_step(step, *arguments, partitioning)
 
 
 def abstract_step(

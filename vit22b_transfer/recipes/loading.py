@@ -73,8 +73,10 @@ def check_complete(recipe: Recipe, root: Callable[..., Any]) -> None:
             f"the recipe {', '.join(recipe.files)} does not configure {path}; include "
             f"the file in gin_configs/runs that does."
         )
+    reached = _reachable(recipe, root)
+    _check_models(recipe, reached)
     missing = []
-    for reference in _reachable(recipe, root):
+    for reference in reached:
         bound = recipe.bound_to(reference.name, reference.scope)
         for parameter in gin_values.parameters(reference.target).values():
             if parameter.needed and parameter.name not in bound:
@@ -188,6 +190,28 @@ def _check_type(recipe: Recipe, binding: Binding) -> None:
     annotation = gin_values.parameters(binding.target)[binding.parameter].annotation
     if problem := gin_values.mismatch(value, annotation):
         raise RecipeError(f"{place}: {binding.key}{through}: {problem}")
+
+
+def _check_models(recipe: Recipe, reached: Sequence[Reference]) -> None:
+    """Raises RecipeError for what is set of a model that the run does not build.
+
+    Of such a file behind a recipe nothing would come: a model of pairs decodes no text.
+    A file that says something of several kinds of models is for each of them.
+    """
+    built = {r.target for r in reached if hasattr(r.target, "loss_fn")}
+    bindings = [b for b in recipe.bindings.values() if hasattr(b.target, "loss_fn")]
+    files = {
+        b.where.file for b in bindings if b.target in built and not b.where.override
+    }
+    for binding in bindings:
+        other = binding.target not in built and binding.where.file not in files
+        if built and other:
+            names = ", ".join(sorted(target.__name__ for target in built))
+            raise RecipeError(
+                f"{binding.where} sets {binding.key}, but the model of this run is "
+                f"{names}, of which it says nothing. Leave it out, or name the file "
+                "for that model."
+            )
 
 
 def _reachable(recipe: Recipe, root: Callable[..., Any]) -> list[Reference]:

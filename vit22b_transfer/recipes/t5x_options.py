@@ -17,6 +17,7 @@ _STEPS = (*_TRAINING, "precompile")
 # Modules whose functions and classes are the same objects in both runtimes.
 SHARED = (
     "vit22b_transfer.models.",
+    "vit22b_transfer.data.augmentation.",
     "vit22b_transfer.data.class_lists.",
     "vit22b_transfer.data.converters.",
     "vit22b_transfer.data.label_converters.",
@@ -220,6 +221,7 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
             "feature_lengths": _macro("FEATURE_LENGTHS"),
             "batch_size": _macro("BATCH_SIZE"),
             "cache": _NO_CACHE,
+            "augmentation": _macro("AUGMENTATION"),
         },
     ),
     f"{_INPUTS}.EvalData": (

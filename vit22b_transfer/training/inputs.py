@@ -76,6 +76,7 @@ class TrainData:
 
     cache: a `data.feature_cache.FeatureCache`, to read the tokens of a frozen tower in
       place of images.
+    augmentation: a `data.augmentation.Augmentation`, for random crops and flips.
     """
 
     task: str
@@ -83,19 +84,29 @@ class TrainData:
     feature_lengths: Mapping[str, Any]
     batch_size: int
     cache: Any = None
+    augmentation: Any = None
+
+    def __post_init__(self):
+        if self.cache is not None and self.augmentation is not None:
+            raise UserError(
+                "cached features are of images as they are, so that the augmentation "
+                f"({self.augmentation}) would have no effect. Leave either "
+                "gin_configs/runs/augment.gin or cached_features.gin out."
+            )
 
     def batches(
         self, model: Any, partitioning: Partitioning, *, seed: int, start_step: int
     ) -> Iterator[Mapping[str, Any]]:
         """Endless device batches; the first is that of step `start_step`."""
-        from vit22b_transfer.data import batches
+        from vit22b_transfer.data import augmentation, batches
         from vit22b_transfer.data import tasks as registered
 
         for task in registered.task_names(self.task, self.split):
             registered.check_vocabularies(task, model)
-        read_as = batch_arguments(
-            self.cache, model, self.task, self.split, self.feature_lengths
+        lengths = augmentation.train_lengths(
+            self.task, self.feature_lengths, self.augmentation
         )
+        read_as = batch_arguments(self.cache, model, self.task, self.split, lengths)
         return batches.train_batches(
             self.task,
             self.split,

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: its state, the metrics of its unfinished window."""
+"""From a checkpoint: first parameters, or the state and metrics to go on from."""
 
 import contextlib
 import json
@@ -9,13 +9,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Key
 
-from vit22b_transfer.checkpoints import best, damage, identity, reading
+from vit22b_transfer.checkpoints import best, damage, identity, reading, restoring
 from vit22b_transfer.host import whole_files
+from vit22b_transfer.models import freezing
+from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import finite, measures
 from vit22b_transfer.training.state import (
     TrainState,
     from_checkpoint_tree,
+    init_params,
     to_checkpoint_tree,
 )
 
@@ -45,6 +50,32 @@ def record(
         "settings": dict(settings),
         "window": {jax.tree_util.keystr(key): leaf.tolist() for key, leaf in leaves},
     } | (unfinished | best.measured(measured or {}))
+
+
+def initial_params(
+    model: Any,
+    initial: Any,
+    rng: Key[Array, ""],
+    batch: Mapping[str, Any],
+    abstract: Any,
+    partitioning: Partitioning,
+    log: Any,
+) -> Any:
+    """Fresh parameters, or those of a checkpoint and fresh ones for the rest."""
+    if initial is None:
+        return init_params(model, rng, batch, abstract, partitioning)
+    restored = restoring.restore_initial(
+        initial.path, abstract, initial.rules, cast=initial.cast, model=model
+    )
+    log.message(f"initial checkpoint {initial.path}\n{restored.summary()}")
+    if not restored.kept:
+        return restored.params
+    flat = reading.flatten(abstract)
+    missing = traverse_util.unflatten_dict(
+        {name: flat[name] for name in restored.kept}, sep="/"
+    )
+    fresh = init_params(model, rng, batch, missing, partitioning)
+    return freezing.merge_frozen(fresh, restored.params)
 
 
 def resume(

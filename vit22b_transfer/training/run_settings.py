@@ -30,6 +30,7 @@ EXACT = (
     "split",
     "feature_lengths",
     "batch_size",
+    "augmentation",
     "seed",
     "num_microbatches",
     "optimizer",
@@ -119,6 +120,7 @@ def of_data(data: Any, eval_data: Any) -> dict[str, Setting]:
     cache = getattr(data, "cache", None)
     digest = reading.tower_record(cache).get("tower", {}).get("digest")
     found |= {"tower": digest, "cached_features": getattr(cache, "storage", None)}
+    found |= _flat("augmentation", getattr(data, "augmentation", None))
     for name in ("tasks", "split", "feature_lengths", "batch_size"):
         found[f"eval_data.{name}"] = _literal(getattr(eval_data, name, None))
     return found

@@ -1,6 +1,7 @@
 """The train state: step, parameters and optimizer state, and how it is laid out."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import serialization, traverse_util
 
+from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning.rules import Partitioning
 
 Tree = Any
@@ -112,6 +114,16 @@ def fresh_state(
     shardings = shardings_of((abstract.step, abstract.opt_state))
     step, opt_state = jax.jit(init, out_shardings=shardings)(params)
     return TrainState(step, params, opt_state)
+
+
+def describe(params: Any, frozen: Sequence[str], partitioning: Partitioning) -> str:
+    """How many parameters are trained and frozen, and the mesh."""
+    trained, fixed = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part))
+        for part in freezing.split_frozen(params, frozen)
+    )
+    mesh = " x ".join(f"{name} {n}" for name, n in partitioning.mesh.shape.items())
+    return f"{trained:,} trained parameters, {fixed:,} frozen; mesh: {mesh}"
 
 
 def to_checkpoint_tree(state: TrainState) -> dict[str, Any]:

@@ -2,22 +2,20 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import traverse_util
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import identity, reading, restoring, writing
+from vit22b_transfer.checkpoints import identity, reading, writing
 from vit22b_transfer.checkpoints.best import KeepBest
 from vit22b_transfer.host import disk_errors, locks, whole_files
-from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import (
+    compiling,
     finite,
     inputs,
     instrument_picture,
@@ -35,8 +33,8 @@ from vit22b_transfer.training.spike_watch import SpikeWatch
 from vit22b_transfer.training.state import (
     abstract_state,
     abstract_variables,
+    describe,
     fresh_state,
-    init_params,
     to_checkpoint_tree,
 )
 from vit22b_transfer.training.stop_signals import StopSignals
@@ -178,7 +176,7 @@ def fine_tune(
         params = abstract_variables(model, partitioning, batch)
         optimizer = optimizers.freeze(model.optimizer_def, params, model.frozen)
         abstract = abstract_state(params, optimizer, partitioning)
-        log.message(_describe(params, model.frozen, partitioning))
+        log.message(describe(params, model.frozen, partitioning))
         for line in optimizers.describe(model.optimizer_def, params, model.frozen):
             log.message(line)
         measures = Measures(
@@ -197,9 +195,10 @@ def fine_tune(
         update = steps.make_update(
             model, optimizer, partitioning, num_microbatches=num_microbatches
         )
-        window = steps.empty_window(update, abstract, batch, step_rng, partitioning)
+        window = compiling.empty_window(update, abstract, batch, step_rng, partitioning)
         watch = SpikeWatch(guard, writer, log, periods.log)
         window = watch.beside(window, partitioning)
+        state: Any
         if start_step:
             with resuming.explained(model_dir, start_step):
                 state, window = resuming.resume(path, model, abstract, window)
@@ -207,7 +206,7 @@ def fine_tune(
                 watch.begin(start_step, path)
             log.message(f"resumed from {path}")
         else:
-            params = _initial_params(
+            params = resuming.initial_params(
                 model, initial, init_rng, batch, params, partitioning, log
             )
             state = fresh_state(params, optimizer, abstract)
@@ -215,7 +214,7 @@ def fine_tune(
 
         # 6. Compile the step.
         began = time.perf_counter()
-        train_step = steps.compile_steps(
+        train_step = compiling.compile_steps(
             model,
             optimizer,
             (abstract, window, batch, step_rng, partitioning),
@@ -271,7 +270,7 @@ def fine_tune(
             if not stopping and is_writer:
                 resuming.mark_as_measured(path, metrics)
                 writer.remove_old()
-        in_flight = steps.StepsInFlight()
+        in_flight = compiling.StepsInFlight()
         timer = StepTimer(step)
         while step < total_steps and not stopping:
             if step > start_step:
@@ -332,39 +331,12 @@ def fine_tune(
     return TrainResult(step, interrupted, path, metrics, counters)
 
 
-def _describe(params, frozen, partitioning):
-    trained, fixed = (
-        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part))
-        for part in freezing.split_frozen(params, frozen)
-    )
-    mesh = " x ".join(f"{name} {n}" for name, n in partitioning.mesh.shape.items())
-    return f"{trained:,} trained parameters, {fixed:,} frozen; mesh: {mesh}"
-
-
 def _keys(seed, partitioning):
     # Made on the mesh: device_put cannot reach the devices of other processes.
     def split():
         return tuple(jax.random.split(jax.random.key(seed)))
 
     return jax.jit(split, out_shardings=partitioning.replicated)()
-
-
-def _initial_params(model, initial, rng, batch, abstract, partitioning, log):
-    """Fresh parameters, or those of a checkpoint and fresh ones for the rest."""
-    if initial is None:
-        return init_params(model, rng, batch, abstract, partitioning)
-    restored = restoring.restore_initial(
-        initial.path, abstract, initial.rules, cast=initial.cast, model=model
-    )
-    log.message(f"initial checkpoint {initial.path}\n{restored.summary()}")
-    if not restored.kept:
-        return restored.params
-    flat = reading.flatten(abstract)
-    missing = traverse_util.unflatten_dict(
-        {name: flat[name] for name in restored.kept}, sep="/"
-    )
-    fresh = init_params(model, rng, batch, missing, partitioning)
-    return freezing.merge_frozen(fresh, restored.params)
 
 
 def _computed(window):

@@ -67,7 +67,14 @@ def gin_text(
             modules.add(type(model.text).__module__)
             owner = family.text_binding.partition(".")[0]
             modules.add(f"vit22b_transfer.models.{owner}")
-        body += [_binding(name, value, int) for name, value in model.bindings.items()]
+        for name, value in model.bindings.items():
+            # A word, a flag, a number or nothing; no other text.
+            other = isinstance(value, str) and not value.isidentifier()
+            body.append(_binding(name, value, int if other else type(value)))
+        modules |= {
+            f"vit22b_transfer.models.{name.partition('.')[0]}"
+            for name in model.bindings
+        }
     body += [
         "include 'gin_configs/runs/from_checkpoint.gin'",
         _binding("INITIAL_CHECKPOINT", checkpoint, str),

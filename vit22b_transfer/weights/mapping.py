@@ -90,8 +90,7 @@ class Model:
       own code changes the resolution.
     images: (height, width) that the source's image processor makes, which a run takes
       at first; None for the tower's `image_size`.
-    bindings: further names of the gin file, on the module that `text_binding` names,
-      and their integers.
+    bindings: further names of the gin file, on modules of `models`, and their values.
     facts: lines on what our configurations have no field for (tokenizer, prompts);
       printed, and comments of the gin file.
     """
@@ -106,7 +105,7 @@ class Model:
     positions: tuple[str, ...] = ()
     resample: Callable[..., np.ndarray] | None = None
     images: tuple[int, int] | None = None
-    bindings: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    bindings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     facts: tuple[str, ...] = ()
 
     def drops(self, name: str) -> str | None:

@@ -128,6 +128,16 @@ TEXTS: dict[str, frozenset[str]] = {
     ),
 }
 TEXTS["mt5"] = TEXTS["t5"]
+# The text towers of whole models of pairs, by the model_type of their part.
+_OF_TEXT_TOWERS = frozenset(
+    """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    hidden_act layer_norm_eps projection_size projection_dim
+    """.split()
+)
+TEXTS |= dict.fromkeys(
+    ("siglip_text_model", "siglip2_text_model", "clip_text_model"), _OF_TEXT_TOWERS
+)
 # Dropout; tables that rotations and relative positions do without; cache formats.
 _OF_ANY_TEXT = _OF_ANY_CLASS | frozenset(
     """

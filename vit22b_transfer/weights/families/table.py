@@ -2,6 +2,8 @@
 
 from vit22b_transfer.weights.families import (
     gemma,
+    pairs_big_vision,
+    pairs_hugging_face,
     paligemma,
     t5,
     t5x,
@@ -22,5 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     t5.HUGGING_FACE,
     gemma.HUGGING_FACE,
     *paligemma.FAMILIES,
+    *pairs_hugging_face.FAMILIES,
+    *pairs_big_vision.FAMILIES,
     *t5x.FAMILIES,
 )

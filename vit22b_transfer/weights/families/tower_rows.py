@@ -12,7 +12,7 @@ import numpy as np
 
 from vit22b_transfer import UserError
 from vit22b_transfer.host.file_errors import quoted
-from vit22b_transfer.models import vit, vit_positions
+from vit22b_transfer.models import vit, vit_blocks, vit_positions
 from vit22b_transfer.weights.files import config_values
 from vit22b_transfer.weights.mapping import Row, Shape, unrolled_shapes
 from vit22b_transfer.weights.transforms import TRANSPOSE
@@ -69,7 +69,9 @@ def layer_scales(attention: str, mlp: str) -> list[Row]:
     ]
 
 
-def attention(ours: str, theirs: Sequence[str], tower: vit.ViTConfig) -> list[Row]:
+def attention(
+    ours: str, theirs: Sequence[str], tower: vit_blocks.BlockConfig
+) -> list[Row]:
     """Rows of query, key, value and out projections; `theirs` names them."""
     names = ("query", "key", "value", "out")
     biases = (

@@ -38,9 +38,9 @@ _OTHER_PARTS = {
 _ANCHOR = "Transformer/encoder_norm/scale"
 
 
-def _blocks(tensors: Tensors, prefix: str) -> tuple[str, int, bool]:
+def _blocks(tensors: Tensors, encoder: str) -> tuple[str, int, bool]:
     """(name of a block with `{i}`, how many there are, whether they are stacked)."""
-    name = f"{prefix}Transformer/encoderblock"
+    name = f"{encoder}/encoderblock"
     stacked = tensors.get(f"{name}/LayerNorm_0/scale")
     if stacked is not None:
         depth, _ = tr.shape(tensors, f"{name}/LayerNorm_0/scale", 2)
@@ -81,22 +81,50 @@ def sine_positions(width: int, grid: tuple[int, int]) -> np.ndarray:
     return table.astype(np.float32)
 
 
-def _read(config: Mapping[str, Any], tensors: Tensors) -> Model:
-    del config
-    tr.need_tensors(tensors, "big_vision's towers")
-    prefix = tr.find_prefix(tensors, _ANCHOR, _PREFIXES)
-    block, depth, stacked = _blocks(tensors, prefix)
+def encoder_part(
+    tensors: Tensors, encoder: str, ours: str
+) -> tuple[dict[str, int], list[Row]]:
+    """Depth, MLP and heads of an encoder of blocks, and the rows of them and its norm.
+
+    encoder: where it begins there, of images or of texts; ours: our scope of it.
+    """
+    block, depth, stacked = _blocks(tensors, encoder)
     attention = _part(
         tensors,
         block,
         ("MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1"),
     )
     mlp = _part(tensors, block, ("MlpBlock_0", "MlpBlock_3"))
+    second = _part(tensors, block, ("LayerNorm_1", "LayerNorm_2"))
     first = block.replace("_{i}", "" if stacked else "_0")
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         return tr.shape(tensors, f"{first}/{name}", axes + stacked)[int(stacked) :]
 
+    heads = shape(f"{attention}/query/bias", 2)[0]
+    layer = f"{ours}/layers_{{i}}"
+    rows = [
+        *_norm(f"{ours}/encoder_norm", f"{encoder}/encoder_norm"),
+        *per_layer(
+            depth,
+            [
+                *_norm(f"{layer}/norm", f"{block}/LayerNorm_0"),
+                *_norm(f"{layer}/mlp_norm", f"{block}/{second}"),
+                *_attention(heads, layer, f"{block}/{attention}"),
+                *_mlp(layer, f"{block}/{mlp}"),
+            ],
+        ),
+    ]
+    mlp_dim = shape(f"{mlp}/Dense_0/bias", 1)[0]
+    return dict(depth=depth, mlp_dim=mlp_dim, num_heads=heads), rows
+
+
+def read(config: Mapping[str, Any], tensors: Tensors) -> Model:
+    """The image tower of a file, sizes from its tensors."""
+    del config
+    tr.need_tensors(tensors, "big_vision's towers")
+    prefix = tr.find_prefix(tensors, _ANCHOR, _PREFIXES)
+    sizes, blocks = encoder_part(tensors, f"{prefix}Transformer", tr.TOWER)
     kernel = f"{prefix}embedding/kernel"
     naflex = kernel in tensors and len(tensors[kernel].shape) == 2
     kernel = tr.shape(tensors, kernel, 2 if naflex else 4)
@@ -113,9 +141,7 @@ def _read(config: Mapping[str, Any], tensors: Tensors) -> Model:
     resampling = "bilinear_antialiased" if naflex else "bilinear_corners"
     tower = vit.ViTConfig(
         width=kernel[-1],
-        depth=depth,
-        mlp_dim=shape(f"{mlp}/Dense_0/bias", 1)[0],
-        num_heads=shape(f"{attention}/query/bias", 2)[0],
+        **sizes,
         patch_size=patch_size,
         image_size=(side * patch_size, side * patch_size),
         class_token=has_cls,
@@ -125,7 +151,6 @@ def _read(config: Mapping[str, Any], tensors: Tensors) -> Model:
         **tr.SEQUENTIAL,
         **image_processors.squashed(image_processors.HALF),
     )
-    second = _part(tensors, block, ("LayerNorm_1", "LayerNorm_2"))
     rows = [
         Row(
             f"{tr.TOWER}/patch_embedding/kernel",
@@ -134,16 +159,7 @@ def _read(config: Mapping[str, Any], tensors: Tensors) -> Model:
         ),
         Row(f"{tr.TOWER}/patch_embedding/bias", f"{prefix}embedding/bias"),
         *_position_rows(tower, positions, naflex),
-        *_norm(f"{tr.TOWER}/encoder_norm", f"{prefix}Transformer/encoder_norm"),
-        *per_layer(
-            depth,
-            [
-                *_norm(f"{tr.BLOCK}/norm", f"{block}/LayerNorm_0"),
-                *_norm(f"{tr.BLOCK}/mlp_norm", f"{block}/{second}"),
-                *_attention(tower, tr.BLOCK, f"{block}/{attention}"),
-                *_mlp(tr.BLOCK, f"{block}/{mlp}"),
-            ],
-        ),
+        *blocks,
     ]
     if has_cls:
         rows.append(Row(f"{tr.TOWER}/cls/embedding", f"{prefix}cls"))
@@ -178,8 +194,8 @@ def _norm(ours: str, theirs: str) -> list[Row]:
     return [Row(f"{ours}/{x}", f"{theirs}/{x}") for x in ("scale", "bias")]
 
 
-def _attention(tower: vit.ViTConfig, ours: str, theirs: str) -> list[Row]:
-    inward, outward = (join_heads(tower.num_heads, axis=axis) for axis in (1, 0))
+def _attention(num_heads: int, ours: str, theirs: str) -> list[Row]:
+    inward, outward = (join_heads(num_heads, axis=axis) for axis in (1, 0))
     rows = []
     for name in ("query", "key", "value"):
         at = f"{ours}/attention/{name}"
@@ -202,7 +218,7 @@ def _map(tower: vit.ViTConfig, theirs: str) -> list[Row]:
     ours = f"{tr.TOWER}/map"
     return [
         Row(f"{ours}/probe/embedding", f"{theirs}probe"),
-        *_attention(tower, ours, f"{theirs}MultiHeadDotProductAttention_0"),
+        *_attention(tower.num_heads, ours, f"{theirs}MultiHeadDotProductAttention_0"),
         *_norm(f"{ours}/norm", f"{theirs}LayerNorm_0"),
         *_mlp(ours, f"{theirs}MlpBlock_0"),
     ]
@@ -215,7 +231,7 @@ FAMILIES = (
             any(f"{x}{_ANCHOR}" in tensors for x in _PREFIXES)
             and not any("llm/" in name for name in tensors)
         ),
-        _read,
+        read,
         tr.tower_shapes,
         file_format="npz",
     ),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import vit
+from vit22b_transfer.models import vit, vit_blocks
 from vit22b_transfer.weights.families import config_fields, image_processors
 from vit22b_transfer.weights.families import tower_rows as tr
 from vit22b_transfer.weights.files import config_values
@@ -202,16 +202,19 @@ def _read_vit(config: Config, tensors: Config) -> Model:
 # --- SigLIP, SigLIP 2, CLIP: one layout of blocks ---
 
 
-def _encoder_rows(tower: vit.ViTConfig, prefix: str) -> list[Row]:
+def encoder_rows(
+    tower: vit_blocks.BlockConfig, prefix: str, block: str = tr.BLOCK
+) -> list[Row]:
+    """Rows of the blocks of SigLIP's and CLIP's towers, of images and of texts."""
     layer = f"{prefix}encoder.layers.{{i}}"
     names = [f"{layer}.self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
     return per_layer(
         tower.depth,
         [
-            *tr.norm(f"{tr.BLOCK}/norm", f"{layer}.layer_norm1"),
-            *tr.norm(f"{tr.BLOCK}/mlp_norm", f"{layer}.layer_norm2"),
-            *tr.attention(tr.BLOCK, names, tower),
-            *mlp_rows(tr.BLOCK, f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"),
+            *tr.norm(f"{block}/norm", f"{layer}.layer_norm1"),
+            *tr.norm(f"{block}/mlp_norm", f"{layer}.layer_norm2"),
+            *tr.attention(block, names, tower),
+            *mlp_rows(block, f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"),
         ],
     )
 
@@ -243,7 +246,7 @@ def siglip_rows(tower: vit.ViTConfig, prefix: str) -> list[Row]:
     return [
         Row(tr.POSITIONS, f"{prefix}embeddings.position_embedding.weight"),
         *patch_rows(tower, f"{prefix}embeddings.patch_embedding"),
-        *_encoder_rows(tower, prefix),
+        *encoder_rows(tower, prefix),
         *tr.norm(f"{tr.TOWER}/encoder_norm", f"{prefix}post_layernorm"),
         *(map_rows(f"{prefix}head") if tower.pooling == "map" else []),
     ]
@@ -262,7 +265,8 @@ def siglip_tower(config: Config) -> tuple[vit.ViTConfig, image_processors.Images
     return tower, images
 
 
-def _read_siglip(config: Config, tensors: Config) -> Model:
+def read_siglip(config: Config, tensors: Config) -> Model:
+    """The image tower of a SigLIP, or of a SigLIP 2 of one resolution."""
     tower, images = siglip_tower(config)
     anchor = "embeddings.patch_embedding.weight"
     prefix = tr.find_prefix(tensors, anchor, ("", "vision_model."))
@@ -278,7 +282,8 @@ def _read_siglip(config: Config, tensors: Config) -> Model:
     )
 
 
-def _read_naflex(config: Config, tensors: Config) -> Model:
+def read_naflex(config: Config, tensors: Config) -> Model:
+    """The image tower of a SigLIP 2 of any resolution (NaFlex)."""
     config = completed(config, "siglip2_vision_model", NAFLEX_DEFAULTS)
     side = tr.square(config["num_patches"], "config.json") * side_of_patches(config)
     config |= {"image_size": (side, side)}
@@ -295,7 +300,7 @@ def _read_naflex(config: Config, tensors: Config) -> Model:
     rows = [
         Row(tr.POSITIONS, f"{prefix}embeddings.position_embedding.weight"),
         *tr.linear(patches, f"{prefix}embeddings.patch_embedding"),
-        *_encoder_rows(tower, prefix),
+        *encoder_rows(tower, prefix),
         *tr.norm(f"{tr.TOWER}/encoder_norm", f"{prefix}post_layernorm"),
         *(map_rows(f"{prefix}head") if tower.pooling == "map" else []),
     ]
@@ -330,7 +335,8 @@ def _naflex_images(config: Config) -> image_processors.Images:
     return images_of(whole, "Siglip2ImageProcessor", image_processors.HALF)
 
 
-def _read_clip(config: Config, tensors: Config) -> Model:
+def read_clip(config: Config, tensors: Config) -> Model:
+    """The image tower of a CLIP."""
     config = completed(config, "clip_vision_model", CLIP_DEFAULTS)
     images = images_of(config, "CLIPImageProcessor", image_processors.CLIP)
     anchor = "embeddings.patch_embedding.weight"
@@ -355,7 +361,7 @@ def _read_clip(config: Config, tensors: Config) -> Model:
         position_row(f"{prefix}embeddings.position_embedding.weight", ones=0),
         *patch_rows(tower, f"{prefix}embeddings.patch_embedding"),
         *tr.norm(f"{tr.TOWER}/stem_norm", f"{prefix}pre_layrnorm"),
-        *_encoder_rows(tower, prefix),
+        *encoder_rows(tower, prefix),
         *tr.norm(f"{tr.TOWER}/encoder_norm", f"{prefix}post_layernorm"),
     ]
     return Model(
@@ -375,19 +381,19 @@ FAMILIES = (
     Family(
         "hf-siglip",
         has_model_type("siglip", "siglip_vision_model"),
-        _read_siglip,
+        read_siglip,
         tr.tower_shapes,
     ),
     Family(
         "hf-siglip2-naflex",
         has_model_type("siglip2", "siglip2_vision_model"),
-        _read_naflex,
+        read_naflex,
         tr.tower_shapes,
     ),
     Family(
         "hf-clip",
         has_model_type("clip", "clip_vision_model"),
-        _read_clip,
+        read_clip,
         tr.tower_shapes,
     ),
 )
