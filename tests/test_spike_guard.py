@@ -388,12 +388,12 @@ def test_two_processes_skip_and_go_back_together(tmp_path):
     (tmp_path / "recipe.gin").write_text(tiny_processes.RECIPE)
     behind = [f"gin_configs/runs/{name}.gin" for name in ("instruments", "spike_guard")]
     values = {
-        "TRAIN_STEPS": 12,
-        "Periods__checkpoint": 2,
+        "TRAIN_STEPS": 8,
+        "Periods__checkpoint": 1,
         "INSTRUMENTS_EVERY": 4,
         "SpikeGuard__deviations": 1e-6,
         "SpikeGuard__settle_steps": 1,
-        "SpikeGuard__max_skips": 2,
+        "SpikeGuard__max_skips": 1,
     }
     folders = {}
     for count in (1, 2):
