@@ -24,7 +24,7 @@ from vit22b_transfer.evaluation import evaluate
 from vit22b_transfer.inference import infer
 from vit22b_transfer.models import freezing
 from vit22b_transfer.recipes import loading
-from vit22b_transfer.training import optimizers, state, train
+from vit22b_transfer.training import optimizers, resuming, state, train
 
 _REASON = "T5X is not importable: pip install --no-deps -r requirements-t5x.txt"
 t5x_adapter = pytest.importorskip("vit22b_transfer.t5x_adapter", reason=_REASON)
@@ -44,7 +44,10 @@ T5_RECIPE, GEMMA_RECIPE = (
     CONFIGS / f"recipes/{name}.gin" for name in ("scenes_vqa", "scenes_paligemma")
 )
 CLASS_RECIPE = CONFIGS / "recipes/image_folder.gin"
-OF_CLASSES = {"classifier", "class_names", "multi_label"}
+# A head, which the T5 of the recipes lacks, has the strong decay.
+OF_CLASSES = {"classifier", "class_names", "mixup", "multi_label", "optimizer_vit22b"}
+PAIRS_RECIPE = CONFIGS / "recipes/my_pairs.gin"
+OF_PAIRS = {"contrastive", "contrastive_softmax", "text_tower", "text_tower_t5"}
 # Of published sizes: a layer or two in place of all.
 SMALL = {
     "VIT": "'Ti/16'",
@@ -55,6 +58,11 @@ SMALL = {
     "gemma.gemma_config": ("depth",),
 }
 ROWS = 8
+
+
+@pytest.fixture(autouse=True)
+def bytes_as_vocabulary(monkeypatch):
+    monkeypatch.setenv("VIT22B_VOCABULARY", "bytes")
 
 
 def bindings_of(paths, *more):
@@ -165,6 +173,9 @@ def cases():
         if path.stem in OF_CLASSES:
             yield (CLASS_RECIPE, path)
             continue
+        if path.stem in OF_PAIRS:
+            yield (PAIRS_RECIPE, path)
+            continue
         of_gemma = "gemma" in text and "regularization" not in path.stem
         yield (
             GEMMA_RECIPE if of_gemma or path.stem == "prefix_lm" else T5_RECIPE,
@@ -173,6 +184,8 @@ def cases():
         if path.stem in ("frozen_tower", "int8_tower", "lora"):
             yield (GEMMA_RECIPE, path)
             yield (CLASS_RECIPE, path)
+        if path.stem == "frozen_tower":
+            yield (PAIRS_RECIPE, path)
 
 
 # What T5X refuses of the shipped files, and with which words.
@@ -182,6 +195,9 @@ REFUSED = {
     "activations_2d_async": "T5X has no such thing",
     "activations_2d_fsdp": "standard_logical_axis_rules.parameter_partitioning_dims",
     "fsdp": "standard_logical_axis_rules.parameter_partitioning_dims",
+    "instruments": "T5X's step tells nothing of layers",
+    "keep_best": "SaveBestCheckpointer",
+    "spike_guard": "every step of T5X counts",
 }
 
 
@@ -280,7 +296,7 @@ def test_t5x_starts_from_the_same_values_as_our_runtime(name, checkpoint):
     messages = []
     log = types.SimpleNamespace(message=messages.append)
     key, _ = train._keys(0, partitioning)
-    expected = train._initial_params(
+    expected = resuming.initial_params(
         model, made["initial"], key, batch, abstract, partitioning, log
     )
     with in_t5x("train", paths, ON_CPUS, *more) as made:
