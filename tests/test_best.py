@@ -126,7 +126,7 @@ def test_of_equal_values_the_earlier_is_the_best(tmp_path, capsys):
     shown = capsys.readouterr().out
     path = tmp_path / "checkpoint_3"
     assert f"best {NOISE} 0.5000 at step 3: {path}" in shown
-    assert f"--gin.'CHECKPOINT=\"{path}\"'" in shown
+    assert f"--gin.CHECKPOINT=\"'{path}'\"" in shown
     assert f"{NOISE.replace('noise', 'text')}: a\\nb (not logged)" in shown
     assert "generated/tiny/nothing: nan (not logged)" in shown
 
