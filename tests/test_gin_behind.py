@@ -236,7 +236,10 @@ def test_random_crops_and_flips_are_of_training_and_off_by_default(
 @pytest.mark.parametrize(
     "area, message",
     [
-        ("'wide'", r"command line --gin.CROP_AREA: .*crop_area .*must be tuple.*got 'wide'"),
+        (
+            "'wide'",
+            r"command line --gin.CROP_AREA: .*crop_area .*must be tuple.*got 'wide'",
+        ),
         ("(0.5, 0.2)", "least, most"),
     ],
 )
