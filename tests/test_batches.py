@@ -283,8 +283,8 @@ def test_numbers_and_vectors_are_metadata_too():
             lambda ex: {**ex, "label": 7, "boxes": [0.5, 1.5], "pair": ["a", "b"]}
         )
 
-    array_tasks.add_task("labels", array_tasks.ArraySource(1), [with_labels])
-    example = evaluate("labels")[0].examples[0]
+    array_tasks.add_task("with_labels", array_tasks.ArraySource(1), [with_labels])
+    example = evaluate("with_labels")[0].examples[0]
     assert (example["label"], example["boxes"]) == (7, [0.5, 1.5])
     assert example["pair"] == ["a", "b"]
 

@@ -98,6 +98,7 @@ def assert_same_end(directory, straight):
     assert logged(directory) == logged(straight)
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_the_same_checkpoints(tmp_path, straight):
     for step in (4, 7, 10):
         with pytest.raises(tiny_runs.Killed):
@@ -126,7 +127,7 @@ def test_of_equal_values_the_earlier_is_the_best(tmp_path, capsys):
     shown = capsys.readouterr().out
     path = tmp_path / "checkpoint_3"
     assert f"best {NOISE} 0.5000 at step 3: {path}" in shown
-    assert f"--gin.'CHECKPOINT=\"{path}\"'" in shown
+    assert f"--gin.CHECKPOINT=\"'{path}'\"" in shown
     assert f"{NOISE.replace('noise', 'text')}: a\\nb (not logged)" in shown
     assert "generated/tiny/nothing: nan (not logged)" in shown
 

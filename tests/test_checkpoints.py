@@ -226,6 +226,9 @@ def test_an_unwritable_model_dir_is_named(tmp_path):
 def test_a_path_without_a_checkpoint_says_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="there is no directory"):
         reading.resolve(str(tmp_path / "nothing"))
+    (tmp_path / ".lock").write_text("")
+    with pytest.raises(ValueError, match="It holds: nothing"):
+        reading.resolve(str(tmp_path))
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match="It holds: notes.txt"):
         reading.resolve(str(tmp_path))

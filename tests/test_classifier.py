@@ -17,7 +17,7 @@ from vit22b_transfer import UserError
 from vit22b_transfer.models import classifier, freezing, lora
 from vit22b_transfer.models import mixup as mixing
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training import inputs, steps
+from vit22b_transfer.training import inputs, microbatches
 
 CLASSES = 7
 SIZE = tiny_models.IMAGE_SIZE
@@ -304,8 +304,8 @@ def test_mixup_is_of_training_alone_and_learns_both_labels(params):
 
 
 def test_mixup_refuses_microbatches_and_a_share_that_cannot_be_drawn():
-    steps.check_microbatches(model_of(), 2)
+    microbatches.check(model_of(), 2)
     with pytest.raises(UserError, match="num_microbatches=2, but the loss"):
-        steps.check_microbatches(model_of(mixup=0.2), 2)
+        microbatches.check(model_of(mixup=0.2), 2)
     with pytest.raises(UserError, match="alpha -1.0; it must be above 0"):
         model_of(mixup=-1.0)

@@ -41,6 +41,7 @@ def gradients(model, params, batch, partitioning):
         return tiny_models.jit(function)(params)
 
 
+@pytest.mark.slow
 def test_chunked_and_whole_losses_train_alike_on_one_device_and_on_eight():
     module = tiny_pairs.module(first_bias=None)
     batch = tiny_pairs.batch(8, missing=[3])
@@ -348,6 +349,7 @@ def test_pairs_are_learned_and_what_is_no_pair_is_counted(run):
     assert result.counters["skipped_images"] > 0
 
 
+@pytest.mark.slow
 def test_zero_shot_classes_and_retrieval_of_a_checkpoint(run, registered, tmp_path):
     folder, _ = run
     results = evaluate.evaluate_checkpoint(
@@ -385,6 +387,7 @@ def test_zero_shot_classes_and_retrieval_of_a_checkpoint(run, registered, tmp_pa
         assert pairs.metrics[f"{name}_recall@5"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_a_run_of_pairs_is_resumed_to_the_bit(run, tmp_path):
     folder, _ = run
     shutil.copytree(folder / "checkpoint_20", tmp_path / "checkpoint_20")

@@ -171,7 +171,7 @@ def test_a_huge_entry_makes_no_huge_message(folder):
     entry = {"id": ["x" * 100_000] * 9, "file_name": {"a": {"b": {"c": ["d"] * 999}}}}
     with pytest.raises(UserError, match="field 'id' has a wrong type") as error:
         coco(folder, {"images": [entry], "annotations": []}).num_records("train")
-    assert len(str(error.value)) < 600
+    assert len(str(error.value)) < 700
 
 
 def test_all_entries_of_a_coco_file_are_named_by_id_and_place(folder):
@@ -197,7 +197,9 @@ def test_all_entries_of_a_coco_file_are_named_by_id_and_place(folder):
 
 def test_texts_for_a_vocabulary_are_checked_too(folder):
     coco(folder, replaced(COCO, ("annotations", 1, "caption"), HALF))
-    with pytest.raises(UserError, match=r"c\.json: annotations\[1\]: field 'caption'"):
+    with pytest.raises(
+        UserError, match=r"c\.json: .*annotations\[1\]: field 'caption'"
+    ):
         vocabularies.train([folder / "c.json"], folder / "v.model", vocab_size=300)
 
 

@@ -83,6 +83,7 @@ def test_the_images_of_an_example_keep_their_order(folder):
     assert last.examples[0]["inputs_pretokenized"] == "answer en same?"
 
 
+@pytest.mark.slow
 def test_a_model_answers_from_both_images(folder):
     registered(source_of(folder, [pairs("dark.png", "light.png")] * 2))
     (batch,), _ = read()

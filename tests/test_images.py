@@ -1,6 +1,8 @@
+import concurrent.futures
 import io
 import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data import images
+from vit22b_transfer.data.records import Tally
 from vit22b_transfer.models.preparation import Preparation
 
 RED = (200, 30, 40)
@@ -185,6 +188,32 @@ def test_broken_exif_data_leave_an_image_upright(file_format, exif):
     assert images.decode(turned).shape == (40, 20, 3)
 
 
+def test_broken_exif_data_are_told_once_with_the_image_and_counted(
+    caplog, recwarn, monkeypatch
+):
+    monkeypatch.setattr(images, "_NOTED", Tally())
+    monkeypatch.setattr(images, "_TOLD", {})
+    exif = b"Exif\0\0" + BROKEN_EXIF[3]
+    data = encode(halves(), "JPEG", exif=exif)
+
+    def read(number):
+        return images.read_whole(data, name=f"image '{number}'")
+
+    images.read_whole(data, name="image 'first'")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(20)))
+    warnings.warn("a user's own", stacklevel=1)
+    assert [str(warning.message) for warning in recwarn] == ["a user's own"]
+    (told,) = caplog.messages
+    assert told.startswith("image 'first' has broken EXIF data (Corrupt EXIF data. ")
+    for _ in range(2):
+        images.tell_noted()
+    assert caplog.messages[1:] == [
+        "21 images so far have something broken beside their pixels, which are whole: "
+        "EXIF"
+    ]
+
+
 PROFILE = b"Raw profile type exif\0"
 TURN_TEXT = b"\nexif\n%8d\n%s\n" % (len(EXIF_6), EXIF_6.hex().encode())
 
@@ -305,7 +334,7 @@ def test_enormous_images_are_refused_before_decoding():
     data = bytearray(encode(Image.new("L", (10, 10)), "PNG"))
     data[16:24] = struct.pack(">II", 60_000, 60_000)  # the header alone lies
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    with pytest.raises(ValueError, match="too large to decode"):
+    with pytest.raises(ValueError, match="too large.*60000x60000 = 3,.* limit of 89,4"):
         images.decode(bytes(data))
     small = encode(Image.new("L", (200, 100)), "PNG")
     with pytest.raises(ValueError, match=r"200x100 = 20,000 pixels .* limit of 19,999"):

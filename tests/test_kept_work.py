@@ -1,5 +1,6 @@
 """What a run does so that no work is lost: what it saves, keeps, and goes on from."""
 
+import ast
 import dataclasses
 import errno
 import json
@@ -170,8 +171,8 @@ def test_the_ways_on_that_are_told_of_a_damaged_checkpoint_work(
     gin_file, *bindings = shlex.split(add)
     assert gin_file == "--gin_file=gin_configs/runs/from_checkpoint.gin"
     values = dict(b.removeprefix("--gin.").split("=", 1) for b in bindings)
-    initial = InitialCheckpoint(json.loads(values["INITIAL_CHECKPOINT"]))
-    run(json.loads(values["MODEL_DIR"]), initial=initial, total_steps=2)
+    initial = InitialCheckpoint(ast.literal_eval(values["INITIAL_CHECKPOINT"]))
+    run(ast.literal_eval(values["MODEL_DIR"]), initial=initial, total_steps=2)
     program, old, new = shlex.split(move)
     assert program == "mv"
     os.rename(old, new)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tasks import classification
 from vit22b_transfer import UserError
-from vit22b_transfer.data import batches, class_lists, label_converters
+from vit22b_transfer.data import batches, class_lists, label_converters, tasks
 from vit22b_transfer.data.labelled_sources import (
     ClassFolderSource,
     LabelFiles,
@@ -281,7 +281,11 @@ def test_batches_have_labels_with_padding_and_what_evaluation_needs(folder):
 @pytest.mark.parametrize(
     "num_classes, length, message",
     [
-        (4, 3, "label .*4.* of image .*b.png.* is out of range: .*4 classes.*0 to 3"),
+        (
+            4,
+            3,
+            "label 4 of image b.png is out of range: the model's 4 classes .*0 to 3",
+        ),
         (5, 1, "image 'b.png' has 2 labels, the feature length is 1"),
     ],
 )
@@ -302,17 +306,46 @@ def test_the_converter_alone_refuses_too_many_labels_and_drops_doubles():
     tiny_classifier.register("doubles", 2, make=example)
     found, _ = read("doubles", split="test")
     np.testing.assert_array_equal(found[0][0]["labels"], [[3, 1, 0]] * 2)
-    with pytest.raises(UserError, match="labels .*of image 0 .*at most 1 .*got 2"):
+    with pytest.raises(UserError, match="labels of image 0 are at most 1 by .*got 2"):
         read("doubles", lengths=LENGTHS | {"labels": 1}, split="test")
 
 
-def test_images_without_labels_are_counted(folder):
+def test_nothing_is_lost_of_a_task_without_any_labels(folder):
     classification.register_classification(
         "new", ImageFolderSource({"test": folder}), metric_fns=()
     )
     found, counts = read("new", split="test")
-    assert counts["without_labels"] == counts["examples"] == 3
+    assert counts["without_labels"] == 0 and counts["examples"] == 3
     assert not any(batch["label_weights"].any() for batch, _ in found)
+    assert "label_ids" not in found[0][1][0]
+
+
+def test_an_image_that_is_no_ascii_is_named_as_it_is(folder):
+    (folder / "a.png").rename(folder / "caf\N{LATIN SMALL LETTER E WITH ACUTE}'s.png")
+    lines = "file_name,label\ncaf\N{LATIN SMALL LETTER E WITH ACUTE}'s.png,car\n"
+    classification.register_classification("labels", labelled(folder, lines, ".csv"))
+    with pytest.raises(UserError, match="of image caf\u00e9's.png is out of range"):
+        read("labels", 4)
+
+
+@pytest.mark.parametrize("num_classes", [4, 6])
+def test_a_model_has_as_many_classes_as_the_list_of_its_task(folder, num_classes):
+    lines = "file_name,label\na.png,animal\n"
+    classification.register_classification("labels", labelled(folder, lines, ".csv"))
+    model = tiny_classifier.classifier(num_classes=num_classes)
+    message = f"has 5 names, but the model has {num_classes} .*NUM_CLASSES=5"
+    data = TrainData("labels", "train", LENGTHS, 2)
+    with pytest.raises(UserError, match=message):
+        data.batches(model, ONE_DEVICE, seed=0, start_step=0)
+    names = class_lists.names(folder / "classes.txt")
+    model = tiny_classifier.classifier(
+        num_classes=num_classes, class_names=lambda: names
+    )
+    with pytest.raises(
+        UserError, match=f"has 5 names, but the model has {num_classes}"
+    ):
+        tasks.check_classes("labels", model)
+    tasks.check_classes("labels", tiny_classifier.classifier(num_classes=5))
 
 
 def test_an_option_of_texts_is_refused():
@@ -395,6 +428,7 @@ def test_a_feature_that_a_data_set_of_tfds_lacks_is_said(tfds_folder):
 # --- All of it ---
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns_what_no_pixel_tells(tmp_path):
     """Stripes at four angles, in random colours: chance is one in four."""
     root = tiny_classifier.draw_folders(tmp_path)

@@ -231,6 +231,7 @@ def test_every_parameter_has_logical_axes_that_have_rules():
 
 
 @pytest.mark.parametrize("name", ["Gemma, scanned"])
+@pytest.mark.slow
 def test_sharded_updates_train_as_unsharded_ones(name):
     model, params = trained(name)
     updates, base = freezing.split_frozen(params, model.frozen)
@@ -279,6 +280,7 @@ def write_checkpoint(folder, model, params):
     return reading.checkpoint_path(folder, 1)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_plain_checkpoint_trains_the_updates_and_nothing_else(
     base, tmp_path, capsys
 ):

@@ -112,6 +112,7 @@ def test_a_mesh_trains_evaluates_and_infers_like_one_device(one_device, tmp_path
     assert [x["prediction"] for x in ours[3]] == [x["prediction"] for x in lines]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_device_evaluates_on_a_mesh(one_device, tmp_path):
     folder, (_, _, scores, lines) = one_device
     partitioning = partitioning_of("activations_2d")

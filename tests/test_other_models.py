@@ -183,7 +183,7 @@ def test_the_converter_says_which_lengths_are_asked_for(lengths, message):
 
 def test_a_loss_over_the_batch_refuses_microbatches():
     model = classifier()
-    model.loss_spans_batch = True
+    model.mixup = 0.2
     optimizer = model.optimizer_def
     steps.make_update(model, optimizer, ONE_DEVICE)
     with pytest.raises(UserError, match="compares all examples of a batch"):
@@ -231,6 +231,7 @@ class PoolingTower(nn.Module):
         return towers.TowerOutput(x, pooled, {})
 
 
+@pytest.mark.slow
 def test_a_tower_that_is_no_vit_is_paired_with_a_text_model():
     model = tiny_models.image_text_model(PoolingTowerConfig())
     params = tiny_models.model_params(model)

@@ -231,6 +231,7 @@ def test_knobs_are_ranked_by_what_they_leave_and_name_their_gin_lines():
             assert knob.plan.memory["optimizer"] < 0.5 * plan.memory["optimizer"]
 
 
+@pytest.mark.slow
 def test_the_search_finds_the_fastest_mesh_that_fits():
     plan = plan_of("plain", 8)
     found = advice.meshes(plan)

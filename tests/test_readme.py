@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_classifier
 from shell_commands import (
     no_tasks,
     recorded_calls,
@@ -128,6 +129,20 @@ def own_data(tmp_path):
     broken.write_bytes(broken.read_bytes()[:100])
     use_one_device(tmp_path)
     return tmp_path, broken.name
+
+
+@pytest.mark.slow
+def test_my_classes_runs_as_written(tmp_path, capfd):
+    tiny_classifier.draw_folders(tmp_path, train=4, validation=2, size=32)
+    shutil.copytree(tmp_path / "validation", tmp_path / "new_images")
+    use_one_device(tmp_path)
+    run_in_process(block("test: my-classes"), tmp_path)
+    path = tmp_path / "trial" / "my_unlabelled_images-test-checkpoint_20.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    names = (tmp_path / "classes.txt").read_text().split()
+    assert len(lines) == 8 and {line["class_name"] for line in lines} <= set(names)
+    assert not any("metadata" in line for line in lines)
+    assert "without_labels" not in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -192,11 +192,13 @@ def test_captions_beside_a_folder_are_read(tmp_path, folder, name, mark):
 
 def test_a_folder_gives_its_images_in_the_order_of_their_paths(tmp_path, caplog):
     folder = write_images(tmp_path / "new", "b.png", "a/z.jpg", "a/B.JPEG")
-    (folder / "notes.md").write_text("hello")
+    for name in ("notes.md", "a/b.heic", "a/a.psd", "x.md"):
+        (folder / name).write_text("hello")
     with caplog.at_level(logging.WARNING):
         found = examples(ImageFolderSource({"test": folder}), "test")
     assert [e["image_id"] for e in found] == [b"a/B.JPEG", b"a/z.jpg", b"b.png"]
-    assert "1 files do not end in" in caplog.text
+    assert "4 files do not end in .bmp" in caplog.text
+    assert "left out: a/a.psd, a/b.heic, notes.md, ..." in caplog.text
     assert all(e["target"] == b"" and not len(e["references"]) for e in found)
 
 

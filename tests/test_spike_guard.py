@@ -311,6 +311,7 @@ def test_frozen_parameters_and_microbatches_are_guarded_alike(tmp_path):
     assert freezing.frozen_mask(saved_params(tmp_path, model), model.frozen)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_go_back_says_so(tmp_path):
     with pytest.raises(UserError, match="4 steps in a row .* no good checkpoint"):
         guarded(
@@ -332,6 +333,7 @@ def test_a_run_that_cannot_go_back_says_so(tmp_path):
     assert reading.complete_steps(str(tmp_path / "b")) == [4, 44, 48]
 
 
+@pytest.mark.slow
 def test_the_table_of_injected_spikes(monkeypatch):
     """What `benchmarks/spike_guard_table.py` claims, of all its cases."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")

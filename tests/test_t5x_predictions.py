@@ -80,12 +80,12 @@ def test_an_unreadable_image_has_an_error_and_no_prediction(trained, tmp_path):
     assert len(lines) == len(expected) == NUM_IMAGES
     for line, ours in zip(lines, expected, strict=True):
         for name in ("image_id", "prediction"):
-            assert line[name] == ours[name]
+            assert line.get(name) == ours.get(name)
         assert line.get("error") == ours.get("error")
         assert line["inputs"]["inputs_pretokenized"] == ours["prompt"]
         assert line["inputs"]["image_id"] == ours["image_id"]
     (bad,) = [line for line in lines if "error" in line]
-    assert bad["image_id"] == f"{BAD_IMAGE}.png" and bad["prediction"] is None
+    assert bad["image_id"] == f"{BAD_IMAGE}.png" and "prediction" not in bad
     assert all(isinstance(line["prediction"], str) for line in lines if line != bad)
     assert not any("image_error" in line["inputs"] for line in lines)
 

@@ -456,6 +456,18 @@ def test_long_texts_can_be_errors(scenes_here, register):
     assert len(examples(task, "test")) == task.num_input_examples("test")
 
 
+def test_a_long_text_is_cut_in_messages(register, tmp_path, caplog):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_text(f"file_name,caption\na.png,{'x' * 50_000}\n")
+    files = CaptionFiles(tmp_path / "a.csv", tmp_path)
+    task = register(register_captioning, "long", CaptionFileSource({"test": files}))
+    with caplog.at_level(logging.WARNING):
+        examples(task, "test", LENGTHS)
+    (message,) = caplog.messages
+    assert message.endswith("xx'... (50,000 characters) (later ones are only counted)")
+    assert len(message) < 400
+
+
 def test_a_text_that_just_fits_is_whole(scenes_here):
     task = seqio.TaskRegistry.get("scenes_vqa")
     whole = examples(task, "test")

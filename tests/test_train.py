@@ -80,6 +80,40 @@ def test_a_signal_stops_after_the_step_with_a_resumable_state(
     assert_same_end(tmp_path, uninterrupted)
 
 
+def test_a_signal_before_the_first_step_stops_before_it(tmp_path, uninterrupted, capfd):
+    stop = Data(events={0: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    result = run(tmp_path, data=stop)
+    assert result.interrupted and (result.step, result.checkpoint) == (0, "")
+    assert reading.latest_step(str(tmp_path)) is None
+    shown = capfd.readouterr()
+    assert "SIGTERM: stopping after what is running; again: at once" in shown.err
+    assert "stopped: no checkpoint yet, no loss was logged" in shown.out
+    with pytest.raises(tiny_runs.Killed):
+        run(tmp_path, data=Data(dies_at=7))
+    stop = Data(events={5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    result = run(tmp_path, data=stop)
+    assert result.interrupted and result.step == 5
+    assert not run(tmp_path).interrupted
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_logged_steps_without_a_checkpoint_are_told_and_done_again(
+    tmp_path, uninterrupted, capsys
+):
+    with pytest.raises(tiny_runs.Killed):
+        run(tmp_path, data=Data(dies_at=4))
+    capsys.readouterr()
+    with pytest.raises(tiny_runs.Killed):
+        run(tmp_path, data=Data(dies_at=8))
+    again = "logged steps have no whole checkpoint"
+    assert f"4 {again} (1 to 4): they are done again" in capsys.readouterr().out
+    run(tmp_path)
+    assert f"3 {again} (6 to 8)" in capsys.readouterr().out
+    run(tmp_path)
+    assert again not in capsys.readouterr().out
+    assert_same_end(tmp_path, uninterrupted)
+
+
 KILLED_RUN = """
 import os, signal, sys
 import tiny_runs

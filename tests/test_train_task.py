@@ -71,14 +71,20 @@ def run(model_dir, data_class=TrainData, the_model=None, **arguments):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Of the files of the task, which is registered."""
+    folder = tmp_path_factory.mktemp("train_task")
+    tiny_captions.write_folder(folder)
+    tiny_captions.register(TASK, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
     """Two directories: of a straight run and of one that was killed at step 3.
 
     What is drawn at random of their images is drawn again by the one that goes on.
     """
-    folder = tmp_path_factory.mktemp("train_task")
-    tiny_captions.write_folder(folder)
-    tiny_captions.register(TASK, folder)
     drawn = Augmentation(crop_area=(0.05, 1.0), flip=True)
     result = run(folder / "straight", augmentation=drawn)
     with pytest.raises(tiny_runs.Killed):
@@ -125,7 +131,7 @@ def test_skipped_images_are_counted_to_the_end(runs):
     assert result.counters["skipped_images"] > 0
 
 
-def test_a_task_in_another_vocabulary_cannot_train_the_model(runs, tmp_path):
+def test_a_task_in_another_vocabulary_cannot_train_the_model(folder, tmp_path):
     other = model(seqio.ByteVocabulary(extra_ids=5))
     with pytest.raises(ValueError, match="has inputs in the vocabulary"):
         run(tmp_path, the_model=other)

@@ -38,6 +38,9 @@ def test_behind_every_recipe_it_shortens_all_three_commands(path):
         root = root_of(command)
         arguments = loading.arguments(recipe, root, [str(ROOT)])
         if command == "train":
+            told = loading.trial(recipe, [str(ROOT)])
+            steps = read_recipe(path).macros["TRAIN_STEPS"][0]
+            assert f"a trial: 20 of the recipe's {steps} steps" in told
             assert arguments["total_steps"] == 20
             assert arguments["data"].batch_size == 8
             assert isinstance(arguments["eval_data"], inputs.EvalData)
@@ -70,6 +73,7 @@ def test_a_trial_runs_and_says_that_it_is_one(name, tmp_path, monkeypatch, capsy
     for command in ("train", "eval", "infer"):
         assert cli.main([command, *common]) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
+    assert "a trial: 2 of the recipe's " in shown
     written = tmp_path / "trial" / "scenes_vqa-test-checkpoint_2-first_16.jsonl"
     assert len(list(read_lines(str(written)))) == 16
     record = json.loads((tmp_path / "trial" / f"{written.name}.run.json").read_text())

@@ -8,7 +8,7 @@ import tiny_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vit22b_transfer import UserError
+from vit22b_transfer import UserError, cli
 from vit22b_transfer.checkpoints import identity
 from vit22b_transfer.data import vocabularies
 from vit22b_transfer.demo import scenes
@@ -183,11 +183,27 @@ def test_texts_are_read_from_every_format(tmp_path):
 def test_files_without_texts_are_refused(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"annotations": [{"bbox": [1, 2, 3, 4]}]}))
-    with pytest.raises(ValueError, match="neither COCO captions nor VQAv2.*bbox"):
+    with pytest.raises(ValueError, match="neither of COCO captions nor of VQAv2.*bbox"):
         vocabularies.train([path], tmp_path / "a.model", vocab_size=300)
     path.write_text(json.dumps({"annotations": [{"caption": "  "}]}))
     with pytest.raises(ValueError, match="no text to train"):
         vocabularies.train([path], tmp_path / "a.model", vocab_size=300)
+
+
+def test_captions_that_are_no_texts_are_left_out_where_that_is_asked_for(
+    tmp_path, capsys, caplog
+):
+    captions = [{"caption": caption} for caption in ("a dog", 7, None, "a cat")]
+    path, made = tmp_path / "a.json", tmp_path / "a.model"
+    path.write_text(json.dumps({"annotations": captions}))
+    command = ["vocab", "--out", str(made), "--vocab_size", "280", str(path)]
+    assert cli.main([*command, "--on_bad_record=error"]) == 1
+    shown = capsys.readouterr().err
+    assert r"annotations[1]: field 'caption' has a wrong type (int) in" in shown
+    assert "add --on_bad_record=skip" in shown and not made.exists()
+    assert cli.main([*command, "--on_bad_record=skip"]) == 0
+    assert made.exists()
+    assert "skipped 2 x malformed entry (annotations[1]: " in caplog.text
 
 
 # --- Control tokens and T5's extra ids ---

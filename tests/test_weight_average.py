@@ -147,10 +147,14 @@ def test_a_checkpoint_without_one_and_another_optimizer_are_refused(trained, tmp
     run(tmp_path, plain, total_steps=2)
     with pytest.raises(UserError, match="no average .* without ema_decay.*ema.gin"):
         average_in(tmp_path, plain)
-    with pytest.raises(UserError, match="optimizer state is of another optimizer"):
+    with pytest.raises(UserError, match="optimizer.ema_decay was not set, is now 0.6"):
         run(tmp_path, model(), total_steps=4)
+    # What is kept does not fit, allowed or not.
+    allowed = {"allow_changes": ("optimizer",)}
+    with pytest.raises(UserError, match="optimizer state is of another optimizer"):
+        run(tmp_path, model(), total_steps=4, **allowed)
     with pytest.raises(UserError, match="weight_average.*not in the model"):
-        run(trained, plain, total_steps=14)
+        run(trained, plain, total_steps=14, **allowed)
     other = LinearModel(optimizer(), vocab_size=tiny_runs.VOCAB + 1)
     with pytest.raises(UserError, match="vocabular"):
         average_in(trained, other)

@@ -4,7 +4,7 @@ import harness
 import pytest
 import run
 
-CASES = 150
+CASES = 100
 
 
 @pytest.mark.parametrize("module", harness.modules())

@@ -6,15 +6,14 @@ whenever the machine stops; nothing else says which is the best.
 
 import dataclasses
 import difflib
-import json
 import math
 import os
-import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading
+from vit22b_transfer.host.gin_arguments import gin_argument
 
 # In a checkpoint's record: {metric: value} of its step.
 MEASURED = "measured"
@@ -69,10 +68,10 @@ class KeepBest:
             return f"no checkpoint was measured by {self.metric}, so none is the best"
         step, value = ranked[0]
         path = reading.checkpoint_path(os.path.abspath(model_dir), step)
-        binding = shlex.quote(f"CHECKPOINT={json.dumps(path)}")
         return (
             f"best {self.metric} {value:.4f} at step {step}: {path} "
-            f"(`vit22b eval` and `infer` take it with --gin.{binding})"
+            f"(`vit22b eval` and `infer` take it with "
+            f"{gin_argument('CHECKPOINT', path)})"
         )
 
     def check_name(self, known: Iterable[str], what: str) -> None:

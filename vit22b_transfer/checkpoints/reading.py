@@ -92,7 +92,8 @@ def resolve(path: str) -> str:
         return checkpoint_path(absolute, step)
     if not os.path.isdir(absolute):
         raise UserError(f"checkpoint {path!r}: there is no directory {absolute}.")
-    holds = ", ".join(sorted(os.listdir(absolute))[:_SHOWN]) or "nothing"
+    shown = [name for name in sorted(os.listdir(absolute)) if not name.startswith(".")]
+    holds = ", ".join(shown[:_SHOWN]) or "nothing"
     raise UserError(
         f"checkpoint {path!r}: {absolute} is no finished checkpoint and holds no "
         f"checkpoint_<step> that is one. It holds: {holds}."

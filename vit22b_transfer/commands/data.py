@@ -20,6 +20,12 @@ def add_to(add: Add) -> None:
     command.add_argument(
         "captions", nargs="+", help="COCO or VQAv2 .json, .jsonl, or .txt files"
     )
+    command.add_argument(
+        "--on_bad_record",
+        choices=("error", "skip"),
+        default="error",
+        help="whether an entry without a text stops it, or is left out and counted",
+    )
     command = add("tasks", _tasks, "List the registered tasks and mixtures.")
     command.add_argument(
         "--import",
@@ -35,7 +41,12 @@ def _vocab(args: argparse.Namespace) -> None:
     with without_startup_notes():
         from vit22b_transfer.data import vocabularies
 
-    made = vocabularies.train(args.captions, args.out, vocab_size=args.vocab_size)
+    made = vocabularies.train(
+        args.captions,
+        args.out,
+        vocab_size=args.vocab_size,
+        on_bad_record=args.on_bad_record,
+    )
     print(f"{args.out}: {made.vocab_size} pieces")
 
 

@@ -70,6 +70,13 @@ def _run(args: argparse.Namespace) -> None:
     module, _, function = FUNCTIONS[args.command].rpartition(".")
     root = getattr(importlib.import_module(module), function)
     call = loading.install(recipe, root, paths)
+    if args.command == "train" and (said := loading.trial(recipe, paths)):
+        import jax
+
+        from vit22b_transfer.host import progress
+
+        console = progress.console(quiet=jax.process_index() > 0)
+        console.print(said, markup=False)
     try:
         call()
     except UserError as error:

@@ -25,6 +25,8 @@ from vit22b_transfer.host import json_files
 _REPR = reprlib.Repr()
 _REPR.maxdict, _REPR.maxlist, _REPR.maxlevel = 8, 4, 3
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+# One of them is the text of an entry of COCO's captions or of VQAv2.
+_TEXT_FIELDS = ("caption", "question", "multiple_choice_answer")
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -57,7 +59,8 @@ def missing_field(entry: Any, **types: type | tuple[type, ...]) -> str:
             return f"field {field!r} is missing in {_REPR.repr(entry)}"
         value = entry[field]
         if not isinstance(value, kind) or isinstance(value, bool):
-            return f"field {field!r} has a wrong type in {_REPR.repr(entry)}"
+            found = type(value).__name__
+            return f"field {field!r} has a wrong type ({found}) in {_REPR.repr(entry)}"
         if isinstance(value, str) and (problem := half_character(value)):
             return f"field {field!r} {problem} in {_REPR.repr(entry)}"
     return ""
@@ -257,37 +260,42 @@ def _answers(entries):
     return f"answers[{number}]: {problems[number]}"
 
 
-def read_texts(paths: Iterable[PathLike]) -> Iterator[str]:
+def read_texts(
+    paths: Iterable[PathLike], on_bad_record: str = "error"
+) -> Iterator[str]:
     """All captions, questions and answers in files of any format of this module.
 
-    A `.txt` line without a tab is a text as a whole. Bad entries are errors.
+    A `.txt` line without a tab is a text as a whole. Bad entries are errors, or with
+    `on_bad_record='skip'` are left out, counted and logged.
     """
     for path in map(resolve_path, paths):
+        bad = BadRecords(on_bad_record, str(path), "add --on_bad_record=skip")
         if path.suffix.lower() == ".txt":
             for _, line in text_files.lines(path):
                 yield line.partition("\t")[2] or line
         elif path.suffix.lower() == ".json":
-            yield from _json_texts(path)
+            yield from _json_texts(path, bad)
         else:
-            for _, _, caption in read_caption_lines(
-                path, BadRecords("error", str(path))
-            ):
+            for _, _, caption in read_caption_lines(path, bad):
                 yield caption
+        bad.log()
 
 
-def _json_texts(path):
+def _json_texts(path, bad):
     content = read_json(path)
     key = "questions" if isinstance(content, dict) and "questions" in content else ""
     key = key or "annotations"
     for number, entry in enumerate(json_list(content, key, path, "COCO or VQAv2")):
-        for field in ("caption", "question", "multiple_choice_answer"):
-            if isinstance(entry, dict) and isinstance(entry.get(field), str):
-                break
-        else:
-            raise UserError(
-                f"{path} is neither COCO captions nor VQAv2: no caption, question or "
-                f"multiple_choice_answer in {_REPR.repr(entry)}."
+        there = entry if isinstance(entry, dict) else {}
+        fields = [field for field in _TEXT_FIELDS if field in there]
+        texts = [field for field in fields if isinstance(entry[field], str)]
+        if not fields:
+            bad.add(
+                "an entry that is neither of COCO captions nor of VQAv2",
+                f"{key}[{number}]: no caption, question or multiple_choice_answer in "
+                f"{_REPR.repr(entry)}",
             )
-        if problem := half_character(entry[field]):
-            raise UserError(f"{path}: {key}[{number}]: field {field!r} {problem}.")
-        yield entry[field]
+        elif problem := missing_field(entry, **{(texts or fields)[0]: str}):
+            bad.add("malformed entry", f"{key}[{number}]: {problem}")
+        else:
+            yield entry[texts[0]]

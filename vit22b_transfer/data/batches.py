@@ -10,7 +10,7 @@ import seqio
 import tensorflow as tf
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import placement, streams
+from vit22b_transfer.data import images, placement, streams
 from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.converters import Lengths, feature_specs, known_shape
 from vit22b_transfer.data.host_batches import (
@@ -132,6 +132,7 @@ class Batches(Generic[Item], Iterator[Item]):
     def close(self) -> None:
         """Stops reading; iteration is over."""
         self._items.close()
+        images.tell_noted()
 
     def __enter__(self) -> "Batches[Item]":
         return self

@@ -15,7 +15,7 @@ from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.indexed_source import IndexedSource
-from vit22b_transfer.data.records import BadRecords, Record
+from vit22b_transfer.data.records import BadRecords, Record, quoted
 
 NAME_FIELD = "{}"
 # What stands in `question_id` of a row that is a prompt and no image.
@@ -58,7 +58,7 @@ def prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[list[s
         clean = cleaned(name)
         if not clean:
             raise UserError(
-                f"class name {name!r} has no letters or digits; give it a name."
+                f"class name {quoted(name)} has no letters or digits; give it a name."
             )
         if clean in seen:
             raise UserError(

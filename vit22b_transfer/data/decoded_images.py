@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 
-from vit22b_transfer.data.images import USUAL, read_image, read_whole
+from vit22b_transfer.data.images import USUAL, prepare, read_whole
 from vit22b_transfer.models.preparation import Preparation
 
 
@@ -27,15 +27,18 @@ class DecodedImages:
         source: bytes | str,
         size: tuple[int, int] | None = None,
         how: Preparation = USUAL,
+        *,
+        name: str = "an image",
     ) -> np.ndarray:
-        """`read_image` of encoded bytes, or of the file at a path.
+        """`read_image` of encoded bytes called `name`, or of the file at a path.
 
         Without a size `read_whole`.
         """
         key = (source, size, how)
         pixels = self._images.get(key) if isinstance(source, str) else None
         if pixels is None:
-            pixels = read_image(source, size, how) if size else read_whole(source)
+            pixels = read_whole(source, name=name)
+            pixels = prepare(pixels, size, how) if size else pixels
             with self._lock:
                 fits = self._bytes + pixels.nbytes <= self._max_bytes
                 if isinstance(source, str) and fits and key not in self._images:

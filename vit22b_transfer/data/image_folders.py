@@ -4,13 +4,14 @@ import logging
 import os
 import pathlib
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from vit22b_transfer.data.records import MissingFilesError
+from vit22b_transfer.data.records import MissingFilesError, printable
 
 # Files that macOS puts beside others where it cannot store what it knows of them; such
 # as `._photo.jpg`, which is no image.
 _BESIDE_OTHERS = "._"
+_SHOWN, _SHOWN_LENGTH = 3, 80
 
 
 class ImageFolder:
@@ -108,3 +109,23 @@ class ImageFolder:
             )
         for error in unread:
             log.warning("%s: a folder is left out: %r", self.root, error)
+
+
+def tell_others(
+    root: pathlib.Path, suffixes: Sequence[str], others: Sequence[str]
+) -> None:
+    """Logs how many files are no images by their names, if there are any, and which.
+
+    others: their paths.
+    """
+    if others:
+        paths = sorted(os.path.relpath(path, root) for path in others)[:_SHOWN]
+        shown = ", ".join(printable(path)[-_SHOWN_LENGTH:] for path in paths)
+        logging.getLogger(__name__).warning(
+            "%s: %d files do not end in %s and are left out: %s%s",
+            root,
+            len(others),
+            ", ".join(suffixes),
+            shown,
+            ", ..." if len(others) > _SHOWN else "",
+        )

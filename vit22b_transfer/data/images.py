@@ -4,6 +4,7 @@ How they are resized is a `models.preparation.Preparation`; the default squashes
 aspect ratio to the size asked for, as PaliGemma does. Nothing is ever padded.
 """
 
+import contextlib
 import io
 import logging
 import os
@@ -14,8 +15,8 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import image_extras
-from vit22b_transfer.data.records import printable
+from vit22b_transfer.data import image_extras, image_warnings
+from vit22b_transfer.data.records import Tally, printable
 from vit22b_transfer.host import memory_limit
 from vit22b_transfer.models.preparation import FILTERS, Preparation
 
@@ -56,8 +57,10 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What was wrong beside the pixels of images so far.
-_NOTED: set[str] = set()
+# What was wrong beside the pixels of images so far, and of how many that was told.
+_NOTED = Tally()
+_TOLD: dict[str, int] = {}
+_SHOWN_WARNING = 200
 
 
 def read_image(
@@ -70,16 +73,18 @@ def read_image(
 
 
 def read_whole(
-    source: bytes | str | os.PathLike,
+    source: bytes | str | os.PathLike, *, name: str = "an image"
 ) -> UInt8[np.ndarray, "rows columns 3"]:
     """The image in a file or in encoded bytes, of the size that it has.
+
+    name: what the log calls encoded bytes.
 
     Raises:
       UserError: it cannot be read or has more than `MAX_PIXELS` pixels; the message
         says why but not which image it is, unless a path was given.
     """
     if isinstance(source, bytes):
-        return decode(source)
+        return decode(source, name=name)
     name = printable(os.fspath(source))
     try:
         if not stat.S_ISREG(os.stat(source).st_mode):
@@ -89,72 +94,108 @@ def read_whole(
     except OSError as e:
         raise UserError(f"{name}: {e.strerror or e}") from e
     try:
-        return decode(data)
+        return decode(data, name=name)
     except ValueError as e:
         raise UserError(f"{name}: {e}") from e
 
 
 def decode(
-    data: bytes, *, max_pixels: int = MAX_PIXELS
+    data: bytes, *, max_pixels: int = MAX_PIXELS, name: str = "an image"
 ) -> UInt8[np.ndarray, "height width 3"]:
     """RGB pixels of an encoded image, upright as its EXIF orientation says.
 
     Transparent parts lie on white, 16-bit grey is scaled to 8 bits, of an animation the
     first frame is taken. What a file says beside its pixels (profiles, texts, sizes) is
     left out where it is broken, and an orientation that cannot be read is upright: the
-    first of each kind is logged.
+    first of each kind is logged with the image's `name`, all are counted.
     """
     if not data:
         raise UserError("the file is empty (0 bytes)")
     try:
-        return _decoded(data, max_pixels)
+        return _decoded(data, max_pixels, name)
     except UserError:
         raise
     except Exception as e:
+        if isinstance(e, Image.DecompressionBombError):
+            raise _TooLarge(_size_in_header(data), max_pixels) from e
         # Pillow's plugins raise many types (OSError, SyntaxError, struct.error, ...).
         repaired = image_extras.without_broken(data)
         broken = f" (broken: {repaired.broken})" if repaired.broken else ""
         if not repaired.left_out:
             raise _refusal(e, broken) from e
         try:
-            pixels = _decoded(repaired.data, max_pixels)
+            pixels = _decoded(repaired.data, max_pixels, name)
         except Exception as again:
             raise _refusal(again, broken) from again
         kind, _, _ = repaired.left_out.rpartition(" ")
-        _note(kind, f"a broken {repaired.left_out}, which is left out")
+        _note(name, kind, f"a broken {repaired.left_out}, which is left out")
         return pixels
 
 
-def _decoded(data, max_pixels):
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        width, height = image.size
-        if width * height > max_pixels:
-            raise _TooLarge(width, height, max_pixels)
-        with _DECODING.holding(_BYTES_PER_PIXEL * width * height):
-            image.load()  # which also turns a TIFF
-            turned = _UPRIGHT.get(_orientation(image))
-            upright = image if turned is None else image.transpose(turned)
-            return np.asarray(_to_rgb(upright))
+def _decoded(data, max_pixels, name):
+    with image_warnings.heard() as heard:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise _TooLarge(image.size, max_pixels)
+            with _DECODING.holding(_BYTES_PER_PIXEL * width * height):
+                image.load()  # which also turns a TIFF
+                turned = _UPRIGHT.get(_orientation(image, name))
+                upright = image if turned is None else image.transpose(turned)
+                pixels = np.asarray(_to_rgb(upright))
+    for text in dict.fromkeys(heard):
+        text = printable(" ".join(text.split()))[:_SHOWN_WARNING]
+        if "EXIF" in text or "Metadata" in text:
+            _note(name, "EXIF", f"broken EXIF data ({text})")
+        else:
+            _note(name, "other warnings of Pillow", f"a fault ({text})")
+    return pixels
 
 
-def _orientation(image):
+def _orientation(image, name):
     """EXIF's orientation, 1 (upright) if there is none or it cannot be read."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception as e:
         what = f"broken EXIF data ({printable(str(e))}) and is taken to be upright"
-        _note("EXIF", what)
+        _note(name, "EXIF", what)
         return 1
     return orientation if isinstance(orientation, int) else 1
 
 
-def _note(kind, what):
-    if kind not in _NOTED:
-        _NOTED.add(kind)
+def _note(name, kind, what):
+    if _NOTED.add(kind, name):
         logging.getLogger(__name__).warning(
-            "an image has %s; its pixels are whole (others like it are not logged)",
-            what,
+            "%s has %s; its pixels are whole (later ones are only counted)", name, what
         )
+
+
+def tell_noted() -> None:
+    """Logs in how many images something beside the pixels is broken, by kind.
+
+    Of a kind with one image nothing is said, which the log has named; nor if there are
+    no more than when it was last told.
+    """
+    counts = _NOTED.counts()
+    more = [kind for kind, n in counts.items() if n > _TOLD.get(kind, 1)]
+    _TOLD.update(counts)
+    for kind in more:
+        logging.getLogger(__name__).warning(
+            "%d images so far have something broken beside their pixels, which are "
+            "whole: %s",
+            counts[kind],
+            kind,
+        )
+
+
+def _size_in_header(data):
+    """(width, height) of an image that Pillow refuses to open; None if not known."""
+    for name in _FORMATS:
+        make, accepts = Image.OPEN[name]
+        if accepts is None or accepts(data[:16]) is True:
+            with contextlib.suppress(Exception), make(io.BytesIO(data), "") as image:
+                return image.size
+    return None
 
 
 def _refusal(error, broken):
@@ -166,16 +207,15 @@ def _refusal(error, broken):
             f"not an image in a known format ({', '.join(_FORMATS)}), or its header is "
             f"corrupt{broken}"
         )
-    if isinstance(error, Image.DecompressionBombError):
-        return UserError(f"the image is too large to decode: {error}")
     return UserError(f"corrupt or truncated image: {printable(str(error))}{broken}")
 
 
 class _TooLarge(UserError):
-    def __init__(self, width, height, max_pixels):
+    def __init__(self, size, max_pixels):
+        pixels = f"{size[0]}x{size[1]} = {size[0] * size[1]:,}" if size else "its"
         super().__init__(
-            f"{width}x{height} = {width * height:,} pixels are more than the limit of "
-            f"{max_pixels:,}; scale the image down"
+            f"the image is too large to decode: {pixels} pixels are more than the "
+            f"limit of {max_pixels:,}; scale it down"
         )
 
 

@@ -23,13 +23,13 @@ import tensorflow as tf
 from vit22b_transfer import UserError
 from vit22b_transfer.data.image_folders import ImageFolder
 from vit22b_transfer.data.records import (
+    BAD_RECORD_POLICIES,
     BadRecords,
     Record,
     check_choice,
     resolve_path,
 )
 
-_BAD_RECORD_POLICIES = ("error", "skip")
 _SCALARS = ("image_path", "image_id", "question_id", "question", "target")
 _KINDS = ("answer_type", "question_type")
 
@@ -96,7 +96,7 @@ class IndexedSource(RandomAccessSource):
         on_bad_record: str = "error",
         paths_outside: bool = False,
     ):
-        check_choice("on_bad_record", on_bad_record, _BAD_RECORD_POLICIES)
+        check_choice("on_bad_record", on_bad_record, BAD_RECORD_POLICIES)
         self._split_to_files = dict(split_to_files)
         self._on_bad_record = on_bad_record
         self._paths_outside = paths_outside

@@ -22,7 +22,7 @@ class ImageLabelFeatureConverter(ImageFeatureConverter):
     once. The feature length of `labels` is the most that an example may have. The batch
     has them with 0 behind, `label_weights` (float32) being 1 for a label and 0 for
     padding: an example without labels weighs nothing, and is counted
-    (`without_labels`) if its image can be read.
+    (`without_labels`) if its image can be read, but not of a task without any.
 
     Raises:
       UserError: while iterating, naming the example, for an id out of range or more
@@ -98,7 +98,7 @@ class ImageLabelFeatureConverter(ImageFeatureConverter):
         """The different labels of an example, all of them ids of classes."""
         labels = example["labels"]
         labels, _ = tf.unique(labels)
-        of = [" of image", example["image_id"]] if "image_id" in example else []
+        of = ["of image", example["image_id"]] if "image_id" in example else []
         wrong = tf.boolean_mask(labels, (labels < 0) | (labels >= self.num_classes))
         in_range = tf.debugging.Assert(
             tf.equal(tf.size(wrong), 0),
@@ -116,11 +116,11 @@ class ImageLabelFeatureConverter(ImageFeatureConverter):
             [
                 "labels",
                 *of,
-                ": at most",
+                "are at most",
                 length,
-                "expected, but got",
+                "by their feature length, but got",
                 tf.size(labels),
-                ". Raise the feature length of labels.",
+                "(raise the feature length of labels).",
             ],
         )
         with tf.control_dependencies([in_range, few]):

@@ -60,7 +60,10 @@ def keep_labels(
 
     An example without labels has empty ones. More of them than the feature length are
     an error that names the image: SeqIO would cut them off in silence.
+    A source that gives no labels has no `label_ids` either, and says that its examples
+    are not such that lack theirs (`without_labels`: False).
     """
+    has_labels = "labels" in feature_specs(dataset)
     limit = (sequence_length or {}).get("labels")
 
     def check(labels, image_id):
@@ -78,14 +81,16 @@ def keep_labels(
         labels = tf.numpy_function(check, [labels, image_id], tf.int32, stateful=False)
         labels = tf.ensure_shape(labels, [None])
         bad = tf.not_equal(example["image_error"], "")
-        return {
+        kept = {
             "images": example["images"],
             "labels": labels[: tf.where(bad, 0, tf.int32.max)],
-            "label_ids": labels,
-            "label_names": example.get("references", tf.zeros([0], tf.string)),
             "image_id": image_id,
             "image_error": example["image_error"],
         }
+        if not has_labels:
+            return kept | {"without_labels": tf.constant(False)}
+        names = example.get("references", tf.zeros([0], tf.string))
+        return kept | {"label_ids": labels, "label_names": names}
 
     return map_examples(dataset, keep)
 

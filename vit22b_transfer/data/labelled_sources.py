@@ -15,6 +15,7 @@ from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data import annotations, class_lists
+from vit22b_transfer.data.image_folders import tell_others
 from vit22b_transfer.data.indexed_source import IndexedSource
 from vit22b_transfer.data.records import (
     BadRecords,
@@ -40,7 +41,7 @@ class LabelFiles:
     images: PathLike
 
 
-class _LabelledSource(IndexedSource):
+class LabelledSource(IndexedSource):
     """What both have in common: classes, and records of labelled images."""
 
     def __init__(
@@ -86,7 +87,7 @@ class _LabelledSource(IndexedSource):
             )
 
 
-class ClassFolderSource(_LabelledSource):
+class ClassFolderSource(LabelledSource):
     """A folder per split, with a folder of images for each class in it.
 
     Images may lie deeper in the folder of their class. They are in the order of their
@@ -100,14 +101,14 @@ class ClassFolderSource(_LabelledSource):
 
     def _read(self, split, files, bad):
         classes, folder = self.classes(), self._folder(files)
-        records, others = [], 0
+        records, others = [], []
         for directory, names in folder.walk():
             inside = os.path.relpath(directory, folder.root)
             class_name = inside.split(os.sep)[0]
             number = classes.id_of(os.fsencode(class_name).decode(errors="replace"))
             for name in names:
                 if not name.lower().endswith(IMAGE_SUFFIXES):
-                    others += 1
+                    others.append(os.path.join(directory, name))
                     continue
                 path = os.path.join(directory, name)
                 image_id = os.path.relpath(path, folder.root)
@@ -119,18 +120,12 @@ class ClassFolderSource(_LabelledSource):
                     bad.add(_UNKNOWN, f"{image_id}: folder {said}")
                 else:
                     records.append(self._record(path, image_id, [number], classes))
-        if others:
-            logging.getLogger(__name__).warning(
-                "%s: %d files do not end in %s and are left out",
-                folder.root,
-                others,
-                ", ".join(IMAGE_SUFFIXES),
-            )
+        tell_others(folder.root, IMAGE_SUFFIXES, others)
         self._warn_of_missing_classes(split, records, classes)
         return sorted(records, key=lambda record: record.image_id)
 
 
-class LabelFileSource(_LabelledSource):
+class LabelFileSource(LabelledSource):
     """An image folder with a `.jsonl` or `.csv` file of labels.
 
     - `.jsonl`: `{"file_name": "a.jpg", "labels": ["cat", "pet"]}`, or `"label": "cat"`

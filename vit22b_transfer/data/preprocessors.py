@@ -31,9 +31,11 @@ from vit22b_transfer.data.converters import feature_specs, map_examples
 from vit22b_transfer.data.decoded_images import SMALL_SETS, WHOLE_IMAGES
 from vit22b_transfer.data.images import RESIZE_METHODS, prepare
 from vit22b_transfer.data.records import (
+    OWN_TASK,
     Tally,
     check_choice,
     half_character,
+    quoted,
 )
 from vit22b_transfer.models.preparation import Preparation
 
@@ -188,18 +190,18 @@ def load_images(
     if drawn:
         dataset = augmentation.with_keys(dataset)
 
-    def pixels_of(image):
+    def pixels_of(image, name):
         if isinstance(image, np.ndarray):
             return image if drawn else prepare(image, (height, width), how)
         if image == "":  # the text of a class has none
             return np.zeros((height, width, 3), np.uint8)
         if isinstance(image, str) and half_character(image):
-            name = os.fsencode(os.path.basename(image))
-            name = name.decode(errors="backslashreplace")
-            raise UserError(f"the file name is no UTF-8 text: {name}; rename the file")
+            file = os.fsencode(os.path.basename(image))
+            file = file.decode(errors="backslashreplace")
+            raise UserError(f"the file name is no UTF-8 text: {file}; rename the file")
         if drawn:
-            return WHOLE_IMAGES.read(image)
-        return SMALL_SETS.read(image, (height, width), how)
+            return WHOLE_IMAGES.read(image, name=name)
+        return SMALL_SETS.read(image, (height, width), how, name=name)
 
     def read(images, image_id):
         name = _shown(image_id)
@@ -209,12 +211,13 @@ def load_images(
                 f"'images' asks for {count}; make them equal."
             )
         try:
-            pixels = [pixels_of(image) for image in images]
+            pixels = [pixels_of(image, f"image {name}") for image in images]
         except ValueError as e:
             if options.on_bad_image == "error":
                 raise UserError(
                     f"image {name}: {e}. Remove it, or register the task with "
-                    "on_bad_image='skip' to leave out bad images and count them."
+                    f"on_bad_image='skip' ({OWN_TASK}) to leave out bad images and "
+                    "count them."
                 ) from None
             if tally.add("bad image", f"{name}: {e}"):
                 logging.getLogger(__name__).warning(
@@ -365,7 +368,7 @@ def encode_text(
 
 
 def _shown(text):
-    return repr(text.decode(errors="backslashreplace"))
+    return quoted(text.decode(errors="backslashreplace"))
 
 
 def references_and_predictions(

@@ -12,9 +12,17 @@ from collections.abc import Sequence
 from vit22b_transfer import UserError
 
 PathLike = str | os.PathLike
+BAD_RECORD_POLICIES = ("error", "skip")
 
 _SHOWN_ITEMS = 5
 _SHOWN_LENGTH = 400
+_QUOTED_LENGTH = 200
+# Where a user says that bad records or images are to be left out.
+OWN_TASK = (
+    "in the task's file: copy one of the package's, such as tasks/my_captions.py, into "
+    "./tasks"
+)
+_ADVICE = f"give the source on_bad_record='skip' ({OWN_TASK})"
 
 
 class MissingFilesError(UserError):
@@ -110,12 +118,16 @@ class Tally:
 
 
 class BadRecords:
-    """Applies `on_bad_record` to each problem: 'error' raises, 'skip' counts."""
+    """Applies `on_bad_record` to each problem: 'error' raises, 'skip' counts.
 
-    def __init__(self, on_bad_record: str, origin: str):
+    advice: how to leave out and count such records, in an error.
+    """
+
+    def __init__(self, on_bad_record: str, origin: str, advice: str = _ADVICE):
+        check_choice("on_bad_record", on_bad_record, BAD_RECORD_POLICIES)
         self.tally = Tally()
         self._skip = on_bad_record == "skip"
-        self._origin = origin
+        self._origin, self._advice = origin, advice
 
     def add(self, reason: str, detail: str) -> None:
         """Raises UserError naming the item, or counts it, as the policy says.
@@ -126,8 +138,7 @@ class BadRecords:
         if not self._skip:
             raise UserError(
                 f"{self._origin}: {reason}: {_shortened(detail)}. Correct the data, or "
-                "give the source on_bad_record='skip' to leave out such records and "
-                "count them."
+                f"{self._advice} to leave out such records and count them."
             )
         self.tally.add(reason, detail)
 
@@ -142,6 +153,13 @@ class BadRecords:
 def _shortened(text):
     """A stranger's text may be of any length."""
     return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 3]}..."
+
+
+def quoted(text: str) -> str:
+    """A stranger's text in quotes, for a message: escaped; a long one is cut off."""
+    if len(text) <= _QUOTED_LENGTH:
+        return repr(text)
+    return f"{text[:_QUOTED_LENGTH]!r}... ({len(text):,} characters)"
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

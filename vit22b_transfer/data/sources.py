@@ -6,7 +6,6 @@
 import collections
 import dataclasses
 import functools
-import logging
 import os
 import string
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from vit22b_transfer.data.annotations import (
     read_json,
     vqa_answers,
 )
+from vit22b_transfer.data.image_folders import tell_others
 from vit22b_transfer.data.images import IMAGE_FORMATS
 from vit22b_transfer.data.indexed_source import IndexedSource
 from vit22b_transfer.data.records import (
@@ -296,7 +296,7 @@ class ImageFolderSource(IndexedSource):
 
     def _read(self, split, files, bad):
         folder = self._folder(files)
-        records, others = [], 0
+        records, others = [], []
         for directory, names in folder.walk():
             for name in names:
                 path = os.path.join(directory, name)
@@ -305,12 +305,6 @@ class ImageFolderSource(IndexedSource):
                     image_id = os.fsencode(image_id).decode(errors="backslashreplace")
                     records.append(Record(path, image_id))
                 else:
-                    others += 1
-        if others:
-            logging.getLogger(__name__).warning(
-                "%s: %d files do not end in %s and are left out",
-                folder.root,
-                others,
-                ", ".join(IMAGE_SUFFIXES),
-            )
+                    others.append(path)
+        tell_others(folder.root, IMAGE_SUFFIXES, others)
         return sorted(records, key=lambda record: record.image_id)

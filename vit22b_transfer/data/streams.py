@@ -1,5 +1,6 @@
 """Example streams: the examples of SeqIO tasks in a chosen order, from any position."""
 
+import codecs
 import inspect
 import logging
 import re
@@ -22,6 +23,7 @@ from vit22b_transfer.data.converters import (
     map_examples,
 )
 from vit22b_transfer.data.order import HostShard, ReadingPlan, stream_key
+from vit22b_transfer.data.records import printable
 from vit22b_transfer.data.tasks import RandomAccess
 
 logger = logging.getLogger(__name__)
@@ -289,7 +291,9 @@ def fitted(
     """The converter's task features, texts cut to their lengths, and what batches need.
 
     A text counts as truncated if it is here, or if the task says that it was
-    (`truncated_<name>`). A vector that the task does not have becomes an empty one.
+    (`truncated_<name>`). A vector that the task does not have becomes an empty one. An
+    evaluation counts no empty one of a task that says that it has none at all
+    (`without_<name>`: False).
 
     Adds `image_id` (for error messages), `example_flags` (int32, one per name in
     `converter.flags`) and `example_metadata` (one string per feature that `metadata`
@@ -320,6 +324,9 @@ def fitted(
         error = example.get("image_error", tf.constant(""))
         for name in converter.COUNTED_EMPTY:
             empty = tf.equal(tf.size(result[name]), 0)
+            if metadata != example_metadata.TRAINING:
+                said = example.get(f"without_{name}")
+                empty = empty if said is None else said
             counted.append(tf.logical_and(empty, tf.equal(error, "")))
         result["example_flags"] = tf.cast(tf.stack([error != "", *counted]), tf.int32)
         result["image_id"] = tf.as_string(example.get("image_id", tf.constant("")))
@@ -369,4 +376,10 @@ def _raised_text(message: str) -> str | None:
     if raised:
         return raised[1]
     failed = re.search(r"assertion failed: \[(.*)\]", message)
-    return failed[1].replace("] [", " ") if failed else None
+    return _unescaped(failed[1].replace("] [", " ")) if failed else None
+
+
+def _unescaped(text: str) -> str:
+    """A text as it was before TensorFlow put C's escapes into it, on one line."""
+    content = codecs.escape_decode(text.encode())[0]
+    return printable(content.decode(errors="backslashreplace"))

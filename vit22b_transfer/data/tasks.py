@@ -10,7 +10,7 @@ import seqio
 import tensorflow as tf
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import class_lists, vocabularies
+from vit22b_transfer.data import class_lists, labelled_sources, vocabularies
 from vit22b_transfer.data.records import MissingFilesError, MissingSplitError
 
 # Of a line of a description, as terminals have it.
@@ -237,6 +237,26 @@ def check_vocabularies(task_name: str, model: Any) -> None:
             raise UserError(
                 f"task {task_name!r} has {feature} in the vocabulary {theirs}, but the "
                 f"model's {attribute} is {ours}. Register the task with the model's."
+            )
+
+
+def check_classes(task_name: str, model: Any) -> None:
+    """Raises UserError unless a classifier has as many classes as are listed.
+
+    The lists are the model's own (`class_names`) and that of the task's source.
+    """
+    num_classes = getattr(getattr(model, "module", None), "num_classes", None)
+    if num_classes is None:
+        return
+    _ = getattr(model, "class_names", None)  # which says what is wrong with it
+    source = task_named(task_name).source
+    if isinstance(source, labelled_sources.LabelledSource):
+        listed = len(source.classes().names)
+        if listed != num_classes:
+            raise UserError(
+                f"the class list of task {task_name!r} has {listed} names, but the "
+                f"model has {num_classes} classes. Set NUM_CLASSES={listed}, or give "
+                "the task the list that the model was trained with."
             )
 
 

@@ -107,19 +107,26 @@ def _check_ids(content, path):
         )
 
 
-def train(files: Sequence[PathLike], path: PathLike, *, vocab_size: int) -> Vocabulary:
+def train(
+    files: Sequence[PathLike],
+    path: PathLike,
+    *,
+    vocab_size: int,
+    on_bad_record: str = "error",
+) -> Vocabulary:
     """A SentencePiece vocabulary of the texts in the files, written to `path`.
 
     `files`: COCO captions or VQAv2 `.json`, or `.jsonl`, `.csv`, `.txt`. The words of
     the default prompts are added. Ids as T5's: 0 padding, 1 end, 2 unknown. All
     characters of the texts are covered and any other falls back to bytes, so no text
-    becomes unknown. The same files in the same order give the same vocabulary.
+    becomes unknown. The same files in the same order give the same vocabulary. A bad
+    entry is an error, or with `on_bad_record='skip'` is left out and counted.
 
     Raises:
       UserError: there is no text, or `vocab_size` is more than the texts support.
     """
     target = resolve_path(path)
-    texts = [" ".join(text.split()) for text in read_texts(files)]
+    texts = [" ".join(text.split()) for text in read_texts(files, on_bad_record)]
     texts = [text for text in texts if text]
     if not texts:
         raise UserError(f"no text to train a vocabulary from in {list(files)}.")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data.records import quoted
 
 
 class Scored(NamedTuple):
@@ -28,8 +29,8 @@ def checked_references(targets: Sequence[Iterable[str]]) -> list[list[str]]:
     for index, references in enumerate(targets):
         if isinstance(references, str | bytes):
             raise UserError(
-                f"targets[{index}] is a single text, {references!r}; put the "
-                "references of each example into a list, even if it is one."
+                f"targets[{index}] is a single text, {quoted(str(references))}; put "
+                "the references of each example into a list, even if it is one."
             )
         references = list(references)
         for reference in references:
@@ -60,5 +61,6 @@ def checked_predictions(
 def _check_text(value: object, what: str) -> None:
     if not isinstance(value, str):
         raise UserError(
-            f"{what} is {value!r} of type {type(value).__name__}; it must be a str."
+            f"{what} is {quoted(str(value))} of type {type(value).__name__}; it must "
+            "be a str."
         )

@@ -207,6 +207,7 @@ def predict_split(
     # An unknown name or a wrong vocabulary is an error before anything is written.
     registered.task_names(data.task, data.split)
     registered.check_vocabularies(data.task, restored.model)
+    registered.check_classes(data.task, restored.model)
     console = progress.console(quiet=jax.process_index() > 0)
     files = PredictionFiles(
         _output_path(output, data, restored),

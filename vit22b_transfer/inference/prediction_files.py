@@ -257,7 +257,7 @@ def read_lines(path: str) -> Iterator[dict[str, Any]]:
 
 def is_empty(line: Mapping[str, Any]) -> bool:
     """Whether a prediction was made and is blank."""
-    prediction = line["prediction"]
+    prediction = line.get("prediction")
     return isinstance(prediction, str) and not prediction.strip()
 
 
@@ -276,12 +276,15 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     is_line = (
         isinstance(line, dict)
         and type(line.get("index")) is int
-        and "prediction" in line
-        and ("error" in line or isinstance(line.get("score"), int | float))
+        and ("error" in line or _is_prediction(line))
         and isinstance(line.get("metadata", {}), dict)
         and all(isinstance(text, str) for text in _texts(line))
     )
     return line if is_line else None
+
+
+def _is_prediction(line):
+    return "prediction" in line and isinstance(line.get("score"), int | float)
 
 
 def _texts(line):

@@ -22,9 +22,11 @@ ERROR_FEATURE = "image_error"
 # Features of an example that lines of T5X get beside what T5X writes.
 IN_LINES_OF_T5X = {"image_id", ERROR_FEATURE}
 # What a line leaves out where there is none: of captions the question, of new images
-# what could be scored against. A target may be empty beside references.
+# what could be scored against, of images without labels those. A target may be
+# empty beside references.
 _NO_QUESTION: dict[str, Any] = {"question_id": ""}
 _NO_TARGET: dict[str, Any] = {"targets_pretokenized": "", "references": []}
+_NO_LABELS: dict[str, Any] = {"label_ids": [], "label_names": []}
 
 
 def of_batch(
@@ -45,7 +47,7 @@ def of_batch(
         )
         error = example.get(ERROR_FEATURE)
         if error:
-            predicted = dict.fromkeys(predicted)
+            predicted = {}
         elif not all(
             np.isfinite(x).all() for x in jax.tree.leaves(_numbers(predicted))
         ):
@@ -68,14 +70,14 @@ def of_batch(
 def of_t5x(line: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
     """A line of T5X with its example's `image_id`, and `error` if there is one.
 
-    line: `inputs`, and what the model says of them: null in a line with an error.
+    line: `inputs`, and what the model says of them: not in a line with an error.
     example: those of `IN_LINES_OF_T5X` that there are, as bytes or numbers.
     """
     told = {name: _text_or_number(value) for name, value in example.items()}
     error = told.pop(ERROR_FEATURE, "")
     said = {name: value for name, value in line.items() if name != "inputs"}
     inputs = {n: v for n, v in line["inputs"].items() if n != ERROR_FEATURE}
-    said = dict.fromkeys(said) if error else said
+    said = {} if error else said
     return told | {"inputs": inputs} | said | ({"error": error} if error else {})
 
 
@@ -108,6 +110,8 @@ def example_features(line: Mapping[str, Any]) -> dict[str, Any]:
     What a line leaves out where there is none is there, and empty.
     """
     example = dict(line.get("metadata", {})) | _NO_QUESTION
+    if isinstance(line.get("prediction"), int):  # a class
+        example = _NO_LABELS | example
     if not line.keys() & set(_AFTER.values()):
         example |= _NO_TARGET
     for feature, name in (_BEFORE | _AFTER).items():
@@ -127,7 +131,7 @@ def example_aux(line: Mapping[str, Any]) -> dict[str, Any]:
 def _without_empty(example):
     empty = [
         nothing
-        for nothing in (_NO_QUESTION, _NO_TARGET)
+        for nothing in (_NO_QUESTION, _NO_TARGET, _NO_LABELS)
         if all(example.get(name, value) == value for name, value in nothing.items())
     ]
     names = set().union(*empty)

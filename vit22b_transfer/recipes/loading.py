@@ -26,6 +26,9 @@ from vit22b_transfer.recipes.reader import (
     short_name,
 )
 
+# The file of trials, and the macro of the number of steps that it sets.
+_TRIAL, _STEPS = "runs/try.gin", "TRAIN_STEPS"
+
 
 def read(
     files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str]
@@ -111,6 +114,22 @@ def arguments(
     """What gin would call `root` with, built but not used."""
     install(recipe, root, search_paths)
     return gin.get_bindings(root)
+
+
+def trial(recipe: Recipe, search_paths: Sequence[str]) -> str:
+    """What a training says if gin_configs/runs/try.gin is behind its recipe; else "".
+
+    Such as "a trial: 20 of the recipe's 5000 steps; its scores say nothing".
+    """
+    others = [file for file in recipe.files if not file.endswith(_TRIAL)]
+    if len(others) == len(recipe.files) or _STEPS not in recipe.macros:
+        return ""
+    whole = recipe.nothing_yet()
+    for file in others:
+        Reader(whole, search_paths, ()).read(file, "named on the command line")
+    taken, of = recipe.resolved(MacroUse(_STEPS)), whole.macros.get(_STEPS, (None,))[0]
+    told = f"{taken} of the recipe's {of}" if isinstance(of, int) else taken
+    return f"a trial: {told} steps; its scores say nothing"
 
 
 def other_data(recipe: Recipe, root: Callable[..., Any], split: str) -> str:

@@ -103,6 +103,7 @@ class TrainData:
 
         for task in registered.task_names(self.task, self.split):
             registered.check_vocabularies(task, model)
+            registered.check_classes(task, model)
         lengths = augmentation.train_lengths(
             self.task, self.feature_lengths, self.augmentation
         )
@@ -141,6 +142,7 @@ class EvalData:
         from vit22b_transfer.data import tasks as registered
 
         registered.check_vocabularies(task, model)
+        registered.check_classes(task, model)
         read_as = batch_arguments(
             self.cache, model, task, self.split, self.feature_lengths
         )

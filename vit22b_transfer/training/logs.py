@@ -34,15 +34,20 @@ class RunLog:
     def start(self, step: int, *, to_evaluate: bool = False) -> None:
         """Opens the files, to go on after `step`, or with the evaluation of that step.
 
-        What an earlier, killed run logged beyond it is removed: those steps are taken
-        again. So are lines that cannot be read, which are counted. So call it when
-        nothing can fail any more.
+        What an earlier, killed run logged beyond it is removed and told: those steps
+        are taken again. So are lines that cannot be read, which are counted. So call it
+        when nothing can fail any more.
         """
         if not self._is_writer:
             return
         path = os.path.join(self._model_dir, METRICS_FILE)
         whole_files.remove_unfinished(path)
-        self._losses, damaged = _drop_lines_after(path, step, to_evaluate)
+        self._losses, damaged, last = _drop_lines_after(path, step, to_evaluate)
+        if last > step:
+            self.message(
+                f"{last - step} logged steps have no whole checkpoint ({step + 1} to "
+                f"{last}): they are done again"
+            )
         if damaged:
             self.message(
                 f"{path}: {damaged} lines were cut off or damaged, as by a power cut; "
@@ -195,20 +200,22 @@ class _TensorBoardFile:
 def _drop_lines_after(path, step, to_evaluate):
     """Keeps the whole lines of steps up to `step`, but not the evaluation to be done.
 
-    Returns their losses, and how many lines could not be read.
+    Returns their losses, how many lines could not be read, and the last step of all.
     """
-    losses, damaged = [], 0
+    losses, damaged, last = [], 0, 0
     if not os.path.isfile(path):
-        return losses, damaged
+        return losses, damaged, last
     with open(path, "rb") as lines, whole_files.replacing(path, "wb") as kept:
         for line in lines:
             values = _values(line)
             if values is None:
                 damaged += 1
-            elif values["step"] <= step - (to_evaluate and _is_evaluation(values)):
+                continue
+            last = max(last, values["step"])
+            if values["step"] <= step - (to_evaluate and _is_evaluation(values)):
                 kept.write(line)
                 losses += _losses(values)
-    return losses, damaged
+    return losses, damaged, last
 
 
 def _values(line):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Key
 
 from vit22b_transfer.checkpoints import best, damage, identity, reading, restoring
 from vit22b_transfer.host import whole_files
+from vit22b_transfer.host.gin_arguments import gin_argument
 from vit22b_transfer.models import freezing
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import finite, measures
@@ -149,10 +150,7 @@ def _way_on(model_dir: str, step: int) -> str:
         )
     good = reading.checkpoint_path(model_dir, older[-1])
     values = {"INITIAL_CHECKPOINT": good, "MODEL_DIR": f"{model_dir}_2"}
-    bindings = " ".join(
-        "--gin." + shlex.quote(f"{name}={json.dumps(value)}")
-        for name, value in values.items()
-    )
+    bindings = " ".join(gin_argument(name, value) for name, value in values.items())
     return (
         f"The older {os.path.basename(good)} is there: move the damaged one away with "
         f"`{move}`, and the same command goes on from step {older[-1]}. To begin anew "

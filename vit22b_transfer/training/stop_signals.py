@@ -11,6 +11,9 @@ from jax.experimental import multihost_utils
 class StopSignals:
     """While entered, these signals only set a flag; a second one acts as ever.
 
+    Standard error tells of the first, since a step may take long, and what comes before
+    it longer.
+
     SIGHUP, of a terminal that is closed, is left alone where it is ignored, as under
     `nohup`. With several processes JAX notes SIGTERM, and SIGHUP is passed on as one:
     one process is enough, and all agree on a point to stop at.
@@ -57,6 +60,11 @@ class StopSignals:
     def _receive(self, number, frame):
         self._received = True
         self.__exit__()
+        # Not `print`: the signal may have come in the middle of one.
+        name = signal.Signals(number).name
+        os.write(
+            2, f"{name}: stopping after what is running; again: at once\n".encode()
+        )
 
     def _pass_on(self, number, frame):
         self.__exit__()

@@ -65,7 +65,7 @@ class Periods:
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. `interrupted`: by a signal, to be started again.
+    """How a run ended. `interrupted`: by a signal; before a step `checkpoint` is "".
 
     `counters`: what this session was given, and what was lost of it, as in
     `data.batches.BatchCounters`.
@@ -166,6 +166,7 @@ def fine_tune(
                     log.message(line)
 
         # 3. Batches: the stream goes on at the step to be taken.
+        signals = stack.enter_context(StopSignals())
         batches = data.batches(model, partitioning, seed=seed, start_step=start_step)
         stack.callback(batches.close)
         inputs.check_splits(eval_data)
@@ -259,12 +260,11 @@ def fine_tune(
 
         # 7. The loop: batch, step, log, evaluate, save.
         stack.enter_context(partitioning.activate())
-        signals = stack.enter_context(StopSignals())
         log.start(start_step, to_evaluate=bool(to_measure))
         writer.sweep()
         step = saved_step = start_step
-        metrics, stopping = {}, False
-        if due := to_measure:
+        metrics, stopping = {}, signals.asked()
+        if (due := to_measure) and not stopping:
             metrics, to_measure = measure(due)
             stopping = bool(to_measure)
             if not stopping and is_writer:
@@ -320,12 +320,12 @@ def fine_tune(
         if step > saved_step:
             save()
         writer.wait()
-        path = reading.checkpoint_path(model_dir, step)
+        path = reading.checkpoint_path(model_dir, step) if step else ""
         counters = batches.counters.counts()
         log.message(f"this session read {_counted(counters)}")
         interrupted = step < total_steps or bool(to_measure)
         ending = "stopped" if interrupted else "done"
-        log.message(f"{ending}: {path}, {log.summary()}")
+        log.message(f"{ending}: {path or 'no checkpoint yet'}, {log.summary()}")
         if best is not None and is_writer:
             log.message(best.told(model_dir))
     return TrainResult(step, interrupted, path, metrics, counters)
