@@ -304,6 +304,9 @@ def test_lines_without_anything_to_score_keep_their_place(tmp_path):
     example = prediction_lines.example_features(line)
     nothing = {"question_id": "", "targets_pretokenized": "", "references": []}
     assert example == {"image_id": "0"} | nothing
+    labels = {"label_ids": [], "label_names": []}
+    example = prediction_lines.example_features(line | {"prediction": 3})
+    assert example == {"image_id": "0"} | nothing | labels
     example = prediction_lines.example_features(line | {"references": ["b"]})
     assert "targets_pretokenized" not in example
 

@@ -148,8 +148,8 @@ def write_predictions(
 ) -> None:
     """The lines of T5X's `write_fn`, each with the `image_id` of its example.
 
-    The line of an image that could not be read holds why, as `error`, and null in the
-    place of what the model says of a black image. A `write_fn` of T5X.
+    The line of an image that could not be read holds why, as `error`, in the place of
+    what the model says of a black image. A `write_fn` of T5X.
     """
     write_fn(path, inferences, task_ds, mode, vocabulary)
     told = prediction_lines.IN_LINES_OF_T5X & task_ds.element_spec.keys()
