@@ -51,12 +51,9 @@ def settings_of_t5x():
 # Rules
 
 
-@pytest.mark.parametrize("additional", [None, [], [("experts", "model"), ("a", None)]])
 @pytest.mark.parametrize("parameter", range(4))
 @pytest.mark.parametrize("activation", range(4))
-def test_rules_are_those_of_t5x_with_ours_before_the_additional_ones(
-    activation, parameter, additional
-):
+def test_rules_are_those_of_t5x_and_ours_behind_them(activation, parameter):
     arguments = activation, parameter
     if {activation, parameter} - {1, 2}:
         for function in (
@@ -64,33 +61,11 @@ def test_rules_are_those_of_t5x_with_ours_before_the_additional_ones(
             t5x.partitioning.standard_logical_axis_rules,
         ):
             with pytest.raises(ValueError):
-                function(*arguments, additional or ())
+                function(*arguments)
         return
-    theirs = t5x.partitioning.standard_logical_axis_rules(*arguments, additional)
-    count = len(additional or ())
-    standard, added = theirs[: len(theirs) - count], theirs[len(theirs) - count :]
-    ours = rules.logical_axis_rules(*arguments, additional or ())
-    assert ours == (*standard, *OWN, *added)
-    assert t5x_driver.axis_rules(arguments) == tuple(standard)
-
-
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_an_additional_rule_that_t5x_would_ignore_is_refused(setting):
-    """None settles a name, and T5X appends: it takes the rule and does nothing."""
-    standard = t5x.partitioning.standard_logical_axis_rules(*setting)
-    for name in dict.fromkeys(name for name, _ in standard):
-        for mesh_axis in rules.MESH_AXES:
-            extended = t5x.partitioning.standard_logical_axis_rules(
-                *setting, [(name, mesh_axis)]
-            )
-            if (name, None) in standard:
-                spec = flax_partitioning.logical_to_mesh_axes((name,), extended)
-                assert tuple(spec) == (None,), "ignored by T5X"
-                with pytest.raises(ValueError, match="can never apply"):
-                    rules.logical_axis_rules(*setting, [(name, mesh_axis)])
-            else:
-                ours = rules.logical_axis_rules(*setting, [(name, mesh_axis)])
-                assert tuple(r for r in ours if r not in OWN) == tuple(extended)
+    theirs = tuple(t5x.partitioning.standard_logical_axis_rules(*arguments))
+    assert rules.logical_axis_rules(*arguments) == (*theirs, *OWN)
+    assert t5x_driver.axis_rules(arguments) == theirs
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)

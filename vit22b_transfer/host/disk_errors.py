@@ -86,7 +86,8 @@ def _of_one(error: BaseException, path: str) -> tuple[str, str] | None:
     for number in (*_OF_WRITING, errno.ENOENT):
         if os.strerror(number) in text:
             return os.strerror(number), path
-    if text.startswith("NOT_FOUND"):  # a file of ours that others have removed
+    # A file of ours, or all of them, that others have removed.
+    if text.startswith("NOT_FOUND") or not os.path.exists(path):
         return os.strerror(errno.ENOENT), path
     return None
 
