@@ -52,6 +52,8 @@ ALTERNATIVES = [
     [{path.stem} for path in files("meshes")],
     [{"optimizer_adafactor"}, {"optimizer_sgd"}, {"optimizer_vit22b"}],
     [{"schedule_constant"}, {"schedule_rsqrt", "schedule_vit22b"}],
+    [{"classifier"}, {"contrastive"}],
+    [{"try"}, {"schedule_vit22b"}],  # both say how long the warmup is
 ]
 
 
