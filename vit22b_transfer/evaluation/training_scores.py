@@ -97,16 +97,17 @@ class TrainingScores:
 
     def _lines(self, task, model, partitioning, predict, params, stop, log):
         """Lines of the first examples, of all hosts in order; prompts that were cut."""
-        size, count = self.data.batch_size, self.generate_examples
+        limits = self.generate_examples, self.data.max_examples
+        count = min(limit for limit in limits if limit is not None)
         lines: list[dict[str, Any]] = []
-        rows: Any = self.data.batches(task, model, partitioning)
+        data = dataclasses.replace(self.data, max_examples=count)
+        rows: Any = data.batches(task, model, partitioning)
         with (
             contextlib.closing(rows),
             log.part(f"generating {task}", total=count) as bar,
         ):
-            first = itertools.islice(rows, -(-count // size))
             for done, of_batch in predicting.predicted_lines(
-                first, model, predict, params, batch_size=size
+                rows, model, predict, params, batch_size=data.batch_size
             ):
                 lines += of_batch
                 bar.show(done)
@@ -115,6 +116,5 @@ class TrainingScores:
             cut = rows.counters.lost.get("truncated_inputs")
         everything = processes.gathered(json.dumps(lines).encode())
         joined = itertools.chain.from_iterable(map(json.loads, everything))
-        kept = [line for line in joined if line["index"] < count]
-        kept.sort(key=lambda line: line["index"])
-        return kept, f", {cut} prompts were cut" if cut else ""
+        ordered = sorted(joined, key=lambda line: line["index"])
+        return ordered, f", {cut} prompts were cut" if cut else ""
