@@ -66,6 +66,10 @@ class ImageFeatureConverter(seqio.FeatureConverter):
             passthrough_features=passthrough_features,
         )
 
+    def passed_through(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of an example, or of lengths, what is asked for beside the model's."""
+        return {name: given[name] for name in self._passthrough_features}
+
     @property
     def flags(self) -> tuple[str, ...]:
         """What is counted of each example that is read."""
@@ -189,7 +193,7 @@ class ImageTextFeatureConverter(ImageFeatureConverter):
             "decoder_target_tokens": targets,
             "decoder_input_tokens": targets,
             "decoder_loss_weights": targets,
-        } | {name: task_feature_lengths[name] for name in self._passthrough_features}
+        } | self.passed_through(task_feature_lengths)
 
     def _convert_features(
         self, ds: tf.data.Dataset, task_feature_lengths: Lengths
@@ -207,7 +211,7 @@ class ImageTextFeatureConverter(ImageFeatureConverter):
                     targets, bos_id=self.bos_id
                 ),
                 "decoder_loss_weights": seqio.non_padding_position(targets),
-            } | {name: example[name] for name in self._passthrough_features}
+            } | self.passed_through(example)
 
         return map_examples(ds, convert)
 

@@ -73,7 +73,7 @@ class ImageLabelFeatureConverter(ImageFeatureConverter):
             self.IMAGES: self.image_shape(task_feature_lengths["images"])[0],
             "labels": labels,
             "label_weights": labels,
-        } | {name: task_feature_lengths[name] for name in self._passthrough_features}
+        } | self.passed_through(task_feature_lengths)
 
     def _convert_features(
         self, ds: tf.data.Dataset, task_feature_lengths: Lengths
@@ -90,7 +90,7 @@ class ImageLabelFeatureConverter(ImageFeatureConverter):
                 self.IMAGES: images(example),
                 "labels": tf.ensure_shape(labels, [length]),
                 "label_weights": tf.cast(given, tf.float32),
-            } | {name: example[name] for name in self._passthrough_features}
+            } | self.passed_through(example)
 
         return map_examples(ds, convert)
 

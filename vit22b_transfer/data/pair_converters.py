@@ -58,7 +58,7 @@ class PairFeatureConverter(ImageFeatureConverter):
             self.IMAGES: self.image_shape(task_feature_lengths["images"])[0],
             contrastive.TEXTS: task_feature_lengths["targets"],
             contrastive.WEIGHTS: 1,
-        } | {name: task_feature_lengths[name] for name in self._passthrough_features}
+        } | self.passed_through(task_feature_lengths)
 
     def _convert_features(
         self, ds: tf.data.Dataset, task_feature_lengths: Lengths
@@ -73,6 +73,6 @@ class PairFeatureConverter(ImageFeatureConverter):
                 self.IMAGES: pixels,
                 contrastive.TEXTS: padded(example, "targets", lengths["targets"]),
                 contrastive.WEIGHTS: tf.cast(is_pair, tf.float32)[None],
-            } | {name: example[name] for name in self._passthrough_features}
+            } | self.passed_through(example)
 
         return map_examples(ds, convert)
