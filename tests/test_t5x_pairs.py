@@ -3,41 +3,35 @@
 import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 import seqio
 import test_contrastive
 import tiny_pairs
 import tiny_runs
-from flax.traverse_util import unflatten_dict
 
-from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.evaluation import evaluate
 from vit22b_transfer.models import contrastive
 from vit22b_transfer.training import optimizers
-from vit22b_transfer.training.train import Periods
 
 _REASON = "T5X is not importable: pip install --no-deps -r requirements-t5x.txt"
-t5x_train = pytest.importorskip("t5x.train", reason=_REASON)
+pytest.importorskip("t5x.train", reason=_REASON)
 t5x_adapter = pytest.importorskip("vit22b_transfer.t5x_adapter", reason=_REASON)
 
-import tensorflow as tf  # noqa: E402
 from t5x import eval as t5x_eval  # noqa: E402
 from t5x import infer as t5x_infer  # noqa: E402
 from t5x import partitioning as t5x_partitioning  # noqa: E402
-from t5x import trainer as t5x_trainer  # noqa: E402
 from t5x import utils as t5x_utils  # noqa: E402
+from test_t5x_runs import (  # noqa: E402
+    arrays_of,
+    assert_same_curve,
+    settings_of_t5x,  # noqa: F401
+    train_in_ours,
+    train_in_t5x,
+)
 
 pictures, registered = test_contrastive.pictures, test_contrastive.registered
 STEPS = 10
-
-
-@pytest.fixture(autouse=True)
-def settings_of_t5x():
-    """JAX's default promotion, as T5X adds arrays of different types and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def _nothing(*arguments, **options):
@@ -70,84 +64,10 @@ def batch_of(step):
     return tiny_pairs.batch(tiny_runs.BATCH_SIZE, seed=step, missing=[step % 7])
 
 
-class Stream(tiny_runs.Stream):
-    """Batches of pairs, drawn by their step."""
-
-    def __next__(self):
-        batch = batch_of(self._step)
-        self._step += 1
-        self.counters.examples += tiny_runs.BATCH_SIZE
-        return tiny_runs.on_device(batch, self._partitioning)
-
-
-class Data(tiny_runs.Data):
-    """In place of `inputs.TrainData`."""
-
-    def batches(self, model, partitioning, *, seed, start_step):
-        return Stream(partitioning, seed, start_step, self)
-
-
 def steps_model(**arguments):
     schedule = optimizers.cosine(3e-3, total_steps=100, warmup_steps=2)
     optimizer = optimizers.adamw(schedule, weight_decay=0.1)
     return tiny_pairs.model(optimizer, **arguments)
-
-
-def train_in_t5x(model_dir, model):
-    """T5X's own loop on the batches of our run; losses by step."""
-
-    def batches(dataset_config, shard_id, num_shards, converter):
-        drawn = [batch_of(step) for step in range(STEPS)]
-        return tf.data.Dataset.from_tensor_slices(
-            {name: np.stack([b[name] for b in drawn]) for name in drawn[0]}
-        ).repeat()
-
-    losses = {}
-
-    class Recorder(t5x_trainer.Trainer):
-        def train(self, batch_iter, num_steps, start_step=None):
-            summary = super().train(batch_iter, num_steps, start_step)
-            losses[int(self.train_state.step)] = float(summary.result()["loss"].value)
-            return summary
-
-    t5x_train.train(
-        model=t5x_adapter.for_t5x(model),
-        model_dir=str(model_dir),
-        train_dataset_cfg=config("none", "train", tiny_runs.BATCH_SIZE),
-        train_eval_dataset_cfg=None,
-        infer_eval_dataset_cfg=None,
-        checkpoint_cfg=t5x_utils.CheckpointConfig(
-            save=t5x_utils.SaveCheckpointConfig(period=100, dtype=None), restore=None
-        ),
-        partitioner=partitioner(),
-        trainer_cls=functools.partial(
-            t5x_adapter.mean_gradient_trainer,
-            trainer_cls=functools.partial(
-                Recorder, learning_rate_fn=None, num_microbatches=None
-            ),
-        ),
-        total_steps=STEPS,
-        eval_steps=1,
-        eval_period=0,
-        stats_period=1,
-        random_seed=0,
-        summarize_config_fn=lambda *arguments: None,
-        get_dataset_fn=batches,
-        verify_matching_vocabs_fn=None,  # the batches are of no task
-    )
-    return losses
-
-
-def arrays_of(model_dir):
-    path = reading.resolve(str(model_dir))
-    abstract = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=tiny_runs.ONE_DEVICE.replicated
-        )
-        for name, leaf in reading.saved_arrays(path).items()
-    }
-    tree = unflatten_dict(abstract, sep="/")
-    return reading.flatten(jax.tree.map(np.asarray, reading.read_arrays(path, tree)))
 
 
 def test_ten_steps_of_pairs_in_t5x_are_ten_steps_in_ours(tmp_path, monkeypatch):
@@ -160,27 +80,20 @@ def test_ten_steps_of_pairs_in_t5x_are_ten_steps_in_ours(tmp_path, monkeypatch):
         return found()
 
     monkeypatch.setattr(of_losses, "batch_devices", noted)
-    tiny_runs.run(
+    ours = train_in_ours(
         tmp_path / "ours",
         steps_model(frozen_tower=True),
-        total_steps=STEPS,
-        data=Data(),
-        eval_data=None,
-        periods=Periods(log=1, evaluate=100, checkpoint=100),
+        STEPS,
+        data=tiny_runs.Data(batch=batch_of),
     )
-    ours = {
-        line["step"]: line["train/loss"]
-        for line in tiny_runs.logged(tmp_path / "ours")
-        if "train/loss" in line
-    }
     chunked.clear()
-    theirs = train_in_t5x(tmp_path / "t5x", steps_model(frozen_tower=True))
+    theirs = train_in_t5x(
+        tmp_path / "t5x", steps_model(frozen_tower=True), 0, STEPS, batch=batch_of
+    )
     assert chunked and all(chunked), "T5X's mesh is known to the loss"
-    assert theirs.keys() == ours.keys()
-    for step, loss in ours.items():
-        assert abs(theirs[step] - loss) <= 1e-5 * abs(loss), step
+    assert_same_curve(theirs, ours)
     assert ours[STEPS] < ours[1]
-    one, other = arrays_of(tmp_path / "t5x"), arrays_of(tmp_path / "ours")
+    one, other = (arrays_of(tmp_path / name, STEPS) for name in ("t5x", "ours"))
     assert one.keys() == other.keys()
     for name, value in other.items():
         if name.endswith("key/bias"):  # no attention depends on it: rounding alone
