@@ -365,6 +365,20 @@ def test_the_finetune_file_refuses_a_frozen_tower_that_nothing_is_loaded_for(
             initializer.from_scratch(jax.random.PRNGKey(0))
 
 
+def test_parameters_of_t5x_itself_may_be_set_in_place_of_its_macros():
+    more = ["INITIAL_CHECKPOINT_PATH='/nowhere'", ON_CPUS, *TINY]
+    parameters = ["train.eval_period=2", "train.eval_steps=1", "train.random_seed=3"]
+    parameters.append("seqio.Evaluator.num_examples=16")
+    with in_t5x("finetune", (T5_RECIPE,), *more, *parameters) as made:
+        assert made["eval_period"] == 2 and made["eval_steps"] == 1
+    both = [*more, *parameters, "EVAL_STEPS=3"]
+    with (
+        pytest.raises(UserError, match="EVAL_STEPS = 3, which nothing uses"),
+        in_t5x("finetune", (T5_RECIPE,), *both),
+    ):
+        pass
+
+
 # --- What is evaluated and predicted ---
 
 
