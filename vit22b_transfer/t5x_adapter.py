@@ -262,8 +262,8 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
         """The train state before the first step.
 
         Raises:
-          UserError: if a frozen parameter would stay random, or the initial checkpoint
-            does not fit.
+          UserError: if a frozen parameter would stay random, the initial checkpoint
+            does not fit, or T5X's own restore would not go by the recipe's rules.
         """
         if self._fallback_of is not None:
             rules = t5x_bindings.bound_to(_RESTORE, "assignment_map", ())
@@ -271,6 +271,8 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
             restoring.check_frozen_are_loaded(
                 self._fallback_of, params, self._model.frozen, rules
             )
+            if (same := initial_checkpoint()) is not None:
+                restoring.check_rules_come_to_nothing(self._fallback_of, same.rules)
         if self._initial is None:
             return super().from_scratch(init_rng)
         path = self._initial.path
