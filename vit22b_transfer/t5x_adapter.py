@@ -265,14 +265,12 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
           UserError: if a frozen parameter would stay random, the initial checkpoint
             does not fit, or T5X's own restore would not go by the recipe's rules.
         """
-        if self._fallback_of is not None:
+        if (path := self._fallback_of) is not None:
             rules = t5x_bindings.bound_to(_RESTORE, "assignment_map", ())
             params = flax.core.unfreeze(self.global_train_state_shape.params)
-            restoring.check_frozen_are_loaded(
-                self._fallback_of, params, self._model.frozen, rules
-            )
+            restoring.check_frozen_are_loaded(path, params, self._model.frozen, rules)
             if (same := initial_checkpoint()) is not None:
-                restoring.check_rules_come_to_nothing(self._fallback_of, same.rules)
+                restoring.check_rules_come_to_nothing(path, same.rules)
         if self._initial is None:
             return super().from_scratch(init_rng)
         path = self._initial.path
