@@ -155,7 +155,6 @@ def test_what_t5x_heeds_is_taken(job, overrides, t5x):
         ("train", [], ["runs/cached_features"], "TrainData.cache.*not cached features"),
         ("precompile", [], ["runs/cached_features"], "TrainData.cache"),
         ("train", ["TrainData.augmentation=None"], ["runs/augment"], "AUGMENTATION"),
-        ("finetune", [], [], "fine_tune.initial = .*Name t5x_train.gin"),
         ("precompile", [], ["models/int8_tower"], "int8_tower = True"),
         ("precompile", ["fine_tune.num_microbatches=2"], [], "on a whole batch"),
         ("eval", ["evaluate_checkpoint.seed=1"], [], "seed of its own"),

@@ -270,7 +270,7 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
             params = flax.core.unfreeze(self.global_train_state_shape.params)
             restoring.check_frozen_are_loaded(path, params, self._model.frozen, rules)
             if (same := initial_checkpoint()) is not None:
-                restoring.check_rules_come_to_nothing(path, same.rules)
+                restoring.check_t5x_restores_the_same(path, same)
         if self._initial is None:
             return super().from_scratch(init_rng)
         path = self._initial.path

@@ -148,23 +148,31 @@ def check_frozen_are_loaded(
     check_none_stays_random([n for n in names if is_fresh(f"target/{n}")], path)
 
 
-def check_rules_come_to_nothing(
-    path: str, rules: Sequence[tuple[str, str | None]]
-) -> None:
-    """Raises UserError if rules of ours choose among what a checkpoint holds.
+def check_t5x_restores_the_same(path: str, initial: Any) -> None:
+    """Raises UserError if T5X's restore of `path` is not what a recipe starts from.
 
-    T5X's own restore takes everything under its own name; what is not there is fresh.
+    initial: the recipe's `train.InitialCheckpoint`. T5X takes everything under its own
+      name, in its own dtype and size; what is not there is fresh.
     """
     saved = reading.saved_arrays(reading.resolve(path))
     names = [n.removeprefix("target/") for n in saved if n.startswith("target/")]
-    for pattern, to in rules:
-        taken = [name for name in names if re.fullmatch(pattern, name)]
-        if to is not None or taken:
-            raise UserError(
-                f"the rule {(pattern, to)} of InitialCheckpoint changes what is taken "
-                f"from {path}, but t5x_finetune.gin takes all of it as it is. Name "
-                "t5x_train.gin, which goes by the rules, or leave the rule out."
-            )
+    kept = [
+        (pattern, to)
+        for pattern, to in initial.rules
+        if to is not None or any(re.fullmatch(pattern, name) for name in names)
+    ]
+    said = None
+    if reading.resolve(initial.path) != reading.resolve(path):
+        said = f"{initial.path}, but INITIAL_CHECKPOINT_PATH is {path}"
+    elif kept:
+        said = f"{path} by the rule {kept[0]}, but T5X takes all of it as it is"
+    elif initial.cast:
+        said = f"{path} with cast=True, but T5X casts nothing here"
+    if said:
+        raise UserError(
+            f"the recipe starts from {said}. Name t5x_train.gin in place of "
+            "t5x_finetune.gin: it goes by the recipe's initial checkpoint."
+        )
 
 
 def check_none_stays_random(names: Sequence[str], path: str) -> None:

@@ -337,20 +337,8 @@ IN_ONE_JOB: Mapping[tuple[str, str, str], Meaning] = {
         )
     },
     ("finetune", f"{_TRAIN}.fine_tune", "initial"): _carried(
-        "T5X restores the same checkpoint"
-    ),
-    ("finetune", f"{_TRAIN}.InitialCheckpoint", "path"): _refused(
-        "t5x_finetune.gin starts from INITIAL_CHECKPOINT_PATH, which is another. Set "
-        "it to the same, or name t5x_train.gin, which takes the recipe's initial "
-        "checkpoint",
-        (),
-        ("%INITIAL_CHECKPOINT_PATH",),
-    ),
-    ("finetune", f"{_TRAIN}.InitialCheckpoint", "rules"): _carried(
-        "an error at step 0 where T5X's restore does something else"
-    ),
-    ("finetune", f"{_TRAIN}.InitialCheckpoint", "cast"): _refused(
-        "T5X casts nothing here. Name t5x_train.gin, or leave it out", (False,)
+        "T5X restores the same checkpoint; an error before step 0 if it is another, or "
+        "taken by rules"
     ),
     ("precompile", f"{_TRAIN}.fine_tune", "num_microbatches"): _refused(
         "T5X compiles its own step on a whole batch. Leave it out", (1,)
