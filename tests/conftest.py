@@ -2,7 +2,8 @@
 
 - Eight simulated CPU devices, so that every shipped mesh can be built.
 - No implicit dtype or rank promotion.
-- Annotations of the whole package, shapes included, are checked at run time.
+- Annotations of the whole package, shapes included, are checked at run time. The check
+  of a signature is made once, however often a function within a function is defined.
 - Programs are compiled to plain code, which is quick, and each but once a session.
 - Garbage is collected seldom: traced programs are many objects, few of them in cycles.
 - Random tests draw the same cases in every run. A wider search draws others, and ten
@@ -64,12 +65,46 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 _T5X = [path for path in os.environ.get("T5X_SRC", "").split(os.pathsep) if path]
 sys.path.extend(path for path in _T5X if path not in sys.path)
 
+import beartype  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import optax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+_jaxtyped, _checks = jaxtyping.jaxtyped, {}
+
+
+def _check_of(function):
+    """What beartype makes of an empty function that jaxtyping made of a signature."""
+    code = function.__code__
+    key = (
+        (function.__module__, function.__qualname__),
+        (code.co_varnames, code.co_argcount, code.co_kwonlyargcount, code.co_flags),
+        len(function.__defaults__ or ()),
+        tuple(function.__kwdefaults__ or ()),
+        tuple(function.__annotations__.items()),
+    )
+    if key not in _checks:
+        _checks[key] = beartype.beartype(function)
+    return _checks[key]
+
+
+def _jaxtyped_once(*, typechecker):
+    """jaxtyping's decorator, as its import hook writes it above every definition."""
+
+    def decorated(target):
+        # Without annotations there is nothing to check.
+        if isinstance(target, types.FunctionType) and not target.__annotations__:
+            return target
+        return _jaxtyped(target, typechecker=_check_of)
+
+    return decorated
+
+
+jaxtyping.jaxtyped = _jaxtyped_once
 jaxtyping.install_import_hook("vit22b_transfer", "beartype.beartype")
 
 hypothesis.settings.register_profile(
