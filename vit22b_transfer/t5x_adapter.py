@@ -279,6 +279,7 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
             self._abstract_params(),
             self._initial.rules,
             cast=self._initial.cast,
+            image_size=self._initial.image_size,
             model=self._model,
         )
         logging.getLogger(__name__).warning(
