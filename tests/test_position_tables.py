@@ -1,6 +1,7 @@
 """Training that goes on with images of another size: the position table resampled."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -67,7 +68,7 @@ def test_the_table_is_resampled_and_all_else_is_as_it_was(before):
     tiny_runs.assert_same_bits(new, old)
     assert "resampled from 16x16 pixels" in found.loaded[TABLE]
     # What the old model makes of larger images is what the new one makes of them.
-    pictures = tiny_models.images(2, *NEW, 3)
+    pictures = jnp.asarray(tiny_models.images(2, *NEW, 3))
     ours, theirs = (
         made.module.apply({"params": some}, pictures)
         for made, some in ((model, found.params), (model_of(OLD), params))

@@ -176,8 +176,8 @@ def _advice(problems):
         )
     if all("/position_embedding/" in problem for problem in problems):
         return (
-            "It was trained on images of another size. Train on with its size, or start "
-            "from it with its table resampled (gin_configs/runs/from_other_size.gin)."
+            "It was trained on images of another size. Take that size, or start from "
+            "it with its table resampled (gin_configs/runs/from_other_size.gin)."
         )
     return (
         "Use the model that it was written with, or an initial checkpoint with rules "

@@ -19,7 +19,7 @@ def add_to(add: Add, main: Callable[[Sequence[str]], int]) -> None:
         "--part",
         choices=sorted(_PARTS),
         default="main",
-        help="main: captions and questions (default); recipe: the stability of training "
+        help="main: captions and questions (default); recipe: how stable training is "
         "with and without QK-norm, over a sweep of learning rates",
     )
     command.add_argument(

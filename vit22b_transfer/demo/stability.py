@@ -38,17 +38,17 @@ Cli = Callable[[Sequence[str]], int]
 RECIPE = "gin_configs/recipes/scenes_stability.gin"
 INSTRUMENTS = "gin_configs/runs/instruments.gin"
 RESULTS_FILE, PICTURE_FILE = "stability.json", "stability.png"
-_TASK, _EVERY = "my_image_folder", 10
+_TASK, _EVERY = "my_image_folder", 20
 _SIZES = {"train": 2400, "validation": 480}
 _CELL_FILE = "cell.json"
 # Of the demo; benchmarks/stability.py has more of each.
-RATES, STEPS, SEQUENTIAL_RATES = (1e-2, 3e-2, 1e-1, 3e-1), 150, (1e-2,)
+RATES, STEPS, SEQUENTIAL_RATES = (1e-2, 3e-2, 1e-1, 3e-1), 400, (1e-2,)
 
 
 def demo(cli: Cli, *, out: str, steps: int | None = None, seed: int = 0) -> None:
     """The short form, of one seed: under ten minutes on two cores. As `run`.
 
-    steps: of each training, in place of 150.
+    steps: of each training, in place of 400.
     """
     todo = cells(RATES, (seed,), STEPS if steps is None else steps, SEQUENTIAL_RATES)
     run(cli, todo, out=out)
