@@ -72,7 +72,7 @@ def test_the_table_is_resampled_and_all_else_is_as_it_was(before):
     # What the old model makes of larger images is what the new one makes of them.
     pictures = jnp.asarray(tiny_models.images(2, *NEW, 3))
     ours, theirs = (
-        made.module.apply({"params": some}, pictures)
+        np.asarray(made.module.apply({"params": some}, pictures))
         for made, some in ((model, found.params), (model_of(OLD), params))
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)

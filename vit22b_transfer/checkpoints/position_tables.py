@@ -22,7 +22,7 @@ def as_of(
     Raises:
       UserError: if there is no table, or it belongs to images of that size already.
     """
-    tower = getattr(model.module, "tower", None)
+    tower: Any = getattr(model.module, "tower", None)
     if TABLE not in abstract:
         raise UserError(
             f"the initial checkpoint's image_size={tuple(image_size)} has no effect: "
