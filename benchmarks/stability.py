@@ -18,7 +18,7 @@ import jax
 from vit22b_transfer import cli
 from vit22b_transfer.demo import stability
 
-RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 def main():
