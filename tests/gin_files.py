@@ -34,6 +34,7 @@ BEHIND = [
 OPEN = {
     "MODEL_DIR": "'/nowhere'",
     "INITIAL_CHECKPOINT": "'/nowhere/checkpoint_1'",
+    "INITIAL_IMAGE_SIZE": "(32, 32)",
     "VIT": "'S/16'",
     "T5": "'small'",
     "GEMMA": "'gemma-2b'",

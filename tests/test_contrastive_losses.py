@@ -175,6 +175,15 @@ def test_a_batch_that_does_not_divide_is_an_error():
         losses.chunked_loss(*map(jnp.asarray, arguments()), form="sigmoid")
 
 
+@pytest.mark.parametrize("images, texts, weights", [(1, 3, 3), (3, 2, 3), (3, 3, 1)])
+def test_unequal_pairs_are_an_error_though_they_would_broadcast(images, texts, weights):
+    message = f"got {images} images, {texts} texts and {weights} weights"
+    made = jnp.ones((images, 4)), jnp.ones((texts, 4)), jnp.float32(1), jnp.float32(0)
+    with pytest.raises(UserError, match=message):
+        unchecked = losses.chunked_loss.__wrapped__
+        unchecked(*made, jnp.ones(weights), form="sigmoid")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

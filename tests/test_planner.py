@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -285,6 +286,20 @@ def test_a_prefix_lm_is_planned_alike():
     shown = list(report.report(plan))
     assert "DOES NOT" not in "\n".join(shown)
     assert max(map(len, shown)) <= 80
+
+
+@pytest.mark.slow
+def test_the_command_plans_pre_training_by_labels(capsys):
+    arguments = ["plan", "--gin_file=gin_configs/recipes/vit22b_pretrain.gin"]
+    arguments += ["--gin_file=gin_configs/meshes/activations_2d_fsdp.gin"]
+    arguments += ["--gin.VIT='Ti/16'", "--gin.vit22b_config.depth=2"]
+    arguments += ["--gin.NUM_CLASSES=1000", "--gin.BATCH_SIZE=64", "--devices=8"]
+    assert cli.main([*arguments, "--gin.IMAGE_SIZE=(32, 32)"]) == 0
+    out = capsys.readouterr().out
+    assert "mesh 4 data x 2 model; batch 64 in 1 microbatches" in out
+    assert re.search(r"^head +193,000 +193,000$", out, re.MULTILINE)
+    assert not re.search(r"^(tokens|decoder)", out, re.MULTILINE)
+    assert "fits: " in out and "DOES NOT FIT" not in out
 
 
 @pytest.mark.slow

@@ -146,6 +146,15 @@ def test_my_classes_runs_as_written(tmp_path, capfd):
 
 
 @pytest.mark.slow
+def test_pre_training_runs_as_written(tmp_path, capfd):
+    tiny_classifier.draw_folders(tmp_path, train=4, validation=2, size=32)
+    use_one_device(tmp_path)
+    run_in_process(block("test: pre-training"), tmp_path)
+    assert "embedding, resampled from" in capfd.readouterr().out
+    assert (tmp_path / "at_128" / "checkpoint_20").is_dir()
+
+
+@pytest.mark.slow
 def test_my_captions_runs_as_written(own_data):
     folder, broken = own_data
     run_in_process(block("test: my-captions"), folder)

@@ -380,6 +380,7 @@ def test_the_finetune_file_refuses_a_frozen_tower_that_nothing_is_loaded_for(
             "by the rule",
         ),
         ("train.InitialCheckpoint.cast=True", "T5X casts nothing"),
+        ("train.InitialCheckpoint.image_size=(32, 32)", "T5X resamples nothing"),
         ("INITIAL_CHECKPOINT='{other}'", "but INITIAL_CHECKPOINT_PATH is"),
     ],
 )

@@ -12,9 +12,10 @@ import pytest
 from gin_files import CONFIGS, ROOT, read_recipe
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data.augmentation import Augmentation
 from vit22b_transfer.models import multimodal
 from vit22b_transfer.recipes import loading
-from vit22b_transfer.training import optimizers
+from vit22b_transfer.training import optimizers, train
 
 SHAPES = {"b": (48,), "k": (64, 48), "m": (64, 4, 48)}
 HEAD = [(r"(.*/)?head/kernel", 100.0)]
@@ -205,6 +206,53 @@ def test_a_phase_is_a_number_of_steps_or_a_fraction_of_all():
 def test_values_that_cannot_be_meant_are_refused(make, words):
     with pytest.raises(UserError, match=words):
         make()
+
+
+def pre_training(*overrides, behind=()):
+    """What the training of ViT-22B by its recipe is called with."""
+    files = ["gin_configs/recipes/vit22b_pretrain.gin", *behind]
+    overrides = ["VIT='22B/14'", "NUM_CLASSES=29_593", "CLASSES='/c'", *overrides]
+    read = loading.read(files, ["MODEL_DIR='/m'", *overrides], [str(ROOT)])
+    return loading.arguments(read, train.fine_tune, [str(ROOT)])
+
+
+def test_the_recipe_of_pre_training_has_all_of_it():
+    made = pre_training()
+    model, tower = made["model"], made["model"].module.tower
+    sizes = (tower.width, tower.depth, tower.patch_size, tower.image_size)
+    assert sizes == (6144, 48, 14, (224, 224))
+    assert tower.parallel and tower.qk_norm and tower.scan_layers
+    assert (tower.dtype, tower.param_dtype) == ("bfloat16", jnp.float32)
+    assert (model.loss, model.module.head_bias) == ("sigmoid", -10.0)
+    assert (model.label_smoothing, model.mixup) == (0.0, None)
+    for step, rate in RATES.items():
+        used = float(model.optimizer_def.learning_rate(jnp.int32(step)))
+        assert used == pytest.approx(rate, 1e-5), step
+    settings, rules = model.optimizer_def.settings, model.optimizer_def.rules
+    assert settings["name"] == "adafactor" and settings["clip_norm"] == 1.0
+    decays = [
+        rules.weight_decay * rules.decay_factor(name)
+        for name in ("head/kernel", "encoder/tower/layers/mlp/wi/kernel", "head/bias")
+    ]
+    assert decays == [3.0, 0.03, 0.0]
+    data = made["data"]
+    assert data.augmentation == Augmentation(crop_area=(0.05, 1.0), flip=True)
+    assert (data.batch_size, made["total_steps"]) == (65_536, 177_000)
+    assert data.feature_lengths == {"images": (224, 224), "labels": 1}
+
+
+@pytest.mark.parametrize("size", [448, 672, 756])
+def test_pre_training_goes_on_at_a_larger_size(size):
+    made = pre_training(
+        f"IMAGE_SIZE=({size}, {size})",
+        "INITIAL_CHECKPOINT='/m/checkpoint_177000'",
+        "INITIAL_IMAGE_SIZE=(224, 224)",
+        behind=["gin_configs/runs/from_other_size.gin"],
+    )
+    tower, initial = made["model"].module.tower, made["initial"]
+    assert made["data"].feature_lengths["images"] == tower.image_size == (size, size)
+    assert initial.image_size == (224, 224)
+    assert tower.grid_of(*initial.image_size) == (16, 16)
 
 
 def test_the_gin_files_are_the_recipe():

@@ -13,3 +13,5 @@ class UserError(ValueError):
 
 class NotFiniteError(UserError, FloatingPointError):
     """A loss, gradient or score stopped being finite."""
+
+    exit_code = 3

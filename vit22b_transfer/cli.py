@@ -17,7 +17,10 @@ from vit22b_transfer.commands.arguments import GIN_NOTE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 if the work failed, 2 if the recipe or usage is wrong."""
+    """The exit code: 0, or 1 if the work failed.
+
+    2 if the recipe or usage is wrong, 3 if numbers stopped being finite.
+    """
     from vit22b_transfer.recipes import shipped
 
     parser = _parser()

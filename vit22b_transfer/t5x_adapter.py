@@ -271,18 +271,18 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
             restoring.check_frozen_are_loaded(path, params, self._model.frozen, rules)
             if (same := initial_checkpoint()) is not None:
                 restoring.check_t5x_restores_the_same(path, same)
-        if self._initial is None:
+        if (initial := self._initial) is None:
             return super().from_scratch(init_rng)
-        path = self._initial.path
         restored = restoring.restore_initial(
-            path,
+            initial.path,
             self._abstract_params(),
-            self._initial.rules,
-            cast=self._initial.cast,
+            initial.rules,
+            cast=initial.cast,
+            image_size=initial.image_size,
             model=self._model,
         )
         logging.getLogger(__name__).warning(
-            "initial checkpoint %s\n%s", path, restored.summary()
+            "initial checkpoint %s\n%s", initial.path, restored.summary()
         )
         params = restored.params
         if restored.kept:

@@ -174,6 +174,11 @@ def _advice(problems):
             "alone into a new model_dir: an initial checkpoint "
             "(gin_configs/runs/from_checkpoint.gin)."
         )
+    if all("/position_embedding/" in problem for problem in problems):
+        return (
+            "It was trained on images of another size. Take that size, or start from "
+            "it with its table resampled (gin_configs/runs/from_other_size.gin)."
+        )
     return (
         "Use the model that it was written with, or an initial checkpoint with rules "
         "(and cast=True for other dtypes)."

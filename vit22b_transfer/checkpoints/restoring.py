@@ -11,7 +11,12 @@ import jax
 from flax import traverse_util
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import identity, int8_restore, reading
+from vit22b_transfer.checkpoints import (
+    identity,
+    int8_restore,
+    position_tables,
+    reading,
+)
 from vit22b_transfer.models import freezing, lora
 
 Tree = Any
@@ -111,17 +116,46 @@ def restore_initial(
     rules: Sequence[tuple[str, str | None]] = (),
     *,
     cast: bool = False,
+    image_size: tuple[int, int] | None = None,
     model: Any,
 ) -> PartialRestore:
     """As `restore_partial`, for a training that starts from these parameters.
 
+    image_size: (height, width) in pixels that the checkpoint was trained with, if they
+      are not the model's: the tower's position table is resampled.
+
     Raises:
-      UserError: as `restore_partial`, and if a parameter is neither loaded nor trained.
+      UserError: as `restore_partial`; if a parameter is neither loaded nor trained; if
+        `image_size` has no effect.
     """
-    restored = restore_partial(path, abstract_params, rules, cast=cast, model=model)
+    saved = abstract_params
+    if image_size is not None:
+        flat = reading.flatten(abstract_params)
+        saved = position_tables.as_of(flat, model, image_size)
+        saved = traverse_util.unflatten_dict(saved, sep="/")
+    restored = restore_partial(path, saved, rules, cast=cast, model=model)
+    if image_size is not None:
+        restored = _resampled(restored, flat, model, image_size)
     mask = reading.flatten(freezing.frozen_mask(abstract_params, model.frozen))
     check_none_stays_random([name for name in restored.kept if mask[name]], path)
     return restored
+
+
+def _resampled(restored, abstract, model, image_size):
+    table = position_tables.TABLE
+    if table not in restored.loaded:
+        raise UserError(
+            f"the initial checkpoint's image_size={tuple(image_size)} has no effect: "
+            f"the rules do not load {table}. Leave one of them out."
+        )
+    flat = dict(reading.flatten(restored.params))
+    flat[table] = position_tables.resampled(
+        flat[table], abstract[table], model, image_size
+    )
+    loaded = {**restored.loaded}
+    loaded[table] += f", resampled from {image_size[0]}x{image_size[1]} pixels"
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    return dataclasses.replace(restored, params=params, loaded=loaded)
 
 
 def check_frozen_are_loaded(
@@ -168,6 +202,8 @@ def check_t5x_restores_the_same(path: str, initial: Any) -> None:
         said = f"{path} by the rule {kept[0]}, but T5X takes all of it as it is"
     elif initial.cast:
         said = f"{path} with cast=True, but T5X casts nothing here"
+    elif initial.image_size is not None:
+        said = f"{path} of another image_size, but T5X resamples nothing here"
     if said:
         raise UserError(
             f"the recipe starts from {said}. Name t5x_train.gin in place of "

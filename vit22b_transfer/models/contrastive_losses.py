@@ -117,10 +117,16 @@ def chunked_loss(
       none for `weights`.
 
     Raises:
-      UserError: if the batch does not divide by the devices, or for another word.
+      UserError: if the batch does not divide by the devices, for images and texts that
+        are not equally many, or for another word.
     """
     check_choice("form", form, FORMS)
     check_choice("gradient", gradient, GRADIENTS)
+    if not len(images) == len(texts) == len(weights):
+        raise UserError(
+            f"got {len(images)} images, {len(texts)} texts and {len(weights)} weights; "
+            "pair i is image i and text i: give equally many."
+        )
     arguments = images, texts, scale, bias, weights
     found = batch_devices()
     if found is None:

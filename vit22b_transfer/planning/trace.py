@@ -166,7 +166,9 @@ def part_of(path: str) -> str:
     ):
         if scope in scopes:
             return part
-    return "tokens"
+    # Of a classifier; text towers have heads of their own.
+    names = scopes.split("/")
+    return "head" if "head" in names and "text" not in names else "tokens"
 
 
 def _is_axes(x):

@@ -205,6 +205,7 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
             "path": _carried("read by our own code at step 0"),
             "rules": _carried("as in our runtime"),
             "cast": _carried("as in our runtime"),
+            "image_size": _carried("as in our runtime"),
         },
     ),
     f"{_TRAIN}.Periods": (

@@ -4,14 +4,13 @@ A row of panels per stack of layers, a line per layer, from blue (the first) to 
 """
 
 import collections
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from PIL import Image, ImageDraw, ImageFont
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host import json_files, whole_files
+from vit22b_transfer.host import charts, json_files, whole_files
 from vit22b_transfer.host.file_errors import brief
 from vit22b_transfer.training.instruments import PREFIX
 from vit22b_transfer.training.logs import METRICS_FILE
@@ -25,10 +24,9 @@ _PANELS = {
     "gradient_norm": ("gradient norm", True),
     "update_norm": ("update norm", True),
 }
-_WIDTH, _HEIGHT, _MARGIN, _TITLE = 250, 190, 44, 34
+_WIDTH, _HEIGHT = 250, 190
 # Stacks of layers that are drawn, and points of a line.
 _MOST_STACKS, _MOST_POINTS = 6, 400
-_BLACK, _GREY, _WHITE = (0, 0, 0), (200, 200, 200), (255, 255, 255)
 
 # Neither steps nor values that are larger are drawn.
 _LARGEST = 1e30
@@ -48,17 +46,18 @@ def draw(model_dir: str) -> str | None:
         return None
     shown = list(stacks.items())[:_MOST_STACKS]
     size = (_WIDTH * len(_PANELS), 28 + _HEIGHT * len(shown))
-    image = Image.new("RGB", size, _WHITE)
+    image = Image.new("RGB", size, charts.WHITE)
     pen, font = ImageDraw.Draw(image), ImageFont.load_default()
     title = f"{os.path.basename(os.path.abspath(model_dir))}: instruments by step"
     if len(stacks) > len(shown):
         title += f"; {len(shown)} of {len(stacks)} stacks of layers"
-    pen.text((8, 8), brief(title, 160), _BLACK, font)
+    pen.text((8, 8), brief(title, 160), charts.BLACK, font)
     for row, (stack, panels) in enumerate(shown):
         for column, (name, (heading, is_log)) in enumerate(_PANELS.items()):
-            corner = (column * _WIDTH, 28 + row * _HEIGHT)
+            box = (column * _WIDTH, 28 + row * _HEIGHT, _WIDTH, _HEIGHT)
             labels = brief(stack, 38), heading
-            _panel(pen, font, corner, labels, panels.get(name, {}), is_log)
+            lines = _colored(panels.get(name, {}))
+            charts.draw_panel(pen, font, box, labels, lines, log_y=is_log)
     path = os.path.join(model_dir, PICTURE_FILE)
     with whole_files.replacing(path, "wb") as file:
         image.save(file, "PNG")
@@ -101,60 +100,20 @@ def _layers(values: Mapping[str, object]) -> Iterator[tuple[str, str, str, float
             yield before, panel, after, float(value)
 
 
-def _panel(
-    pen: ImageDraw.ImageDraw,
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
-    corner: tuple[int, int],
-    labels: Sequence[str],
-    lines: Lines,
-    is_log: bool,
-) -> None:
-    left, top = corner[0] + _MARGIN, corner[1] + _TITLE
-    right, bottom = corner[0] + _WIDTH - 10, corner[1] + _HEIGHT - 18
-    for i, label in enumerate(labels):
-        pen.text((corner[0] + 8, corner[1] + 4 + 13 * i), label, _BLACK, font)
-    pen.rectangle((left, top, right, bottom), outline=_GREY)
-    drawn = {
-        layer: [(step, _scaled(value, is_log)) for step, value in _thinned(points)]
-        for layer, points in sorted(lines.items(), key=lambda item: _depth(item[0]))
-    }
-    every = [point for points in drawn.values() for point in points]
-    if not every:
-        pen.text((left + 6, top + 6), "nothing is told", _GREY, font)
-        return
-    (x0, x1), (y0, y1) = (_range([p[axis] for p in every]) for axis in (0, 1))
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = left + (right - left) * (step - x0) / (x1 - x0)
-        return x, bottom - (bottom - top) * (value - y0) / (y1 - y0)
-
-    for i, points in enumerate(drawn.values()):
-        share = i / max(1, len(drawn) - 1)
-        color = (int(220 * share), 60, int(220 * (1 - share)))
-        spots = [place(*point) for point in points]
-        if len(spots) > 1:
-            pen.line(spots, color)
-        for x, y in spots if len(spots) < 40 else ():
-            pen.ellipse((x - 1, y - 1, x + 1, y + 1), color)
-    for value, height in ((y1, top), (y0, bottom - 11)):
-        shown = 10.0**value if is_log else value
-        pen.text((corner[0] + 2, height), f"{shown:.3g}", _BLACK, font)
-    pen.text((left, bottom + 3), f"{x0:g}", _BLACK, font)
-    last = f"{x1:g}"
-    pen.text((right - 6 * len(last), bottom + 3), last, _BLACK, font)
+def _colored(lines: Lines) -> list[charts.Line]:
+    """The lines from blue (the first layer) to red."""
+    ordered = sorted(lines.items(), key=lambda item: _depth(item[0]))
+    last = max(1, len(ordered) - 1)
+    return [
+        charts.Line(
+            _thinned(points), (int(220 * i / last), 60, int(220 * (1 - i / last)))
+        )
+        for i, (_, points) in enumerate(ordered)
+    ]
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return points[:: -(-len(points) // _MOST_POINTS)]
-
-
-def _scaled(value: float, is_log: bool) -> float:
-    return math.log10(max(value, 1e-12)) if is_log else value
-
-
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def _depth(layer: str) -> tuple[int, str]:

@@ -66,7 +66,12 @@ def initial_params(
     if initial is None:
         return init_params(model, rng, batch, abstract, partitioning)
     restored = restoring.restore_initial(
-        initial.path, abstract, initial.rules, cast=initial.cast, model=model
+        initial.path,
+        abstract,
+        initial.rules,
+        cast=initial.cast,
+        image_size=initial.image_size,
+        model=model,
     )
     log.message(f"initial checkpoint {initial.path}\n{restored.summary()}")
     if not restored.kept:

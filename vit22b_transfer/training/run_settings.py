@@ -134,6 +134,7 @@ def of_initial(initial: Any) -> dict[str, Setting]:
         "initial_checkpoint": os.path.abspath(os.path.expanduser(initial.path)),
         "initial_checkpoint.rules": _literal(tuple(map(tuple, initial.rules))),
         "initial_checkpoint.cast": initial.cast,
+        "initial_checkpoint.image_size": _literal(initial.image_size),
     }
 
 

@@ -42,11 +42,12 @@ from vit22b_transfer.training.stop_signals import StopSignals
 
 @dataclasses.dataclass(frozen=True)
 class InitialCheckpoint:
-    """Parameters to start from: see `restoring.restore_partial`."""
+    """Parameters to start from: see `restoring.restore_initial`."""
 
     path: str
     rules: Sequence[tuple[str, str | None]] = ()
     cast: bool = False
+    image_size: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
