@@ -262,15 +262,15 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
         """The train state before the first step.
 
         Raises:
-          UserError: if a frozen parameter would stay random, or the initial checkpoint
-            does not fit.
+          UserError: if a frozen parameter would stay random, or a file does not fit.
         """
         if self._fallback_of is not None:
             rules = t5x_bindings.bound_to(_RESTORE, "assignment_map", ())
-            params = flax.core.unfreeze(self.global_train_state_shape.params)
             restoring.check_frozen_are_loaded(
-                self._fallback_of, params, self._model.frozen, rules
+                self._fallback_of, self._abstract_params(), self._model.frozen, rules
             )
+        elif self._initial is None:
+            restoring.check_nothing_is_given(self._model)
         if self._initial is None:
             return super().from_scratch(init_rng)
         path = self._initial.path
