@@ -35,6 +35,8 @@ OPEN = {
     "MODEL_DIR": "'/nowhere'",
     "INITIAL_CHECKPOINT": "'/nowhere/checkpoint_1'",
     "VIT": "'S/16'",
+    "TEACHER": "'B/16'",
+    "TEACHER_CHECKPOINT": "'/nowhere/checkpoint_2'",
     "T5": "'small'",
     "GEMMA": "'gemma-2b'",
     "CACHE_DIR": "'/cache'",

@@ -12,11 +12,11 @@ import scipy.stats
 import tiny_classifier
 import tiny_models
 import tiny_runs
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from torch_peers import torch
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import reading, restoring
+from vit22b_transfer.checkpoints import restoring
 from vit22b_transfer.models import distillation, lora
 from vit22b_transfer.models import mixup as mixing
 from vit22b_transfer.models.preparation import Preparation
@@ -260,19 +260,8 @@ def student(tmp_path_factory, teacher):
     return folder
 
 
-def arrays_of(folder):
-    """Every array of the latest checkpoint, by '/'-joined name."""
-    path, on_one = reading.resolve(str(folder)), tiny_runs.ONE_DEVICE.replicated
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_one)
-        for name, leaf in reading.saved_arrays(path).items()
-    }
-    read = reading.read_arrays(path, unflatten_dict(abstract, sep="/"))
-    return {name: np.asarray(x) for name, x in flatten_dict(read, sep="/").items()}
-
-
 def test_a_teacher_stays_what_it_was_and_has_no_optimizer_state(teacher, student):
-    before, after = arrays_of(teacher), arrays_of(student)
+    before, after = tiny_runs.arrays_of(teacher), tiny_runs.arrays_of(student)
     names = {n for n in before if n.startswith("target/")}
     assert names
     for name in names:
@@ -290,7 +279,9 @@ def test_a_killed_training_goes_on_to_the_bit_with_mixup(student, teacher, tmp_p
         taught(tmp_path, teacher, data=tiny_runs.Data(batch=batch, dies_at=4))
     # Without the teacher's checkpoint: the parameters are in the student's own.
     run(tmp_path, student_of(temperature=2.0, mixup=1.0), 6)
-    tiny_runs.assert_same_bits(arrays_of(tmp_path), arrays_of(student))
+    tiny_runs.assert_same_bits(
+        tiny_runs.arrays_of(tmp_path), tiny_runs.arrays_of(student)
+    )
 
 
 def test_a_student_alone_is_read_from_the_checkpoint_of_both(student):
@@ -299,7 +290,7 @@ def test_a_student_alone_is_read_from_the_checkpoint_of_both(student):
     )
     shardings = tiny_runs.state.shardings_of(abstract)
     params = restoring.restore_params(str(student), abstract, shardings)
-    saved = arrays_of(student)
+    saved = tiny_runs.arrays_of(student)
     for name, values_ in flatten_dict(params, sep="/").items():
         assert np.asarray(values_).tobytes() == saved[f"target/{name}"].tobytes()
     assert restoring.teacher_left_out(str(student), abstract) == sum(
