@@ -34,7 +34,7 @@ from vit22b_transfer.recipes import shipped
 from vit22b_transfer.training import inputs, optimizers
 from vit22b_transfer.training.train import InitialCheckpoint, Periods, fine_tune
 
-TASK = "pictures"
+TASK, ONE_DEVICE = "pictures", Partitioning(data=1, model=1)
 RULES = (("teacher/(.*)", r"\1"), (".*", None))
 # Width and depth.
 TEACHER, STUDENT = (96, 4), (24, 1)
@@ -49,6 +49,12 @@ def register(folder):
     classes = folder / "classes.txt"
     register_classification(TASK, ClassFolderSource(splits, classes=str(classes)))
     return class_lists.read(classes).names
+
+
+def optimizer(rate, steps):
+    """AdamW up to a rate and down by a cosine."""
+    schedule = optimizers.cosine(rate, total_steps=steps, warmup_steps=steps // 10)
+    return optimizers.adamw(schedule, weight_decay=0.05)
 
 
 def tower(size, args):
@@ -72,10 +78,9 @@ def train(args, size, classes, seed, steps, *, teacher=None, label_weight=0.0):
         taught = Distillation(
             tower(TEACHER, args), args.temperature, label_weight=label_weight
         )
-    schedule = optimizers.cosine(args.rate, total_steps=steps, warmup_steps=steps // 10)
     model = ClassificationModel(
         ClassifierModule(tower(size, args), classes),
-        optimizers.adamw(schedule, weight_decay=0.05),
+        optimizer(args.rate, steps),
         label_converters.ImageLabelFeatureConverter,
         mixup=args.mixup,
         distillation=taught,
@@ -89,7 +94,7 @@ def train(args, size, classes, seed, steps, *, teacher=None, label_weight=0.0):
         data=inputs.TrainData(TASK, "train", lengths, args.batch, augmentation=drawn),
         eval_data=inputs.EvalData([TASK], "validation", lengths, args.batch),
         total_steps=steps,
-        partitioning=Partitioning(data=1, model=1),
+        partitioning=ONE_DEVICE,
         initial=None if teacher is None else InitialCheckpoint(teacher, RULES),
         periods=Periods(log=max(steps // 10, 1), evaluate=steps, checkpoint=steps),
         seed=seed,
