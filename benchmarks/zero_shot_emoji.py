@@ -44,7 +44,7 @@ from vit22b_transfer.recipes import shipped
 from vit22b_transfer.training import inputs
 from vit22b_transfer.training.train import InitialCheckpoint, Periods, fine_tune
 
-SIDE, TEXT_LENGTH, LABELS, PIECES = 32, 24, 12, 900
+SIDE, TEXT_LENGTH, LABELS, PIECES = 32, 24, 16, 900
 CROPS = augmentation.Augmentation(crop_area=(0.7, 1.0))
 RULES = ((r"encoder/tower/.*", r"\g<0>"), (".*", None))
 
@@ -105,9 +105,7 @@ def text_tower():
     )
 
 
-def train(
-    model, task, lengths, batch, steps, directory, seed, initial=None, drawn=None
-):
+def train(model, task, lengths, batch, steps, directory, seed, **more):
     fine_tune(
         model,
         model_dir=directory,
