@@ -36,6 +36,8 @@ OPEN = {
     "INITIAL_CHECKPOINT": "'/nowhere/checkpoint_1'",
     "INITIAL_IMAGE_SIZE": "(32, 32)",
     "VIT": "'S/16'",
+    "TEACHER": "'B/16'",
+    "TEACHER_CHECKPOINT": "'/nowhere/checkpoint_2'",
     "T5": "'small'",
     "GEMMA": "'gemma-2b'",
     "CACHE_DIR": "'/cache'",

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,6 @@ from flax import linen as nn
 from tiny_classifier import LENGTHS
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import reading
 from vit22b_transfer.data import batches
 from vit22b_transfer.evaluation import evaluate
 from vit22b_transfer.inference import infer
@@ -64,18 +62,6 @@ def train(model_dir, total_steps=STEPS, partitioning=ONE_DEVICE, **arguments):
     )
 
 
-def saved(model_dir):
-    path = reading.resolve(str(model_dir))
-    abstract = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=ONE_DEVICE.replicated
-        )
-        for name, leaf in reading.saved_arrays(path).items()
-    }
-    tree = flax.traverse_util.unflatten_dict(abstract, sep="/")
-    return reading.restore_tree(path, tree)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The directory of a classifier trained for `STEPS` steps, and how it ended."""
@@ -94,7 +80,9 @@ def test_a_classifier_learns_is_resumed_and_evaluated(trained, tmp_path):
         "skipped_records": 0,
     }
     train(tmp_path, total_steps=STEPS)
-    tiny_runs.assert_same_bits(saved(tmp_path), saved(folder))
+    tiny_runs.assert_same_bits(
+        tiny_runs.arrays_of(tmp_path), tiny_runs.arrays_of(folder)
+    )
 
 
 def test_its_labels_are_predicted_in_order_and_scored(trained, tmp_path):

@@ -11,7 +11,10 @@ import tiny_classifier
 import tiny_models
 import tiny_runs
 
+from vit22b_transfer import UserError
+from vit22b_transfer.models.distillation import Distillation
 from vit22b_transfer.training import optimizers
+from vit22b_transfer.training.train import InitialCheckpoint
 
 _REASON = "T5X is not importable: pip install --no-deps -r requirements-t5x.txt"
 pytest.importorskip("t5x.train", reason=_REASON)
@@ -86,6 +89,45 @@ def test_ten_steps_of_a_classifier_are_the_same(tmp_path, loss, microbatches, fr
         arrays_of(tmp_path / "ours", 10),
         tolerance=1e-4,
     )
+
+
+def test_ten_steps_of_a_student_are_the_same_and_leave_its_teacher(tmp_path):
+    """Mixup draws from the keys of each runtime, so both see the images as they are."""
+    train_in_ours(
+        tmp_path / "teacher", model_of("softmax"), 3, data=tiny_runs.Data(batch=batch)
+    )
+    schedule = optimizers.cosine(3e-3, total_steps=100, warmup_steps=2)
+
+    def student():
+        return tiny_classifier.classifier(
+            tiny_models.tower_config(depth=1, pooling="gap"),
+            optimizers.adamw(schedule),
+            num_classes=NUM_CLASSES,
+            distillation=Distillation(tiny_models.tower_config(depth=1), 2.0, 0.5),
+        )
+
+    rules = (("teacher/(.*)", r"\1"), (".*", None))
+    initial = InitialCheckpoint(str(tmp_path / "teacher"), rules)
+    ours = train_in_ours(
+        tmp_path / "ours",
+        student(),
+        10,
+        data=tiny_runs.Data(batch=batch),
+        initial=initial,
+    )
+    theirs = train_in_t5x(
+        tmp_path / "t5x", student(), 0, 10, batch=batch, initial=initial
+    )
+    assert_same_curve(theirs, ours)
+    assert ours[10] < ours[1]
+    found = arrays_of(tmp_path / "t5x", 10)
+    assert_same_arrays(found, arrays_of(tmp_path / "ours", 10), tolerance=1e-4)
+    for name, value in arrays_of(tmp_path / "teacher", 3).items():
+        if name.startswith("target/"):
+            kept = found[name.replace("target/", "target/teacher/", 1)]
+            assert kept.tobytes() == value.tobytes()
+    with pytest.raises(UserError, match="teacher/.* is learned from and not trained"):
+        train_in_t5x(tmp_path / "random", student(), 0, 1, batch=batch)
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ import t5x_launchers
 import tiny_imports
 import tiny_models
 import tiny_runs
-from flax.traverse_util import unflatten_dict
 from t5x_launchers import command
 
 from vit22b_transfer.checkpoints import reading
@@ -88,6 +87,7 @@ def train_in_t5x(
     *,
     microbatches=None,
     batch=tiny_runs.text_batch,
+    initial=None,
 ):
     """T5X's own train loop on the batches of `tiny_runs.Data`; losses by step."""
 
@@ -126,6 +126,9 @@ def train_in_t5x(
             restore=None,
         ),
         partitioner=t5x_partitioning.PjitPartitioner(model_parallel_submesh=(1, 2)),
+        train_state_initializer_cls=functools.partial(
+            t5x_adapter.TrainStateInitializer, initial=initial
+        ),
         trainer_cls=functools.partial(
             t5x_adapter.mean_gradient_trainer,
             trainer_cls=functools.partial(
@@ -149,15 +152,7 @@ def train_in_t5x(
 
 def arrays_of(model_dir, step):
     """Every array of a checkpoint, parameters and optimizer state, by name."""
-    path = reading.checkpoint_path(str(model_dir), step)
-    abstract = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=tiny_runs.ONE_DEVICE.replicated
-        )
-        for name, leaf in reading.saved_arrays(path).items()
-    }
-    tree = unflatten_dict(abstract, sep="/")
-    return reading.flatten(jax.tree.map(np.asarray, reading.read_arrays(path, tree)))
+    return tiny_runs.arrays_of(reading.checkpoint_path(str(model_dir), step))
 
 
 def assert_same_curve(actual, expected):

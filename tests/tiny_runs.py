@@ -14,7 +14,7 @@ from clu import metrics as clu_metrics
 from flax.linen.partitioning import AxisMetadata
 from flax.traverse_util import unflatten_dict
 
-from vit22b_transfer.checkpoints import restoring
+from vit22b_transfer.checkpoints import reading, restoring
 from vit22b_transfer.models import losses
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import optimizers, state
@@ -246,6 +246,19 @@ def saved_params(path, model=None, partitioning=ONE_DEVICE):
     shardings = state.shardings_of(abstract)
     params = restoring.restore_params(str(path), abstract, shardings)
     return jax.tree.map(np.asarray, params)
+
+
+def arrays_of(path):
+    """Every array of a checkpoint, or of the latest in a directory, by name."""
+    path = reading.resolve(str(path))
+    abstract = {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=ONE_DEVICE.replicated
+        )
+        for name, leaf in reading.saved_arrays(path).items()
+    }
+    read = reading.read_arrays(path, unflatten_dict(abstract, sep="/"))
+    return reading.flatten(jax.tree.map(np.asarray, read))
 
 
 def assert_same_bits(actual, expected):

@@ -8,6 +8,7 @@ from flax import traverse_util
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import identity, reading, restoring
+from vit22b_transfer.models import distillation
 
 Tree = Any
 
@@ -56,10 +57,11 @@ def restore(path: str, abstract_params: Tree, *, model: Any) -> tuple[Tree, int]
     identity.check_lora(path, model)
     flat, saved = reading.flatten(abstract_params), reading.saved_arrays(path)
     kept = {name.removeprefix("target/") for name in saved if name[:7] == "target/"}
+    alone = restoring.teacher_left_out(path, abstract_params) > 0
     problems = [
         f"target/{name}: not in the model"
         for name in sorted(kept | averages.keys())
-        if name not in flat
+        if name not in flat and not (alone and distillation.is_of_teacher(name))
     ]
     sources = {name: source for name, source in averages.items() if name in flat}
     for name in sources:

@@ -103,10 +103,11 @@ def resolve(path: str) -> str:
 # --- Reading ---
 
 
-def restore_tree(path: str, abstract: Tree) -> Tree:
+def restore_tree(path: str, abstract: Tree, *, spared: str | None = None) -> Tree:
     """A whole checkpoint, or the top-level parts of it that `abstract` has.
 
     `abstract` holds shapes, dtypes and the shardings to read straight into.
+    spared: how names begin that may be left over.
 
     Raises:
       UserError: naming every array that is missing, left over, or of another shape or
@@ -117,7 +118,9 @@ def restore_tree(path: str, abstract: Tree) -> Tree:
     problems = [
         f"{name}: not in the model"
         for name in _arrays_in(path)
-        if name.split("/")[0] in abstract and name not in wanted
+        if name.split("/")[0] in abstract
+        and name not in wanted
+        and not (spared is not None and name.startswith(spared))
     ]
     check_fit(path, {name: name for name in wanted}, wanted, saved, problems)
     return read_arrays(path, abstract)

@@ -17,7 +17,7 @@ from vit22b_transfer.checkpoints import (
     position_tables,
     reading,
 )
-from vit22b_transfer.models import freezing, lora
+from vit22b_transfer.models import distillation, freezing, lora
 
 Tree = Any
 
@@ -222,14 +222,39 @@ def check_none_stays_random(names: Sequence[str], path: str) -> None:
         )
 
 
+def check_nothing_is_given(model: Any) -> None:
+    """Raises UserError if a model must not start from fresh parameters alone.
+
+    Its `given` are patterns of parameters that only a checkpoint can give.
+    """
+    if given := getattr(model, "given", ()):
+        raise UserError(
+            f"{', '.join(given)} is learned from and not trained, so a checkpoint has "
+            "to give it, but this training has no initial checkpoint. Name one: "
+            "gin_configs/runs/distill.gin has TEACHER_CHECKPOINT."
+        )
+
+
+def teacher_left_out(path: str, abstract_params: Tree) -> int:
+    """How many arrays of a distillation's teacher a student alone does not take."""
+    taken = any(map(distillation.is_of_teacher, reading.flatten(abstract_params)))
+    names = reading.saved_arrays(reading.resolve(path)).keys()
+    of_teacher = [n for n in names if distillation.is_of_teacher(n)]
+    return 0 if taken else len(of_teacher)
+
+
 def restore_whole(path: str, abstract_params: Tree, *, model: Any = None) -> Tree:
     """All parameters of a checkpoint, int8 kernels as in `restore_partial`.
 
     Raises:
-      UserError: as `restore_partial`, and if anything is left over on either side.
+      UserError: as `restore_partial`, and if anything is left over on either side, but
+        for the teacher of a student alone.
     """
     restored = restore_partial(path, abstract_params, model=model)
-    if left := [*restored.kept, *restored.unused]:
+    unused = restored.unused
+    if teacher_left_out(path, abstract_params):
+        unused = [name for name in unused if not distillation.is_of_teacher(name)]
+    if left := [*restored.kept, *unused]:
         raise UserError(
             f"checkpoint {path} does not fit the model: {len(left)} arrays are in one "
             f"of them only, such as {left[0]}. Use the model that it was written with."
@@ -289,8 +314,8 @@ def restore_params(
     those that the checkpoint was trained with.
 
     Raises:
-      UserError: naming every parameter that is missing, left over, or of another shape
-        or dtype.
+      UserError: naming every parameter that is missing, left over (but for the teacher
+        of a student alone), or of another shape or dtype.
     """
     path = reading.resolve(path)
     if model is not None:
@@ -304,4 +329,7 @@ def restore_params(
         abstract_params,
         shardings,
     )
-    return reading.restore_tree(path, {"target": abstract})["target"]
+    tree = {"target": abstract}
+    alone = teacher_left_out(path, abstract_params) > 0
+    spared = f"target/{distillation.SCOPE}/" if alone else None
+    return reading.restore_tree(path, tree, spared=spared)["target"]

@@ -195,6 +195,11 @@ def restore(
         params = restoring.restore_params(
             path, abstract, shardings_of(abstract), model=model
         )
+    if left_out := restoring.teacher_left_out(path, abstract):
+        progress.console(quiet=jax.process_index() > 0).print(
+            f"{path}: the teacher of its distillation ({left_out} arrays) is left out",
+            markup=False,
+        )
     return RestoredModel(model, partitioning, path, params, weights)
 
 

@@ -21,6 +21,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
 
 from vit22b_transfer import UserError
+from vit22b_transfer.models import distillation as distilling
 from vit22b_transfer.models import freezing, layers, losses, towers
 from vit22b_transfer.models import lora as low_rank
 from vit22b_transfer.models import mixup as mixing
@@ -89,6 +90,9 @@ class ClassificationModel:
     mixup: blends the images and labels of a training batch in pairs, by a share from
       Beta(mixup, mixup) that the step's random key decides (`models.mixup`); None does
       not. A hit is then one of the image's own labels, which weigh more.
+    distillation: the loss compares with a teacher, which sees the same mixed images, in
+      place of the labels or beside them (`models.distillation`); predictions are those
+      of the student.
     label_smoothing: s in [0, 1): targets become (1 - s) * target + s / classes.
     class_names: gives the names of all classes, by id; predictions then have them.
     all_scores: predictions tell the score of every class, as mean average precision
@@ -116,6 +120,7 @@ class ClassificationModel:
         loss: Loss = "softmax",
         label_smoothing: float = 0.0,
         mixup: float | None = None,
+        distillation: distilling.Distillation | None = None,
         class_names: Callable[[], Sequence[str]] | None = None,
         all_scores: bool = False,
         frozen: Sequence[str] = (),
@@ -126,6 +131,8 @@ class ClassificationModel:
         _check(module, loss, label_smoothing)
         if mixup is not None:
             mixing.check_alpha(mixup)
+        if distillation is not None:
+            distillation.check_student(module.tower, loss, label_smoothing)
         if int8_tower:
             tower = towers.changed(module.tower, "int8_tower", int8_kernels=True)
             module = module.clone(tower=tower)
@@ -138,12 +145,16 @@ class ClassificationModel:
         self.loss = loss
         self.label_smoothing = label_smoothing
         self.mixup = mixup
+        self.distillation = distillation
         self.all_scores = all_scores
         self.lora = lora
         self.frozen_tower = frozen_tower
         self.frozen = freezing.frozen_patterns(
             frozen, tower=frozen_tower, int8_tower=int8_tower, lora=lora
         )
+        if distillation is not None:
+            self.frozen = (*self.frozen, distilling.PARAMETERS)
+            self._teacher = ClassifierModule(distillation.teacher, module.num_classes)
         self._class_names = class_names
         self.FEATURE_CONVERTER_CLS = None
         if feature_converter_cls is not None:
@@ -155,6 +166,11 @@ class ClassificationModel:
     def loss_spans_batch(self) -> bool:
         """Whether the loss of an image depends on the others of its batch."""
         return self.mixup is not None
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Patterns of the parameters that a training has from a checkpoint only."""
+        return () if self.distillation is None else (distilling.PARAMETERS,)
 
     @property
     def prediction_settings(self) -> dict[str, Any]:
@@ -193,12 +209,16 @@ class ClassificationModel:
                 f"{', '.join(sorted(input_shapes))}: cached features are tokens before "
                 "any pooling. Leave gin_configs/runs/cached_features.gin out."
             )
-        shape = tuple(input_shapes["encoder_input_images"])
-        variables = self.module.init(rng, jnp.zeros(shape, jnp.uint8))
-        variables = flax.core.unfreeze(variables)
+        images = jnp.zeros(tuple(input_shapes["encoder_input_images"]), jnp.uint8)
+        variables = flax.core.unfreeze(self.module.init(rng, images))
+        params, in_tower = variables["params"], not self.frozen_tower
         if self.lora is not None:
-            params, in_tower = variables["params"], not self.frozen_tower
             low_rank.check_patterns(self.lora, params, in_tower=in_tower)
+        if self.distillation is not None:
+            teacher = flax.core.unfreeze(self._teacher.init(rng, images))
+            for collection, values in variables.items():
+                values[distilling.SCOPE] = teacher[collection]
+        if self.lora is not None:
             freezing.check_trained(self.lora, params, self.frozen)
         return variables
 
@@ -234,16 +254,21 @@ class ClassificationModel:
             batch = {**batch, "encoder_input_images": images}
         logits = self._logits(params, batch)
         real = (jnp.max(targets, axis=-1) > 0).astype(jnp.float32)
-        each = self._cross_entropy(logits, learned, self.label_smoothing) * real
-        loss, count = jnp.sum(each), jnp.sum(real)
+        each = self._cross_entropy(logits, learned, self.label_smoothing)
         best = jnp.argmax(logits, axis=-1, keepdims=True)
         hit = jnp.take_along_axis(targets, best, axis=-1)[:, 0] > 0
+        values = {"accuracy": hit.astype(jnp.float32)}
+        if self.distillation is not None:
+            teacher = self._teacher_logits(params, batch)
+            each = self.distillation.loss(logits, teacher, each)
+            values |= distilling.distances(logits, teacher)
+        values = {"loss": each} | values
+        count = jnp.sum(real)
         metrics = {
-            "loss": clu_metrics.Average(total=loss, count=count),
-            "accuracy": clu_metrics.Average(
-                total=jnp.sum(hit.astype(jnp.float32) * real), count=count
-            ),
+            name: clu_metrics.Average(total=jnp.sum(value * real), count=count)
+            for name, value in values.items()
         }
+        loss = metrics["loss"].total
         return loss, metrics, (logits, targets, real)
 
     def _cross_entropy(self, logits, targets, smoothing):
@@ -255,6 +280,11 @@ class ClassificationModel:
         if self.loss == "softmax":
             return losses.softmax_cross_entropy(logits, targets)
         return losses.sigmoid_cross_entropy(logits, targets)
+
+    def _teacher_logits(self, params, batch):
+        params = flax.core.unfreeze(params)[distilling.SCOPE]
+        images = jnp.asarray(batch["encoder_input_images"])
+        return self._teacher.apply({"params": params}, images)
 
     def _logits(self, params, batch):
         params = flax.core.unfreeze(params)

@@ -62,8 +62,13 @@ def initial_params(
     partitioning: Partitioning,
     log: Any,
 ) -> Any:
-    """Fresh parameters, or those of a checkpoint and fresh ones for the rest."""
+    """Fresh parameters, or those of a checkpoint and fresh ones for the rest.
+
+    Raises:
+      UserError: if the checkpoint does not fit, or there is none to give what it must.
+    """
     if initial is None:
+        restoring.check_nothing_is_given(model)
         return init_params(model, rng, batch, abstract, partitioning)
     restored = restoring.restore_initial(
         initial.path,
