@@ -262,15 +262,13 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
         """The train state before the first step.
 
         Raises:
-          UserError: if a frozen parameter would stay random, a file does not fit, or
-            T5X's own restore would not go by the recipe's rules.
+          UserError: if a frozen parameter would stay random, or a file does not fit.
         """
         if (path := self._fallback_of) is not None:
             rules = t5x_bindings.bound_to(_RESTORE, "assignment_map", ())
             params = self._abstract_params()
             restoring.check_frozen_are_loaded(path, params, self._model.frozen, rules)
-            if (same := initial_checkpoint()) is not None:
-                restoring.check_t5x_restores_the_same(path, same)
+            restoring.check_t5x_restores_the_same(path, initial_checkpoint())
         elif self._initial is None:
             restoring.check_nothing_is_given(self._model)
         if (initial := self._initial) is None:

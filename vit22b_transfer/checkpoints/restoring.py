@@ -182,12 +182,14 @@ def check_frozen_are_loaded(
     check_none_stays_random([n for n in names if is_fresh(f"target/{n}")], path)
 
 
-def check_t5x_restores_the_same(path: str, initial: Any) -> None:
+def check_t5x_restores_the_same(path: str, initial: Any | None) -> None:
     """Raises UserError if T5X's restore of `path` is not what a recipe starts from.
 
-    initial: the recipe's `train.InitialCheckpoint`. T5X takes everything under its own
-      name, in its own dtype and size; what is not there is fresh.
+    initial: the recipe's `train.InitialCheckpoint`, if it names one. T5X takes
+      everything under its own name, in its own dtype and size; the rest is fresh.
     """
+    if initial is None:
+        return
     saved = reading.saved_arrays(reading.resolve(path))
     names = [n.removeprefix("target/") for n in saved if n.startswith("target/")]
     kept = [
