@@ -282,6 +282,9 @@ def _storm(work, command, options):
             if _run(work, work / "storm.txt", arguments, kill_after=kill_after):
                 break
             kills += 1
+            # Its rename comes last: killed between that and its end, it is done.
+            if command == "import" and (whole / command / "checkpoint_0").exists():
+                break
         else:
             _run(work, work / "storm.txt", arguments)
         runs += 1
