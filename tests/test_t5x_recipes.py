@@ -368,6 +368,51 @@ def test_the_finetune_file_refuses_a_frozen_tower_that_nothing_is_loaded_for(
             initializer.from_scratch(jax.random.PRNGKey(0))
 
 
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        ("()", None),
+        ("(('encoder/adapter/.*', None),)", None),
+        ("(('encoder/projection/.*', None),)", "changes what is taken"),
+        ("(('decoder/(.*)', r'text/\\1'),)", "changes what is taken"),
+    ],
+)
+def test_the_finetune_file_takes_the_recipes_checkpoint_if_it_is_the_same(
+    rules, message, checkpoint
+):
+    paths = (T5_RECIPE, gin_files.CONFIGS / "runs/from_checkpoint.gin")
+    more = [f"INITIAL_CHECKPOINT={checkpoint!r}", ON_CPUS, *TINY]
+    more.append(f"train.InitialCheckpoint.rules={rules}")
+    same = f"INITIAL_CHECKPOINT_PATH={checkpoint!r}"
+    with in_t5x("finetune", paths, *more, same) as made:
+        initializer = initializer_of(made)
+        ends = contextlib.nullcontext()
+        if message:
+            ends = pytest.raises(UserError, match=message)
+        with ends:
+            initializer.from_scratch(jax.random.PRNGKey(0))
+    other = "INITIAL_CHECKPOINT_PATH='/another'"
+    with (
+        pytest.raises(UserError, match="which is another"),
+        in_t5x("finetune", paths, *more, other),
+    ):
+        pass
+
+
+def test_parameters_of_t5x_itself_may_be_set_in_place_of_its_macros():
+    more = ["INITIAL_CHECKPOINT_PATH='/nowhere'", ON_CPUS, *TINY]
+    parameters = ["train.eval_period=2", "train.eval_steps=1", "train.random_seed=3"]
+    parameters.append("seqio.Evaluator.num_examples=16")
+    with in_t5x("finetune", (T5_RECIPE,), *more, *parameters) as made:
+        assert made["eval_period"] == 2 and made["eval_steps"] == 1
+    both = [*more, *parameters, "EVAL_STEPS=3"]
+    with (
+        pytest.raises(UserError, match="EVAL_STEPS = 3, which nothing uses"),
+        in_t5x("finetune", (T5_RECIPE,), *both),
+    ):
+        pass
+
+
 # --- What is evaluated and predicted ---
 
 

@@ -262,27 +262,27 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
         """The train state before the first step.
 
         Raises:
-          UserError: if a frozen parameter would stay random, or a file does not fit.
+          UserError: if a frozen parameter would stay random, the initial checkpoint
+            does not fit, or T5X's own restore would not go by the recipe's rules.
         """
-        if self._fallback_of is not None:
+        if (path := self._fallback_of) is not None:
             rules = t5x_bindings.bound_to(_RESTORE, "assignment_map", ())
-            restoring.check_frozen_are_loaded(
-                self._fallback_of, self._abstract_params(), self._model.frozen, rules
-            )
-        elif self._initial is None:
-            restoring.check_nothing_is_given(self._model)
+            params = flax.core.unfreeze(self.global_train_state_shape.params)
+            restoring.check_frozen_are_loaded(path, params, self._model.frozen, rules)
+            if (same := initial_checkpoint()) is not None:
+                restoring.check_rules_come_to_nothing(path, same.rules)
         if self._initial is None:
+            restoring.check_nothing_is_given(self._model, path)
             return super().from_scratch(init_rng)
-        path = self._initial.path
         restored = restoring.restore_initial(
-            path,
+            self._initial.path,
             self._abstract_params(),
             self._initial.rules,
             cast=self._initial.cast,
             model=self._model,
         )
         logging.getLogger(__name__).warning(
-            "initial checkpoint %s\n%s", path, restored.summary()
+            "initial checkpoint %s\n%s", self._initial.path, restored.summary()
         )
         params = restored.params
         if restored.kept:

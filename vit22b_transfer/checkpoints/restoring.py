@@ -148,6 +148,25 @@ def check_frozen_are_loaded(
     check_none_stays_random([n for n in names if is_fresh(f"target/{n}")], path)
 
 
+def check_rules_come_to_nothing(
+    path: str, rules: Sequence[tuple[str, str | None]]
+) -> None:
+    """Raises UserError if rules of ours choose among what a checkpoint holds.
+
+    T5X's own restore takes everything under its own name; what is not there is fresh.
+    """
+    saved = reading.saved_arrays(reading.resolve(path))
+    names = [n.removeprefix("target/") for n in saved if n.startswith("target/")]
+    for pattern, to in rules:
+        taken = [name for name in names if re.fullmatch(pattern, name)]
+        if to is not None or taken:
+            raise UserError(
+                f"the rule {(pattern, to)} of InitialCheckpoint changes what is taken "
+                f"from {path}, but t5x_finetune.gin takes all of it as it is. Name "
+                "t5x_train.gin, which goes by the rules, or leave the rule out."
+            )
+
+
 def check_none_stays_random(names: Sequence[str], path: str) -> None:
     """Raises UserError if there are frozen parameters that nothing was loaded for."""
     if names:
@@ -159,12 +178,13 @@ def check_none_stays_random(names: Sequence[str], path: str) -> None:
         )
 
 
-def check_nothing_is_given(model: Any) -> None:
+def check_nothing_is_given(model: Any, path: str | None) -> None:
     """Raises UserError if a model must not start from fresh parameters alone.
 
-    Its `given` are patterns of parameters that only a checkpoint can give.
+    Its `given` are patterns of parameters that only a checkpoint can give. path: of the
+    initial checkpoint; None: there is none.
     """
-    if given := getattr(model, "given", ()):
+    if path is None and (given := getattr(model, "given", ())):
         raise UserError(
             f"{', '.join(given)} is learned from and not trained, so a checkpoint has "
             "to give it, but this training has no initial checkpoint. Name one: "

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import instruments, layers, stacking
+from vit22b_transfer.models import attention, instruments, layers, stacking
 from vit22b_transfer.models.grouped_attention import (
     GroupedQueryAttention,
     KeyValues,
@@ -40,6 +40,7 @@ class GemmaConfig:
       are global.
     rope_base, rope_stretch: of the global layers; `local_rope_base` of the local ones,
       the same as `rope_base` by default.
+    attention_form: `form` of `attention.attend`; decoding step by step has its own.
     """
 
     vocab_size: int
@@ -65,6 +66,7 @@ class GemmaConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     lora: LoraConfig | None = None
+    attention_form: attention.Form = "auto"
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -237,6 +239,7 @@ class _Block(nn.Module):
             cfg.attention_softcap,
             cfg.qk_norm,
             lora=cfg.lora,
+            form=cfg.attention_form,
             **types,
         )
         self.pre_mlp_layer_norm = _norm(cfg)

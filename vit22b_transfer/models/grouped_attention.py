@@ -80,6 +80,7 @@ class GroupedQueryAttention(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     lora: LoraConfig | None = None
+    form: attention.Form = "auto"
 
     def setup(self):
         shared = self.num_kv_heads < self.num_heads
@@ -136,10 +137,15 @@ class GroupedQueryAttention(nn.Module):
             scale=self.scale,
             softcap=self.softcap,
         )
-        logits = jnp.einsum("BQKGH,BSKH->BKGQS", self._grouped(query), key)
-        weights = self._weights(logits, view.mask)
-        # The order of operands matters for XLA's CPU fusion, see attention.attend.
-        y = jnp.einsum("BSKH,BKGQS->BQKGH", value, weights)
+        y = attention.attend(
+            query,
+            key,
+            value,
+            mask=view.mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            form=self.form,
+        )
         kept = KeyValues(key.transpose(0, 2, 3, 1), value.swapaxes(1, 2))
         return self._joined(y), kept
 

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from vit22b_transfer.models import instruments, layers
-from vit22b_transfer.models.attention import attend, attend_cached, rotate
+from vit22b_transfer.models.attention import Form, attend, attend_cached, rotate
 from vit22b_transfer.models.lora import LoraConfig
 
 
@@ -18,7 +18,8 @@ class MultiHeadAttention(nn.Module):
     `scale=None` means 1/sqrt(head_dim); T5 folds it into its weights and passes 1.
     QK-norm (ViT-22B eq. 3) normalises each head over head_dim with one scale of shape
     [H] for all heads, before the scaling; without `qk_norm_per_head` all heads together
-    with a scale of shape [N*H]. With `qkv_bias`, keys may still have none.
+    with a scale of shape [N*H]. With `qkv_bias`, keys may still have none. `form` is
+    that of `attention.attend`.
     """
 
     width: int
@@ -38,6 +39,7 @@ class MultiHeadAttention(nn.Module):
     query_init: layers.Initializer | None = None
     lora: LoraConfig | None = None
     int8_kernels: bool = False
+    form: Form = "auto"
 
     def setup(self):
         joined = self.num_heads * self.head_dim
@@ -103,6 +105,18 @@ class MultiHeadAttention(nn.Module):
             self, query, key, mask=mask, bias=bias, scale=self.attention_scale
         )
 
+    def attend(self, query, key, value, *, mask=None, bias=None):
+        """The weighted values [B, Q, N, H], before the out-projection."""
+        return attend(
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            scale=self.attention_scale,
+            form=self.form,
+        )
+
     def project_query(self, x: Float[Array, "batch queries embed"], angles=None):
         """Queries [B, Q, N, H], normalised, then rotated."""
         query = self._normalize_query(self.split_heads(self.query(x)))
@@ -118,7 +132,7 @@ class MultiHeadAttention(nn.Module):
         """Attention of x [B, Q, E] over keys and values projected earlier."""
         query = self.project_query(x, angles)
         self.record(query, key, mask=mask, bias=bias)
-        y = attend(query, key, value, mask=mask, bias=bias, scale=self.attention_scale)
+        y = self.attend(query, key, value, mask=mask, bias=bias)
         return self.out(y.reshape(*y.shape[:2], -1))
 
     def attend_cached(self, x, key, value, *, mask=None, bias=None):

@@ -16,7 +16,13 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import instruments, layers, multi_head_attention, stacking
+from vit22b_transfer.models import (
+    attention,
+    instruments,
+    layers,
+    multi_head_attention,
+    stacking,
+)
 from vit22b_transfer.models.lora import LoraConfig
 from vit22b_transfer.models.t5_variants import sizes_of
 
@@ -35,6 +41,7 @@ class T5Config:
     normalises what it is given. T5 v1.1, mT5 and ByT5 have a gated gelu, UL2 a gated
     silu; the first T5 has relu without a gate, and tied logits. Those are divided by
     the root of the width unless `scaled_logits` is False (transformers 5's new models).
+    attention_form: `form` of `attention.attend`; decoding step by step has its own.
     """
 
     vocab_size: int
@@ -54,6 +61,7 @@ class T5Config:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     lora: LoraConfig | None = None
+    attention_form: attention.Form = "auto"
 
     def __post_init__(self):
         if self.remat not in ("none", "dots", "block"):
@@ -113,6 +121,7 @@ def _attention(cfg: T5Config) -> multi_head_attention.MultiHeadAttention:
         kernel_init=layers.fan_in_normal,
         query_init=query_init,
         lora=cfg.lora,
+        form=cfg.attention_form,
     )
 
 

@@ -116,8 +116,14 @@ class ViTConfig(vit_blocks.BlockConfig):
 
     def token_settings(self) -> dict[str, str]:
         """What decides the tokens beside the weights: see `towers.TowerConfig`."""
-        plain = dict(pooling="none", lora=None, scan_layers=False, remat="none")
-        config = dataclasses.replace(self, **plain)
+        config = dataclasses.replace(
+            self,
+            pooling="none",
+            lora=None,
+            scan_layers=False,
+            remat="none",
+            attention_form="auto",
+        )
         settings = {}
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)

@@ -40,6 +40,7 @@ class BlockConfig:
     fused_projections: the in- and the out-projections of a parallel block as one matmul
       each: faster on accelerators, slower on CPUs. Parameters do not depend on it.
     int8_kernels: kernels stored as `models.int8` says; they cannot be trained.
+    attention_form: `form` of `attention.attend`; `auto` is the fastest where it runs.
     """
 
     width: int
@@ -63,6 +64,7 @@ class BlockConfig:
     param_dtype: Any = jnp.float32
     lora: LoraConfig | None = None
     int8_kernels: bool = False
+    attention_form: attention.Form = "auto"
 
     def __post_init__(self):
         if self.width % self.num_heads:
@@ -185,9 +187,7 @@ class Block(nn.Module):
         if angles is not None:
             query, key = (attention.rotate(x, angles) for x in (query, key))
         mha.record(query, key, mask=mask)
-        weighted = attention.attend(
-            query, key, value, mask=mask, scale=mha.attention_scale
-        )
+        weighted = mha.attend(query, key, value, mask=mask)
         hidden = mlp.activation(hidden)
         joined = jnp.concatenate([weighted, hidden], axis=-1)
         out = jnp.concatenate(
@@ -233,6 +233,7 @@ def _attention(
         param_dtype=cfg.param_dtype,
         lora=cfg.lora,
         int8_kernels=cfg.int8_kernels,
+        form=cfg.attention_form,
         name=name,
     )
 

@@ -184,11 +184,17 @@ def _endless(model):
 
 
 def _matmul(dtype, devices):
-    """A product on one device; all are taken to be as fast."""
+    """A product on one device; all are taken to be as fast.
+
+    Of random numbers: of equal ones a GPU computes it an eighth faster.
+    """
     side = _SIDES.get(jax.default_backend(), _SIDE)
-    left = jnp.full((side, side), 0.5, dtype)
-    product = jax.jit(jnp.matmul).lower(left, left).compile()
-    return _Contender(lambda: product(left, left), 2 * side**3 * devices)
+    left, right = (
+        jax.random.normal(key, (side, side), dtype)
+        for key in jax.random.split(jax.random.key(0))
+    )
+    product = jax.jit(jnp.matmul).lower(left, right).compile()
+    return _Contender(lambda: product(left, right), 2 * side**3 * devices)
 
 
 def _batch(model, partitioning, batch_size, input_length, target_length):

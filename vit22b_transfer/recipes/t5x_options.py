@@ -28,12 +28,20 @@ SHARED = (
     "vit22b_transfer.training.optimizers.",
     "vit22b_transfer.t5x_adapter.",
 )
-# Macros of T5X's own run files that nothing of ours uses: their values there, and what
-# to set in their place.
+# Macros of T5X's own run files that may go unused: their values there, and what to set
+# in their place. Of some nothing of ours makes use; the others are unused where the
+# parameter that T5X gives them to is set itself.
 UNUSED_MACROS: Mapping[str, tuple[Any, str]] = {
     "DROPOUT_RATE": (0.1, "name gin_configs/runs/regularization.gin behind the recipe"),
     "ACTIVATION_DTYPE": ("bfloat16", "set the dtype of the model's own files"),
     "BEAM_SIZE": (1, "name gin_configs/models/beam_search.gin behind the recipe"),
+    "EVAL_PERIOD": (1000, "train.eval_period is set itself"),
+    "EVAL_STEPS": (20, "train.eval_steps is set itself"),
+    "EVALUATOR_NUM_EXAMPLES": (None, "seqio.Evaluator.num_examples is set itself"),
+    "JSON_WRITE_N_RESULTS": (None, "seqio.JSONLogger.write_n_results is set itself"),
+    "RANDOM_SEED": (None, "train.random_seed is set itself"),
+    "SHUFFLE_TRAIN_EXAMPLES": (True, "train/utils.DatasetConfig.shuffle is set itself"),
+    "USE_HARDWARE_RNG": (False, "train.use_hardware_rng is set itself"),
 }
 
 
@@ -328,11 +336,21 @@ IN_ONE_JOB: Mapping[tuple[str, str, str], Meaning] = {
             *("best", "scores", "allow_changes"),
         )
     },
-    ("finetune", f"{_TRAIN}.fine_tune", "initial"): _refused(
-        "t5x_finetune.gin starts from INITIAL_CHECKPOINT_PATH. Name t5x_train.gin, "
-        "which takes the recipe's initial checkpoint, or leave "
-        "gin_configs/runs/from_checkpoint.gin out",
-        (None,),
+    ("finetune", f"{_TRAIN}.fine_tune", "initial"): _carried(
+        "T5X restores the same checkpoint"
+    ),
+    ("finetune", f"{_TRAIN}.InitialCheckpoint", "path"): _refused(
+        "t5x_finetune.gin starts from INITIAL_CHECKPOINT_PATH, which is another. Set "
+        "it to the same, or name t5x_train.gin, which takes the recipe's initial "
+        "checkpoint",
+        (),
+        ("%INITIAL_CHECKPOINT_PATH",),
+    ),
+    ("finetune", f"{_TRAIN}.InitialCheckpoint", "rules"): _carried(
+        "an error at step 0 where T5X's restore does something else"
+    ),
+    ("finetune", f"{_TRAIN}.InitialCheckpoint", "cast"): _refused(
+        "T5X casts nothing here. Name t5x_train.gin, or leave it out", (False,)
     ),
     ("precompile", f"{_TRAIN}.fine_tune", "num_microbatches"): _refused(
         "T5X compiles its own step on a whole batch. Leave it out", (1,)

@@ -14,6 +14,7 @@ from vit22b_transfer.weights.mapping import Family, Model
 
 # What the weights do not decide: written only where the import chose it.
 _OF_THE_RUN = {
+    "attention_form",
     "dropout_rate",
     "dtype",
     "fused_projections",
