@@ -269,9 +269,8 @@ class TrainStateInitializer(t5x_utils.TrainStateInitializer):
             params = self._abstract_params()
             restoring.check_frozen_are_loaded(path, params, self._model.frozen, rules)
             restoring.check_t5x_restores_the_same(path, initial_checkpoint())
-        elif self._initial is None:
-            restoring.check_nothing_is_given(self._model)
         if (initial := self._initial) is None:
+            restoring.check_nothing_is_given(self._model, path)
             return super().from_scratch(init_rng)
         restored = restoring.restore_initial(
             initial.path,

@@ -224,12 +224,13 @@ def check_none_stays_random(names: Sequence[str], path: str) -> None:
         )
 
 
-def check_nothing_is_given(model: Any) -> None:
+def check_nothing_is_given(model: Any, path: str | None) -> None:
     """Raises UserError if a model must not start from fresh parameters alone.
 
-    Its `given` are patterns of parameters that only a checkpoint can give.
+    Its `given` are patterns of parameters that only a checkpoint can give. path: of the
+    initial checkpoint; None: there is none.
     """
-    if given := getattr(model, "given", ()):
+    if path is None and (given := getattr(model, "given", ())):
         raise UserError(
             f"{', '.join(given)} is learned from and not trained, so a checkpoint has "
             "to give it, but this training has no initial checkpoint. Name one: "

@@ -68,7 +68,7 @@ def initial_params(
       UserError: if the checkpoint does not fit, or there is none to give what it must.
     """
     if initial is None:
-        restoring.check_nothing_is_given(model)
+        restoring.check_nothing_is_given(model, None)
         return init_params(model, rng, batch, abstract, partitioning)
     restored = restoring.restore_initial(
         initial.path,
