@@ -254,7 +254,7 @@ def test_a_gin_file_that_is_not_there_is_told_with_the_nearest(folder, file, mes
         ("VOCB_SIZE=3", "VOCB_SIZE is set but nothing uses it. Did you mean VOCAB_S"),
         ("T5Confg.width=3", "names no 'T5Confg'. Did you mean T5Config"),
         ("T5Config.widht=3", "no parameter 'widht'. Did you mean width?"),
-        ("T5Config.zzz=3", "Its parameters: activation, dropout_rate, dtype"),
+        ("T5Config.zzz=3", "Its parameters: activation, attention_form, dropout_rate"),
         ("T5Config.width=%WIDTH", "macro WIDTH is not defined. Defined macros: VOCAB"),
         ("T5Config.width=2.5", "t5.T5Config.width: must be int, got 2.5 (float)."),
         ("T5Config.width=True", "must be int, got True (bool)."),
