@@ -4,7 +4,7 @@ Claim: without QK-norm attention logits grow with the learning rate and attentio
 collapses; with it the loss stays lower at high rates, and is less sensitive to the rate
 (Wortsman et al. 2023). Parallel and sequential blocks reach the same loss.
 
-What `vit22b demo --part recipe` shows, with more rates and seeds. Started again, it
+What `vit22b demo --part recipe` shows, of more seeds. Started again, it
 goes on where it was; with more --seeds or --rates it trains only those.
 
     python benchmarks/stability.py --out DIR
@@ -18,8 +18,6 @@ import jax
 from vit22b_transfer import cli
 from vit22b_transfer.demo import stability
 
-RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-
 
 def main():
     parser = argparse.ArgumentParser(
@@ -28,7 +26,7 @@ def main():
     parser.add_argument("--out", required=True, help="directory for all trainings")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--steps", type=int, default=stability.STEPS)
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--rates", type=float, nargs="+", default=stability.RATES)
     parser.add_argument(
         "--sequential", type=float, nargs="*", default=stability.SEQUENTIAL_RATES
     )
