@@ -61,11 +61,11 @@ def attend(
     # In these orders of operands XLA's CPU fusion is 2.5 times faster than in others.
     if kv_heads == heads:
         logits = jnp.einsum("BQNH,BKNH->BNQK", query, key)
-        weights = _attention_weights(logits, mask, bias, softcap).astype(value.dtype)
+        weights = attention_weights(logits, mask, bias, softcap).astype(value.dtype)
         return jnp.einsum("BKNH,BNQK->BQNH", value, weights)
     query = query.reshape(batch, queries, kv_heads, heads // kv_heads, -1)
     logits = jnp.einsum("BQKGH,BSKH->BKGQS", query, key)
-    weights = _attention_weights(logits, mask, bias, softcap).astype(value.dtype)
+    weights = attention_weights(logits, mask, bias, softcap).astype(value.dtype)
     y = jnp.einsum("BSKH,BKGQS->BQKGH", value, weights)
     return y.reshape(batch, queries, heads, -1)
 
@@ -85,7 +85,7 @@ def attend_cached(
     """
     query = query.swapaxes(1, 2) * jnp.asarray(scale, query.dtype)
     logits = jnp.einsum("BNQH,BNHK->BNQK", query, key)
-    weights = _attention_weights(logits, mask, bias).astype(value.dtype)
+    weights = attention_weights(logits, mask, bias).astype(value.dtype)
     return jnp.einsum("BNQK,BNKH->BNQH", weights, value).swapaxes(1, 2)
 
 
@@ -104,8 +104,13 @@ def rotate(
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def _attention_weights(logits, mask, bias, softcap=None):
-    """Softmax over the keys in float32; logits [B, N, Q, K], or [B, K, G, Q, S]."""
+def attention_weights(
+    logits: Float[Array, "batch *heads queries keys"],
+    mask: Bool[Array, "#batch 1 #queries keys"] | None,
+    bias: Float[Array, "1 all_heads #queries keys"] | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "batch *heads queries keys"]:
+    """Softmax over the keys in float32, of query heads or of groups of them."""
     logits = logits.astype(jnp.float32)
     if bias is not None:
         bias = bias.astype(jnp.float32)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from vit22b_transfer.models import attention, instruments, layers
 from vit22b_transfer.models.lora import LoraConfig
@@ -164,23 +164,14 @@ class GroupedQueryAttention(nn.Module):
             write(cache.value, value.swapaxes(1, 2), place, axis=2),
         )
         logits = jnp.einsum("BQKGH,BKHS->BKGQS", self._grouped(query), cache.key)
-        weights = self._weights(logits, view.mask)
+        weights = attention.attention_weights(logits, view.mask, softcap=self.softcap)
+        weights = weights.astype(self.dtype)
         y = jnp.einsum("BKGQS,BKSH->BQKGH", weights, cache.value)
         return self._joined(y), cache
 
     def _grouped(self, query):
         query = query * jnp.asarray(self.scale, query.dtype)
         return query.reshape(*query.shape[:2], self.num_kv_heads, -1, self.head_dim)
-
-    def _weights(self, logits, mask: Bool[Array, "batch 1 queries keys"]):
-        """Softmax over the keys, in float32."""
-        logits = logits.astype(jnp.float32)
-        if self.softcap is not None:
-            logits = self.softcap * jnp.tanh(logits / self.softcap)
-        logits = jnp.where(
-            mask[:, :, None], logits, jnp.float32(attention.MASKED_LOGIT)
-        )
-        return jax.nn.softmax(logits, axis=-1).astype(self.dtype)
 
     def _joined(self, y):
         return self.out(y.reshape(*y.shape[:2], -1))
