@@ -57,7 +57,7 @@ def restore(path: str, abstract_params: Tree, *, model: Any) -> tuple[Tree, int]
     identity.check_lora(path, model)
     flat, saved = reading.flatten(abstract_params), reading.saved_arrays(path)
     kept = {name.removeprefix("target/") for name in saved if name[:7] == "target/"}
-    alone = restoring.teacher_left_out(path, abstract_params) > 0
+    alone = not restoring.has_teacher(abstract_params)
     problems = [
         f"target/{name}: not in the model"
         for name in sorted(kept | averages.keys())

@@ -238,12 +238,17 @@ def check_nothing_is_given(model: Any, path: str | None) -> None:
         )
 
 
+def has_teacher(abstract_params: Tree) -> bool:
+    """Whether a model holds the teacher of a distillation; a student alone does not."""
+    return any(map(distillation.is_of_teacher, reading.flatten(abstract_params)))
+
+
 def teacher_left_out(path: str, abstract_params: Tree) -> int:
     """How many arrays of a distillation's teacher a student alone does not take."""
-    taken = any(map(distillation.is_of_teacher, reading.flatten(abstract_params)))
-    names = reading.saved_arrays(reading.resolve(path)).keys()
-    of_teacher = [n for n in names if distillation.is_of_teacher(n)]
-    return 0 if taken else len(of_teacher)
+    if has_teacher(abstract_params):
+        return 0
+    names = reading.saved_arrays(reading.resolve(path))
+    return sum(map(distillation.is_of_teacher, names))
 
 
 def restore_whole(path: str, abstract_params: Tree, *, model: Any = None) -> Tree:
@@ -255,7 +260,7 @@ def restore_whole(path: str, abstract_params: Tree, *, model: Any = None) -> Tre
     """
     restored = restore_partial(path, abstract_params, model=model)
     unused = restored.unused
-    if teacher_left_out(path, abstract_params):
+    if not has_teacher(abstract_params):
         unused = [name for name in unused if not distillation.is_of_teacher(name)]
     if left := [*restored.kept, *unused]:
         raise UserError(
@@ -333,6 +338,6 @@ def restore_params(
         shardings,
     )
     tree = {"target": abstract}
-    alone = teacher_left_out(path, abstract_params) > 0
+    alone = not has_teacher(abstract_params)
     spared = f"target/{distillation.SCOPE}/" if alone else None
     return reading.restore_tree(path, tree, spared=spared)["target"]
