@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit22b_transfer.inference import decoding
 from vit22b_transfer.models import (
     classifier,
     encoder_decoder,
@@ -105,7 +104,7 @@ def main() -> None:
     cases = [case for case in SMALL if args.small] or list(CASES)
     cases = [case for case in cases if args.only in case.title]
     partitioning = Partitioning()
-    product = matrix_product(256 if args.small else 8192)
+    product = bench.matrix_product(256 if args.small else 8192, jnp.bfloat16)
     for i in range(0, len(cases), TOGETHER):
         some = cases[i : i + TOGETHER]
         with concurrent.futures.ThreadPoolExecutor(TOGETHER) as pool:
@@ -197,13 +196,8 @@ def decoder(case, partitioning):
         text = t5.t5_config(case.name, vocab_size=32128, **options)
     vocabulary = bench.Vocabulary(text.vocab_size)
 
-    def endless(init_cache, step_fn, *, eos_id, **others):
-        del eos_id
-        return decoding.greedy(init_cache, step_fn, eos_id=-1, **others)
-
-    model = multimodal.ImageTextModel(
-        form(picture, text), vocabulary, vocabulary, decode_fn=endless
-    )
+    model = multimodal.ImageTextModel(form(picture, text), vocabulary, vocabulary)
+    model = bench.endless(model)
     random = np.random.default_rng(0)
     inputs = random.integers(2, 1000, (case.batch, 16)).astype(np.int32)
     targets = random.integers(2, 1000, (case.batch, DECODED)).astype(np.int32)
@@ -251,16 +245,6 @@ def fresh(model, batch, partitioning):
     params = state.abstract_variables(model, partitioning, batch)
     rng = jax.random.key(0)
     return (state.init_params(model, rng, batch, params, partitioning),)
-
-
-def matrix_product(side: int) -> tuple[Callable[[], Any], int]:
-    """A product of random matrices in bfloat16, and its operations."""
-    left, right = (
-        jax.random.normal(key, (side, side), jnp.bfloat16)
-        for key in jax.random.split(jax.random.key(1))
-    )
-    product = jax.jit(jnp.matmul)
-    return lambda: product(left, right), 2 * side**3
 
 
 def measured(case, program, product, args) -> str:

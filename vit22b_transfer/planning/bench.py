@@ -148,8 +148,11 @@ def _contenders(model, partitioning, batch, console):
     count = functools.partial(flops, params=abstract.params)
     # Each token is computed once, so that decoding costs what scoring does.
     decoded = count(model.score_batch, batch)
+    # On one device; all are taken to be as fast.
+    side = _SIDES.get(jax.default_backend(), _SIDE)
+    product, count_of_one = matrix_product(side, tower.dtype)
     return {
-        MATMUL: _matmul(tower.dtype, partitioning.mesh.size),
+        MATMUL: _Contender(product, count_of_one * partitioning.mesh.size),
         **{
             name: reading(name, function, images, count(function, images))
             for name, function in (
@@ -162,7 +165,7 @@ def _contenders(model, partitioning, batch, console):
         ),
         "greedy decoding": reading(
             "greedy decoding",
-            _endless(model).predict_batch,
+            endless(model).predict_batch,
             batch,
             decoded,
             rows * length,
@@ -171,7 +174,7 @@ def _contenders(model, partitioning, batch, console):
     }
 
 
-def _endless(model):
+def endless(model: multimodal.ImageTextModel) -> multimodal.ImageTextModel:
     """The model, decoding greedily without ever ending."""
 
     def decode(init_cache, step_fn, *, eos_id, **options):
@@ -183,18 +186,17 @@ def _endless(model):
     return copied
 
 
-def _matmul(dtype, devices):
-    """A product on one device; all are taken to be as fast.
+def matrix_product(side: int, dtype: Any) -> tuple[Callable[[], jax.Array], int]:
+    """The product of two square matrices on one device, and its operations.
 
     Of random numbers: of equal ones a GPU computes it an eighth faster.
     """
-    side = _SIDES.get(jax.default_backend(), _SIDE)
     left, right = (
         jax.random.normal(key, (side, side), dtype)
         for key in jax.random.split(jax.random.key(0))
     )
     product = jax.jit(jnp.matmul).lower(left, right).compile()
-    return _Contender(lambda: product(left, right), 2 * side**3 * devices)
+    return lambda: product(left, right), 2 * side**3
 
 
 def _batch(model, partitioning, batch_size, input_length, target_length):
