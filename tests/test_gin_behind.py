@@ -53,7 +53,7 @@ ALTERNATIVES = [
     [{"optimizer_adafactor"}, {"optimizer_sgd"}, {"optimizer_vit22b"}],
     [{"schedule_constant"}, {"schedule_rsqrt", "schedule_vit22b"}],
     [{"classifier"}, {"contrastive"}],
-    [{"distill"}, {"from_checkpoint"}],  # what a training starts from
+    [{"distill"}, {"from_checkpoint"}, {"from_other_size"}],  # what a training starts from
     [{"try"}, {"schedule_vit22b"}],  # both say how long the warmup is
 ]
 
