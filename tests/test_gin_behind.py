@@ -53,7 +53,8 @@ ALTERNATIVES = [
     [{"optimizer_adafactor"}, {"optimizer_sgd"}, {"optimizer_vit22b"}],
     [{"schedule_constant"}, {"schedule_rsqrt", "schedule_vit22b"}],
     [{"classifier"}, {"contrastive"}],
-    [{"distill"}, {"from_checkpoint"}, {"from_other_size"}],  # what a training starts from
+    # What a training starts from.
+    [{"distill"}, {"from_checkpoint", "from_other_size"}],
     [{"try"}, {"schedule_vit22b"}],  # both say how long the warmup is
 ]
 

@@ -1,6 +1,7 @@
 """Low-rank updates at import and export: what is merged, and what is refused."""
 
 import ast
+import contextlib
 import dataclasses
 import json
 import os
@@ -417,11 +418,12 @@ def test_an_import_killed_anywhere_leaves_nothing_or_all(
         total = operations.count
     gin, expected, listed = (out / "model.gin").read_text(), read(str(out)), files(out)
     assert total >= 4
-    for dies_at in range(max(0, total - last), total, every):
+    moments, ended = range(max(0, total - last), total, every), []
+    for dies_at in moments:
         shutil.rmtree(out)
-        with monkeypatch.context() as patched, pytest.raises(Killed):
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
             Operations(patched, functions, dies_at)
-            cli.main(command)
+            ended.append(cli.main(command))
         if (out / "checkpoint_0").exists():
             assert (out / "model.gin").read_text() == gin
             assert files(out) == listed, dies_at
@@ -434,3 +436,5 @@ def test_an_import_killed_anywhere_leaves_nothing_or_all(
         again = read(str(out))
         for name, array in expected.items():
             np.testing.assert_array_equal(again[name], array)
+    # Orbax makes some operations more or fewer, so that the last moments may not come.
+    assert len(ended) <= 2 and not any(ended)
