@@ -201,6 +201,7 @@ REFUSED = {
     "fsdp": "standard_logical_axis_rules.parameter_partitioning_dims",
     "instruments": "T5X's step tells nothing of layers",
     "keep_best": "SaveBestCheckpointer",
+    "qk_clip": "T5X's step clips no heads",
     "spike_guard": "every step of T5X counts",
 }
 

@@ -175,6 +175,10 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
                 "every step of T5X counts. Leave gin_configs/runs/spike_guard.gin out",
                 (None,),
             ),
+            "qk_clip": _refused(
+                "T5X's step clips no heads. Leave gin_configs/runs/qk_clip.gin out",
+                (None,),
+            ),
             "scores": _own(
                 "T5X generates every train.eval_period steps where "
                 "train.infer_eval_dataset_cfg says what, as in t5x_finetune.gin"
@@ -195,6 +199,7 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
         dict.fromkeys(("data", "generate_every", "generate_examples"), _OF_TRAINING),
     ),
     "vit22b_transfer.training.instruments.Instruments": ((), {"every": _OF_TRAINING}),
+    "vit22b_transfer.training.qk_clip.QKClip": ((), {"threshold": _OF_TRAINING}),
     "vit22b_transfer.training.spike_guard.SpikeGuard": (
         (),
         dict.fromkeys(("deviations", "settle_steps", "max_skips"), _OF_TRAINING),

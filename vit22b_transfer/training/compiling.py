@@ -12,6 +12,7 @@ import optax
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import steps
 from vit22b_transfer.training.instruments import Instruments, Steps
+from vit22b_transfer.training.qk_clip import QKClip
 from vit22b_transfer.training.spike_guard import SpikeGuard
 from vit22b_transfer.training.state import TrainState, shardings_of
 
@@ -61,6 +62,7 @@ def compile_steps(
     window_steps: int,
     instruments: Instruments | None,
     guard: SpikeGuard | None,
+    qk_clip: QKClip | None,
 ) -> Steps:
     """The compiled step of a run, and the one with instruments if there are any.
 
@@ -75,6 +77,7 @@ def compile_steps(
             arguments[-1],
             num_microbatches=num_microbatches,
             instrumented=instrumented,
+            qk_clip=qk_clip,
         )
         step = steps.make_train_step(
             update,

@@ -68,6 +68,7 @@ def of_run(
     numbers: Mapping[str, int | None],
     instruments: Any = None,
     guard: Any = None,
+    qk_clip: Any = None,
 ) -> dict[str, Setting]:
     """All settings of a `train.fine_tune`, whose arguments these are.
 
@@ -85,6 +86,7 @@ def of_run(
         | _flat("periods", periods)
         | _flat("instruments", instruments)
         | _flat("spike_guard", guard)
+        | _flat("qk_clip", qk_clip)
         | mesh
     )
 

@@ -17,6 +17,7 @@ from vit22b_transfer.models.instruments import recorded_loss
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import instruments as readings
 from vit22b_transfer.training import microbatches
+from vit22b_transfer.training.qk_clip import CLIPPED, QKClip
 from vit22b_transfer.training.spike_guard import SpikeGuard
 from vit22b_transfer.training.state import TrainState
 
@@ -32,6 +33,7 @@ def make_update(
     *,
     num_microbatches: int = 1,
     instrumented: bool = False,
+    qk_clip: QKClip | None = None,
 ) -> Update:
     """The function (state, batch, base rng) -> (state, metrics) of one optimizer step.
 
@@ -39,14 +41,16 @@ def make_update(
     losses are sums: the gradients of all microbatches are added up in float32 and
     divided once, by the weight of the whole batch. Adds `grad_norm`, of the trained
     gradients before clipping, and the used `learning_rate` if the optimizer tells it;
-    with `instrumented` also what `training.instruments` names.
+    with `instrumented` also what `training.instruments` names. `qk_clip` scales heads
+    of the new parameters, and adds how many they were.
 
     Raises:
       UserError: for microbatches of a model with `loss_spans_batch`: each example's
         loss depends on the others of its batch, so parts of a batch have another loss.
     """
     microbatches.check(model, num_microbatches)
-    loss_fn = recorded_loss(model) if instrumented else model.loss_fn
+    recorded = instrumented or qk_clip is not None
+    loss_fn = recorded_loss(model) if recorded else model.loss_fn
 
     def update(state, batch, base_rng):
         trainable, frozen = freezing.split_frozen(state.params, model.frozen)
@@ -72,6 +76,12 @@ def make_update(
         )
 
         one = jnp.ones((), jnp.float32)
+        if qk_clip is not None:
+            params, clipped = qk_clip.clip(params, metrics, model.frozen)
+            if not instrumented:
+                metrics, _ = readings.split(metrics)
+            count = clu_metrics.Average(total=clipped, count=one)
+            metrics = dict(metrics, **{CLIPPED: count})
         norm = optax.tree.norm(grads)
         metrics = dict(metrics, grad_norm=clu_metrics.Average(total=norm, count=one))
         schedule = getattr(model.optimizer_def, "learning_rate", None)

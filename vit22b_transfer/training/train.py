@@ -28,6 +28,7 @@ from vit22b_transfer.training.eval_loss import EvaluationStopped
 from vit22b_transfer.training.instruments import Instruments
 from vit22b_transfer.training.logs import RunLog, StepTimer
 from vit22b_transfer.training.measures import Measures, TaskScores
+from vit22b_transfer.training.qk_clip import QKClip
 from vit22b_transfer.training.spike_guard import SpikeGuard
 from vit22b_transfer.training.spike_watch import SpikeWatch
 from vit22b_transfer.training.state import (
@@ -96,6 +97,7 @@ def fine_tune(
     scores: TaskScores | None = None,
     instruments: Instruments | None = None,
     guard: SpikeGuard | None = None,
+    qk_clip: QKClip | None = None,
     allow_changes: Sequence[str] = (),
 ) -> TrainResult:
     """Trains `model` up to `total_steps`, in `model_dir`; resumes what is there.
@@ -107,7 +109,8 @@ def fine_tune(
     started again. `keep` newest checkpoints are kept (None: all), and those that are
     the best by `best`. `scores` generates answers every so many steps, for the tasks'
     own metrics; neither changes what is learned. `instruments` tell of the network
-    every so many steps; with `guard` steps that are spikes do not count.
+    every so many steps; with `guard` steps that are spikes do not count; `qk_clip`
+    scales heads back whose logits grew too large.
 
     allow_changes: names in `run_settings.EXACT` that may differ from those of the run
       that is resumed. All changes are told, one line each.
@@ -159,6 +162,7 @@ def fine_tune(
             numbers=numbers,
             instruments=instruments,
             guard=guard,
+            qk_clip=qk_clip,
         )
         if start_step:
             path = reading.checkpoint_path(model_dir, start_step)
@@ -181,6 +185,8 @@ def fine_tune(
         log.message(describe(params, model.frozen, partitioning))
         for line in optimizers.describe(model.optimizer_def, params, model.frozen):
             log.message(line)
+        if qk_clip is not None:
+            log.message(qk_clip.describe(params, model.frozen))
         measures = Measures(
             model,
             partitioning,
@@ -195,7 +201,11 @@ def fine_tune(
         # 5. Restore, or initialise.
         init_rng, step_rng = _keys(seed, partitioning)
         update = steps.make_update(
-            model, optimizer, partitioning, num_microbatches=num_microbatches
+            model,
+            optimizer,
+            partitioning,
+            num_microbatches=num_microbatches,
+            qk_clip=qk_clip,
         )
         window = compiling.empty_window(update, abstract, batch, step_rng, partitioning)
         watch = SpikeWatch(guard, writer, log, periods.log)
@@ -224,6 +234,7 @@ def fine_tune(
             window_steps=periods.log,
             instruments=instruments,
             guard=guard,
+            qk_clip=qk_clip,
         )
         log.message(f"compiled the step in {time.perf_counter() - began:.1f} s")
 
