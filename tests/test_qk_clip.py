@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -115,11 +116,18 @@ def step_of(threshold, **options):
 
 
 def test_scanned_layers_and_microbatches_are_clipped_alike():
-    told = readings.readings(readings.split(step_of(None, instrumented=True)[1])[1])[0]
+    free, free_metrics = step_of(None, instrumented=True)
+    told = readings.readings(readings.split(free_metrics)[1])[0]
     largest = [told[f"instruments/layers_{i}/attention/largest_logit"] for i in (0, 1)]
     threshold = min(largest) / 2  # in both layers
     expected, metrics = step_of(threshold)
     assert metrics[CLIPPED].compute() >= 2
+    for i, name in itertools.product((0, 1), ("query", "key")):
+        ours, theirs = (
+            np.linalg.norm(params[f"layers_{i}"]["attention"][name]["kernel"])
+            for params in (expected, free)
+        )
+        assert ours < 0.95 * theirs
     assert not readings.split(metrics)[1]  # nobody asked for instruments
     scanned, scanned_metrics = step_of(threshold, scanned=True)
     parts, parts_metrics = step_of(threshold, num_microbatches=2)
