@@ -34,7 +34,7 @@ def model_of(**options):
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_what_is_counted_is_what_the_tower_needs(remat, scan_layers):
     config = tiny_models.tower_config(
-        pooling="none", remat=remat, scan_layers=scan_layers
+        **tiny_models.TWO_BLOCKS, pooling="none", remat=remat, scan_layers=scan_layers
     )
     tower, images = vit.VisionTower(config), tiny_models.images(ROWS, 16, 16, 3)
     params = jax.eval_shape(tower.init, jax.random.key(0), images)["params"]

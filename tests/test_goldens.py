@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict
-from tiny_models import text_config
+from tiny_models import TWO_LAYERS, text_config
 
 from vit22b_transfer.models import (
     encoder_decoder,
@@ -143,12 +143,21 @@ def test_unrolled_towers_have_the_golden_parameters_unstacked(towers, form, name
 
 def test_text_model_parameters_are_those_of_the_golden(check_golden):
     trees = {
-        "untied": described(abstract_model(None, text_config(scan_layers=True))),
+        "untied": described(
+            abstract_model(None, text_config(**TWO_LAYERS, scan_layers=True))
+        ),
         "tied": described(
-            abstract_model(None, text_config(scan_layers=True, tied_logits=True))
+            abstract_model(
+                None, text_config(**TWO_LAYERS, scan_layers=True, tied_logits=True)
+            )
         ),
         "decoder only": described(
-            abstract_model(None, text_config(scan_layers=True, num_encoder_layers=0))
+            abstract_model(
+                None,
+                text_config(
+                    scan_layers=True, num_encoder_layers=0, num_decoder_layers=2
+                ),
+            )
         ),
     }
     check_golden("t5_tiny", trees)

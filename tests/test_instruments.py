@@ -168,8 +168,9 @@ class TowerModel:
 
 
 IMAGES = tiny_models.images(8, *tiny_models.IMAGE_SIZE, 3)
-CLASSIC = tiny_models.classic_tower_config(pooling="none")
-PARALLEL = tiny_models.tower_config(pooling="none", num_heads=8)
+TWO = tiny_models.TWO_BLOCKS
+CLASSIC = tiny_models.classic_tower_config(**TWO, pooling="none")
+PARALLEL = tiny_models.tower_config(**TWO, pooling="none", num_heads=8)
 # Large logits: what differs between heads and layers is seen.
 SCALE = 3.0
 
@@ -255,7 +256,10 @@ def test_text_models_tell_of_their_layers_too():
         ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
         return readings.readings(readings.split(ones)[1])[0]
 
-    model = tiny_models.image_text_model()
+    model = tiny_models.image_text_model(
+        tiny_models.tower_config(**TWO),
+        tiny_models.text_config(**tiny_models.TWO_LAYERS),
+    )
     values = told(model, tiny_models.model_params(model))
     kinds = {"largest_logit", "entropy", "dead_heads", "query_rms", "key_rms"}
     for path in (

@@ -75,7 +75,9 @@ def dequantized_params(params):
     [
         tiny_models.tower_config(),
         tiny_models.tower_config(fused_projections=True),
-        tiny_models.tower_config(scan_layers=True, pooling="none"),
+        tiny_models.tower_config(
+            **tiny_models.TWO_BLOCKS, scan_layers=True, pooling="none"
+        ),
         tiny_models.classic_tower_config(gated_mlp=True),
     ],
     ids=["parallel", "fused", "scanned", "classic"],
@@ -129,7 +131,7 @@ def num_bytes(config):
 @pytest.mark.parametrize("variant", ["S/16", "B/16", "22B/14"])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_an_int8_tower_takes_little_over_half_of_a_bfloat16_one(variant, param_dtype):
-    options = dict(pooling="none", scan_layers=True)
+    options = dict(pooling="none", scan_layers=True, **tiny_models.TWO_BLOCKS)
     bfloat16 = vit.vit22b_config(variant, param_dtype="bfloat16", **options)
     rounded = vit.vit22b_config(
         variant, param_dtype=param_dtype, int8_kernels=True, **options

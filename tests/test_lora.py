@@ -40,8 +40,8 @@ ONE_DEVICE = tiny_runs.ONE_DEVICE
 
 def t5_model(config, *, scan=False, param_dtype="float32", sizes=None, **arguments):
     types = dict(scan_layers=scan, param_dtype=param_dtype)
-    tower = tiny_models.tower_config(**types)
-    text = tiny_models.text_config(**types, **(sizes or {}))
+    tower = tiny_models.tower_config(**types, **tiny_models.TWO_BLOCKS)
+    text = tiny_models.text_config(**(tiny_models.TWO_LAYERS | types | (sizes or {})))
     return image_text_model(tower, text, lora=config, **arguments)
 
 

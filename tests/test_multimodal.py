@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from tiny_models import (
+    TWO_BLOCKS,
     VOCAB_SIZE,
     Vocabulary,
     assert_within,
@@ -33,8 +34,8 @@ LOSS_OPTIONS = dict(label_smoothing=0.1, z_loss=1e-3)
 
 def model_of(*, scan_layers=False, remat="none", **arguments):
     return image_text_model(
-        tower_config(scan_layers=scan_layers, remat=remat),
-        text_config(num_encoder_layers=1, scan_layers=scan_layers, remat=remat),
+        tower_config(**TWO_BLOCKS, scan_layers=scan_layers, remat=remat),
+        text_config(num_decoder_layers=2, scan_layers=scan_layers, remat=remat),
         **arguments,
     )
 
@@ -174,7 +175,9 @@ def test_evaluation_without_dropout_is_the_training_loss_without_a_key(plain):
 
 def test_dropout_acts_only_with_a_key(params, plain):
     model = image_text_model(
-        text=text_config(num_encoder_layers=1, dropout_rate=0.5), **LOSS_OPTIONS
+        tower_config(**TWO_BLOCKS),
+        text_config(num_decoder_layers=2, dropout_rate=0.5),
+        **LOSS_OPTIONS,
     )
     loss = jit(lambda params, key: model.loss_fn(params, BATCH, key)[0])
     assert_within(1e-3, loss(params, None), plain["loss"])

@@ -202,9 +202,9 @@ def test_a_mesh_with_rings_refuses_a_tower_without_fused_projections():
 # Unrolled, and in the forms of scan and remat that large towers train in.
 TOWERS = {
     "unrolled": dict(),
-    "scanned": dict(scan_layers=True),
-    "scanned, dots": dict(scan_layers=True, remat="dots"),
-    "scanned, block": dict(scan_layers=True, remat="block"),
+    "scanned": dict(scan_layers=True, **tiny_models.TWO_BLOCKS),
+    "scanned, dots": dict(scan_layers=True, **tiny_models.TWO_BLOCKS, remat="dots"),
+    "scanned, block": dict(scan_layers=True, **tiny_models.TWO_BLOCKS, remat="block"),
 }
 
 

@@ -30,7 +30,10 @@ def no_gin_left_over():
 @pytest.fixture(scope="module")
 def params():
     """Those of an image-text model with 2 blocks in its tower, as abstract arrays."""
-    model = tiny_models.image_text_model()
+    model = tiny_models.image_text_model(
+        tiny_models.tower_config(**tiny_models.TWO_BLOCKS),
+        tiny_models.text_config(**tiny_models.TWO_LAYERS),
+    )
     shapes = {name: array.shape for name, array in tiny_models.batch(1).items()}
     init = functools.partial(model.get_initial_variables, input_shapes=shapes)
     return jax.eval_shape(init, jax.random.key(0))["params"]

@@ -16,7 +16,14 @@ from tiny_gemma import (
     prefix_lm_module,
     prefix_lm_params,
 )
-from tiny_models import VOCAB_SIZE, assert_within, classic_tower_config, images, jit
+from tiny_models import (
+    TWO_BLOCKS,
+    VOCAB_SIZE,
+    assert_within,
+    classic_tower_config,
+    images,
+    jit,
+)
 from torch_peers import import_peer, torch
 
 from vit22b_transfer.inference import decoding
@@ -208,7 +215,7 @@ class PaliGemma:
     TARGETS = 8
 
     def __init__(self, family):
-        tower = classic_tower_config(pooling="none")
+        tower = classic_tower_config(**TWO_BLOCKS, pooling="none")
         framing = dict(bos_id=BOS, separator_id=SEPARATOR)
         self.module = prefix_lm_module(family, tower, framing=framing)
         self.params = prefix_lm_params(self.module, seed=3)

@@ -13,6 +13,7 @@ import pytest
 import scipy.ndimage
 from flax import linen as nn
 from tiny_models import (
+    TWO_BLOCKS,
     assert_within,
     classic_tower_config,
     images,
@@ -154,7 +155,7 @@ def parallel_block_state(block, *, qkv_bias, fuse_out_proj):
 
 @pytest.fixture(scope="module")
 def classic():
-    return run_tower(classic_tower_config())
+    return run_tower(classic_tower_config(**TWO_BLOCKS))
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_map_pooling_equals_hugging_face_siglips_head(classic):
 @without_gradients
 def test_class_token_tower_with_exact_gelu_equals_hugging_face_vit():
     params, output = run_tower(
-        classic_tower_config(pooling="cls", activation="gelu_erf")
+        classic_tower_config(**TWO_BLOCKS, pooling="cls", activation="gelu_erf")
     )
     model = transformers.ViTModel(
         transformers.ViTConfig(hidden_act="gelu", **SIZES), add_pooling_layer=False
@@ -233,9 +234,11 @@ def test_class_token_tower_with_exact_gelu_equals_hugging_face_vit():
 @pytest.mark.parametrize("qkv_bias", [False, True])
 @without_gradients
 def test_parallel_blocks_equal_timms_fused_and_unfused(qkv_bias):
-    config = tower_config(qkv_bias=qkv_bias, pooling="none")
+    config = tower_config(**TWO_BLOCKS, qkv_bias=qkv_bias, pooling="none")
     params, output = run_tower(config)
-    fused = tower_config(qkv_bias=qkv_bias, pooling="none", fused_projections=True)
+    fused = tower_config(
+        **TWO_BLOCKS, qkv_bias=qkv_bias, pooling="none", fused_projections=True
+    )
     kept = output.intermediates
     fused_kept = run_tower(fused, params)[1].intermediates
     for fuse_out_proj in (False, True):
@@ -261,7 +264,9 @@ def test_parallel_blocks_equal_timms_fused_and_unfused(qkv_bias):
 
 @without_gradients
 def test_vit22b_tower_equals_timms_parallel_tower():
-    params, output = run_tower(tower_config(pooling="gap", activation="gelu_erf"))
+    params, output = run_tower(
+        tower_config(**TWO_BLOCKS, pooling="gap", activation="gelu_erf")
+    )
     model = timm_vit.VisionTransformer(
         img_size=16,
         patch_size=8,

@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from tiny_gemma import prefix_lm_model, prefix_lm_module
-from tiny_models import IMAGE_SIZE, image_text_model, text_config, tower_config
+from tiny_models import (
+    IMAGE_SIZE,
+    TWO_BLOCKS,
+    TWO_LAYERS,
+    image_text_model,
+    text_config,
+    tower_config,
+)
 
 from vit22b_transfer import cli
 from vit22b_transfer.models import lora
@@ -49,8 +56,8 @@ MODELS = {
 
 def model_of(name, optimizer=optimizers.adamw):
     options = dict(MODELS[name])
-    tower = tower_config(**SIZES, **options.pop("tower", {}))
-    text = text_config(**SIZES, head_dim=4, **options.pop("text", {}))
+    tower = tower_config(**(TWO_BLOCKS | SIZES | options.pop("tower", {})))
+    text = text_config(head_dim=4, **(TWO_LAYERS | SIZES | options.pop("text", {})))
     optimizer = optimizer(1e-3)
     return image_text_model(tower, text, optimizer_def=optimizer, **options)
 
@@ -260,8 +267,8 @@ def test_the_decode_cache_is_that_of_every_layer():
     from vit22b_transfer.inference import decoding
 
     model = image_text_model(
-        tower_config(**SIZES),
-        text_config(**SIZES, head_dim=4),
+        tower_config(**SIZES, **TWO_BLOCKS),
+        text_config(**SIZES, head_dim=4, **TWO_LAYERS),
         decode_fn=decoding.greedy,
     )
     job = jobs.Job(model, abstract_batch(), Partitioning())

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import (
+    TWO_LAYERS,
     VOCAB_SIZE,
     assert_within,
     batch,
@@ -28,7 +29,7 @@ PROMPTS, SHIFTED = BATCH["encoder_input_tokens"], BATCH["decoder_input_tokens"]
 
 def module_of(**options):
     """The text model alone: token embedder, encoder, decoder."""
-    return encoder_decoder.ImageTextModule(None, text_config(**options))
+    return encoder_decoder.ImageTextModule(None, text_config(**(TWO_LAYERS | options)))
 
 
 def params_of(module, seed=0):
@@ -41,7 +42,7 @@ def params_of(module, seed=0):
 
 def loss_and_gradients(dropout_rng=None, **options):
     """Loss and gradients with unrolled names."""
-    model = image_text_model(blind=True, text=text_config(**options))
+    model = image_text_model(blind=True, text=text_config(**(TWO_LAYERS | options)))
     run = jit(jax.value_and_grad(model.loss_fn, has_aux=True))
     (loss, _), gradients = run(params_of(model.module), BATCH, dropout_rng)
     if options.get("scan_layers"):

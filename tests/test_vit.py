@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import (
+    TWO_BLOCKS,
     assert_within,
     batch,
     classic_tower_config,
@@ -64,7 +65,7 @@ def outputs_and_gradients(config, names=("stem", "block_1")):
 @pytest.fixture(scope="module")
 def plain():
     """The ViT-22B form unrolled, without remat, projections apart."""
-    return outputs_and_gradients(tower_config())
+    return outputs_and_gradients(tower_config(**TWO_BLOCKS))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def plain():
     ids=str,
 )
 def test_scan_remat_and_fusion_change_neither_output_nor_gradients(plain, options):
-    other = outputs_and_gradients(tower_config(**options))
+    other = outputs_and_gradients(tower_config(**TWO_BLOCKS, **options))
     assert relative_difference(other, plain) <= 1e-5
 
 
@@ -101,8 +102,10 @@ def test_remat_computes_more_products_again_and_fusion_has_fewer_of_them():
 
 
 def test_scan_and_remat_change_nothing_in_the_classic_form():
-    plain = outputs_and_gradients(classic_tower_config())
-    other = outputs_and_gradients(classic_tower_config(scan_layers=True, remat="block"))
+    plain = outputs_and_gradients(classic_tower_config(**TWO_BLOCKS))
+    other = outputs_and_gradients(
+        classic_tower_config(**TWO_BLOCKS, scan_layers=True, remat="block")
+    )
     assert relative_difference(other, plain) <= 1e-5
 
 
@@ -123,12 +126,12 @@ PUBLIC = dict(
 
 
 def test_scan_remat_and_fusion_change_nothing_in_the_forms_of_public_towers():
-    plain = outputs_and_gradients(tower_config(**PUBLIC))
+    plain = outputs_and_gradients(tower_config(**TWO_BLOCKS, **PUBLIC))
     for options in (
         dict(scan_layers=True, remat="block"),
         dict(fused_projections=True, remat="dots"),
     ):
-        other = outputs_and_gradients(tower_config(**PUBLIC, **options))
+        other = outputs_and_gradients(tower_config(**TWO_BLOCKS, **PUBLIC, **options))
         assert relative_difference(other, plain) <= 1e-5
 
 
@@ -302,7 +305,7 @@ def test_map_pooling_does_not_depend_on_the_order_of_tokens(tower):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_intermediates_come_by_name(scan_layers):
-    config = tower_config(scan_layers=scan_layers)
+    config = tower_config(**TWO_BLOCKS, scan_layers=scan_layers)
     module = vit.VisionTower(config)
     names = ("block_1", "stem", "block_0")
     params = tower_params(config)
@@ -363,7 +366,7 @@ def test_params_may_be_bfloat16_under_float32_computation():
 
 
 def test_a_fresh_tower_begins_with_zero_biases_and_unit_scales():
-    module = vit.VisionTower(classic_tower_config(scan_layers=True))
+    module = vit.VisionTower(classic_tower_config(**TWO_BLOCKS, scan_layers=True))
     params = jit(module.init)(jax.random.key(0), PIXELS)["params"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path[-1].key
@@ -377,7 +380,7 @@ def test_a_fresh_tower_begins_with_zero_biases_and_unit_scales():
 
 def test_fused_projections_and_scan_share_the_parameters_of_the_plain_tower():
     def shapes(**options):
-        module = vit.VisionTower(tower_config(**options))
+        module = vit.VisionTower(tower_config(**TWO_BLOCKS, **options))
         return jax.eval_shape(module.init, jax.random.key(0), PIXELS)["params"]
 
     assert shapes(fused_projections=True) == shapes()
@@ -441,7 +444,7 @@ def test_an_unknown_variant_is_refused_with_the_nearest_names(name):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_an_unknown_intermediate_is_refused_with_the_nearest_names(scan_layers):
-    module = vit.VisionTower(tower_config(scan_layers=scan_layers))
+    module = vit.VisionTower(tower_config(**TWO_BLOCKS, scan_layers=scan_layers))
     for name in ("block_2", "blocks_0", "pooled"):
         with pytest.raises(ValueError, match=f"no intermediate '{name}'; nearest: "):
             jax.eval_shape(

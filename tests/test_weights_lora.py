@@ -233,7 +233,9 @@ def test_a_pickled_adapter_is_refused(source, tmp_path, capsys):
 def trained(tmp_path_factory):
     """A checkpoint of a T5 with a tower and updates in both, and a config of the T5."""
     config = lora.LoraConfig(RANK, 3.0, (".*(attention|mlp)/(query|wo)/kernel",))
-    model = image_text_model(text=t5.HUGGING_FACE.read(CONFIG, {}).text, lora=config)
+    tower = tiny_models.tower_config(**tiny_models.TWO_BLOCKS)
+    text = t5.HUGGING_FACE.read(CONFIG, {}).text
+    model = image_text_model(tower, text, lora=config)
     params = tiny_models.model_params(model)
     folder = tmp_path_factory.mktemp("trained")
     save(folder, params, {"lora": identity.lora_record(model)})

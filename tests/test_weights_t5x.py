@@ -15,8 +15,8 @@ from vit22b_transfer.weights.families import t5x
 from vit22b_transfer.weights.files import tensor_files
 
 CONFIGS = {
-    "t5x-t5": text_config(num_decoder_layers=3),
-    "t5x-ul2": text_config(activation="silu"),
+    "t5x-t5": text_config(num_encoder_layers=2, num_decoder_layers=3),
+    "t5x-ul2": text_config(num_encoder_layers=2, activation="silu"),
     "tied": text_config(activation="relu", gated_mlp=False, tied_logits=True),
 }
 

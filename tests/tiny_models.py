@@ -13,6 +13,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vit22b_transfer.models import encoder_decoder, multimodal, t5, vit
 
 VOCAB_SIZE = 64
+# For what concerns more than one layer: scanned ones, their names, rates by depth.
+TWO_BLOCKS = dict(depth=2)
+TWO_LAYERS = dict(num_encoder_layers=2, num_decoder_layers=2)
 IMAGE_SIZE = (16, 16)
 
 
@@ -43,8 +46,8 @@ class Vocabulary:
 
 
 def tower_config(**overrides):
-    """A ViT-22B-form tower: 2 blocks, 4 tokens; overrides are ViTConfig fields."""
-    sizes = dict(width=32, depth=2, mlp_dim=64, num_heads=4, patch_size=8)
+    """A ViT-22B-form tower: 1 block, 4 tokens; overrides are ViTConfig fields."""
+    sizes = dict(width=32, depth=1, mlp_dim=64, num_heads=4, patch_size=8)
     return vit.ViTConfig(**(sizes | dict(image_size=IMAGE_SIZE) | overrides))
 
 
@@ -61,12 +64,12 @@ def classic_tower_config(**overrides):
 
 
 def text_config(**overrides):
-    """A T5 of 2 + 2 layers; its joined_kv is not its width; fields as in T5Config."""
+    """A T5 of 1 + 1 layers; its joined_kv is not its width; fields as in T5Config."""
     sizes = dict(
         vocab_size=VOCAB_SIZE,
         width=24,
-        num_encoder_layers=2,
-        num_decoder_layers=2,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
         num_heads=4,
         head_dim=8,
         mlp_dim=48,
