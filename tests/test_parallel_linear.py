@@ -251,9 +251,9 @@ def on_mesh(name, partitioning):
 @pytest.mark.parametrize(
     "name, mesh, parameter_dims",
     [
-        ("unrolled", (4, 2), 1),
+        pytest.param("unrolled", (4, 2), 1, marks=pytest.mark.slow),
         ("scanned, dots", (2, 4), 1),
-        ("scanned", (1, 8), 1),
+        pytest.param("scanned", (1, 8), 1, marks=pytest.mark.slow),
         ("scanned, block", (4, 2), 2),
     ],
     ids=str,

@@ -103,7 +103,22 @@ def draw(model):
                 parameter.copy_(0.7 * noise / parameter.shape[-1] ** 0.5)
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=lambda name: name)
+# In the suite each network once; the others differ in sizes and names alone.
+IN_THE_SUITE = (
+    "T5 v1.1, Flan-T5",
+    "T5 1.0",
+    "UL2, Flan-UL2",
+    "mT5, tied by transformers 5",
+)
+
+
+def every_variant():
+    for name in VARIANTS:
+        marks = () if name in IN_THE_SUITE else (pytest.mark.slow,)
+        yield pytest.param(name, marks=marks, id=name)
+
+
+@pytest.fixture(scope="module", params=every_variant())
 def imported(request, tmp_path_factory):
     variant = VARIANTS[request.param]
     folder = tmp_path_factory.mktemp("t5")

@@ -24,21 +24,22 @@ from vit22b_transfer.partitioning.rules import Partitioning
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 RULES = [(1, 1), (1, 2), (2, 1), (2, 2)]
+# In the suite each mesh once and each setting once.
 TRAINED = [
-    ((8, 1), (1, 1)),
+    pytest.param((8, 1), (1, 1), marks=pytest.mark.slow),
     ((8, 1), (1, 2)),
     ((4, 2), (2, 1)),
-    ((4, 2), (2, 2)),
+    pytest.param((4, 2), (2, 2), marks=pytest.mark.slow),
     ((2, 4), (1, 1)),
-    ((2, 4), (1, 2)),
-    ((1, 8), (2, 1)),
+    pytest.param((2, 4), (1, 2), marks=pytest.mark.slow),
+    pytest.param((1, 8), (2, 1), marks=pytest.mark.slow),
     ((1, 8), (2, 2)),
 ]
 DECODED = [
     pytest.param((8, 1), (1, 1), marks=pytest.mark.slow),
     pytest.param((4, 2), (2, 2), marks=pytest.mark.slow),
     ((2, 4), (1, 2)),
-    ((1, 8), (2, 1)),
+    pytest.param((1, 8), (2, 1), marks=pytest.mark.slow),
 ]
 BATCH = batch(8, inputs=4, targets=5)
 SIZES = dict(num_heads=8, width=32, mlp_dim=64)  # all divide by eight

@@ -23,8 +23,8 @@ METHODS = {
 def t5():
     model = tiny_models.image_text_model()
     shapes = {name: array.shape for name, array in tiny_models.batch().items()}
-    params = model.get_initial_variables(jax.random.key(0), shapes)["params"]
-    return model.module, params
+    fresh = jit(lambda key: model.get_initial_variables(key, shapes)["params"])
+    return model.module, fresh(jax.random.key(0))
 
 
 def gemma():

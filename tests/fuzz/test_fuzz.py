@@ -4,7 +4,7 @@ import harness
 import pytest
 import run
 
-CASES = 100
+CASES = 40
 
 
 @pytest.mark.parametrize("module", harness.modules())
