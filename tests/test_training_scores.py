@@ -134,9 +134,10 @@ def test_one_process_gathers_what_it_gave():
 
 KINDS = {
     "plain": {},
-    "frozen": {"frozen_tower": True},
-    "lora": {"lora": lora.LoraConfig(2, 4.0, (".*attention/query/kernel",))},
-    "int8": {"int8_tower": True},
+    "lora, int8": {
+        "lora": lora.LoraConfig(2, 4.0, (".*attention/query/kernel",)),
+        "int8_tower": True,
+    },
 }
 
 
