@@ -130,16 +130,21 @@ def test_the_temperature_is_where_the_likelihood_is_greatest():
 
 
 def test_what_is_scaled_is_measured_on_other_examples():
-    logits, labels = digits()
-    found = calibration.scaled_metrics(logits, labels)
-    assert (found["fitted_on"], found["measured_on"]) == (159, 638)
-    assert found["temperature"] == calibration.fitted_temperature(
-        logits[:159], labels[:159]
-    )
-    assert found["accuracy"] == found["scaled/accuracy"]
-    assert found["ece"] == calibration.metrics(logits[159:], labels[159:])["ece"]
-    assert found["scaled/ece"] < found["ece"]
-    assert found["scaled/nll"] < found["nll"]
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(2000, 4)) * 2
+    shares = scipy.special.softmax(logits, axis=1)
+    labels = (shares.cumsum(axis=1) < rng.random((2000, 1))).sum(axis=1)
+    # Three times too sure.
+    found = calibration.scaled_metrics(3 * logits, labels)
+    assert (found["fitted_on"], found["measured_on"]) == (400, 1600)
+    fitted = calibration.fitted_temperature(3 * logits[:400], labels[:400])
+    assert found["temperature"] == fitted == pytest.approx(3, rel=0.1)
+    after = calibration.metrics(3 * logits[400:] / fitted, labels[400:])
+    before = calibration.metrics(3 * logits[400:], labels[400:])
+    assert {k: found[f"scaled/{k}"] for k in after} == pytest.approx(after)
+    assert {k: found[k] for k in before} == pytest.approx(before)
+    assert after["accuracy"] == before["accuracy"]
+    assert after["ece"] < 0.03 < 0.1 < before["ece"]
 
 
 CONFIDENCE, CORRECT = np.array([0.5, 0.7]), np.array([True, False])

@@ -220,8 +220,10 @@ def fitted_temperature(
         if slope(high) > 0:
             break
         high += np.log(2)
-    root = scipy.optimize.brentq(slope, low, high, xtol=1e-12, rtol=1e-12)
-    return float(np.exp(-root))
+    found = scipy.optimize.root_scalar(
+        slope, bracket=(low, high), method="brentq", xtol=1e-12
+    )
+    return float(np.exp(-found.root))
 
 
 def scaled_metrics(
