@@ -138,13 +138,13 @@ def test_what_is_scaled_is_measured_on_other_examples():
     found = calibration.scaled_metrics(3 * logits, labels)
     assert (found["fitted_on"], found["measured_on"]) == (400, 1600)
     fitted = calibration.fitted_temperature(3 * logits[:400], labels[:400])
-    assert found["temperature"] == fitted == pytest.approx(3, rel=0.1)
+    assert found["temperature"] == fitted == pytest.approx(3, rel=0.15)
     after = calibration.metrics(3 * logits[400:] / fitted, labels[400:])
     before = calibration.metrics(3 * logits[400:], labels[400:])
     assert {k: found[f"scaled/{k}"] for k in after} == pytest.approx(after)
     assert {k: found[k] for k in before} == pytest.approx(before)
     assert after["accuracy"] == before["accuracy"]
-    assert after["ece"] < 0.03 < 0.1 < before["ece"]
+    assert after["ece"] < 0.04 < 0.1 < before["ece"]
 
 
 CONFIDENCE, CORRECT = np.array([0.5, 0.7]), np.array([True, False])

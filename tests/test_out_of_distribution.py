@@ -73,6 +73,12 @@ def test_distances_are_those_of_scipy():
     np.testing.assert_allclose(found, nearest, rtol=1e-9)
     found = out_of_distribution.relative_mahalanobis_distances(new, fitted)
     np.testing.assert_allclose(found, nearest - overall, rtol=1e-9)
+    near = new / 10
+    found = out_of_distribution.improbable_densities(near, fitted)
+    density = [
+        sum(np.exp(-(distance(x, m, inverse) ** 2) / 2) for m in means) for x in near
+    ]
+    np.testing.assert_allclose(found, -np.log(density), rtol=1e-9)
 
 
 def test_a_singular_covariance_is_refused_unless_a_ridge_is_given():

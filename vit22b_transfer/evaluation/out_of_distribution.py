@@ -91,18 +91,7 @@ def mahalanobis_distances(
 
     There the score is its negative. Distance is in units of the classes' covariance.
     """
-    features = class_probabilities.checked_scores(features, "features")
-    means = gaussians.means @ gaussians.root
-    nearest = np.empty(len(features))
-    for start in range(0, len(features), _AT_A_TIME):
-        part = slice(start, start + _AT_A_TIME)
-        points = features[part] @ gaussians.root
-        best = np.full(len(points), np.inf)
-        # One class after another: exact differences, and memory of one.
-        for mean in means:
-            np.minimum(best, np.sum((points - mean) ** 2, axis=1), out=best)
-        nearest[part] = best
-    return nearest
+    return _over_classes(features, gaussians, np.minimum)
 
 
 def relative_mahalanobis_distances(
@@ -114,6 +103,21 @@ def relative_mahalanobis_distances(
     """
     from_all = (features - gaussians.overall_mean) @ gaussians.overall_root
     return mahalanobis_distances(features, gaussians) - np.sum(from_all**2, axis=1)
+
+
+def improbable_densities(
+    features: Float[np.ndarray, "examples embed"], gaussians: Gaussians
+) -> Float[np.ndarray, " examples"]:
+    """-log of the sum over classes of exp(-squared distance / 2); may be negative.
+
+    The density score of Plex's active learning, up to a constant: what is in no
+    dense place is labelled first.
+    """
+
+    def joined(first, second):
+        return -np.logaddexp(-first, -second)
+
+    return _over_classes(features, gaussians, joined, scale=0.5)
 
 
 def area_under_roc(
@@ -170,6 +174,21 @@ def detection(
         "average_precision": float(precision[0]),
         "fpr95": false_positive_rate(scores, positive),
     }
+
+
+def _over_classes(features, gaussians, joined, scale=1.0):
+    """The scaled squared distances to all class means, two at a time made one."""
+    features = class_probabilities.checked_scores(features, "features")
+    means = gaussians.means @ gaussians.root
+    result = np.full(len(features), np.inf)
+    for start in range(0, len(features), _AT_A_TIME):
+        part = slice(start, start + _AT_A_TIME)
+        points = features[part] @ gaussians.root
+        # One class after another: exact differences, and the memory of one.
+        for mean in means:
+            distances = scale * np.sum((points - mean) ** 2, axis=1)
+            result[part] = joined(result[part], distances)
+    return result
 
 
 def _checked_sides(scores, positive):
