@@ -286,16 +286,7 @@ def _checked_confidence(confidence, correct, bins):
             f"{len(confidence)} confidences stand beside {len(correct)} answers; give "
             "one of each for every example."
         )
-    confidence = class_probabilities.checked_scores(confidence, "confidences")
-    outside = (confidence < 0) | (confidence > 1)
-    # What the rounding of a sum in float32 leaves above 1.
-    outside &= np.abs(confidence - 1) > 1e-6
-    if outside.any():
-        raise UserError(
-            f"{np.sum(outside)} of {len(confidence)} confidences are outside [0, 1], "
-            f"such as {confidence[outside][0]:.6g}; give the largest probability."
-        )
-    return confidence
+    return class_probabilities.checked_unit(confidence, "confidences")
 
 
 def _reliability(confidence, correct, places, edges):

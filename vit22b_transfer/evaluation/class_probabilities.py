@@ -93,6 +93,25 @@ def checked_scores(
     return result
 
 
+def checked_unit(
+    values: Num[np.ndarray, " examples"], what: str
+) -> Float[np.ndarray, " examples"]:
+    """Numbers from 0 to 1 in float64; `what` they are stands in the error.
+
+    Raises:
+      UserError: as `checked_scores`; or if one is outside, by more than the 1e-6 that a
+        sum in float32 may leave above 1.
+    """
+    result = checked_scores(values, what)
+    outside = (result < 0) | (result > 1 + 1e-6)
+    if outside.any():
+        raise UserError(
+            f"{np.sum(outside)} of {len(result)} {what} are outside [0, 1], such as "
+            f"{result[outside][0]:.6g}; give probabilities."
+        )
+    return result
+
+
 def softmax(
     logits: Float[np.ndarray, "examples classes"],
 ) -> Float[np.ndarray, "examples classes"]:

@@ -101,7 +101,7 @@ def collaborative_auc(
       UserError: if a score, certainty or fraction is outside [0, 1], or if there is no
         example of a side.
     """
-    scores = _checked_unit(scores, "scores")
+    scores = class_probabilities.checked_unit(scores, "scores")
     positives = int(np.sum(positive))
     negatives = len(positive) - positives
     if not positives or not negatives:
@@ -112,7 +112,9 @@ def collaborative_auc(
     asked = _asked(len(scores), fraction)
     fixed = None
     if certainty is not None:
-        fixed = _corrected(_checked_unit(certainty, "certainties"), asked)
+        fixed = _corrected(
+            class_probabilities.checked_unit(certainty, "certainties"), asked
+        )
     rates = []
     for number in range(_THRESHOLDS):
         threshold = number / (_THRESHOLDS - 1)
@@ -258,14 +260,3 @@ def _corrected(certainty, asked):
     before = np.cumsum(count) - count
     shares = np.clip((asked - before) / np.maximum(count, 1), 0.0, 1.0)
     return shares[bins]
-
-
-def _checked_unit(values, what):
-    values = class_probabilities.checked_scores(values, what)
-    outside = (values < 0) | (values > 1)
-    if outside.any():
-        raise UserError(
-            f"{np.sum(outside)} of {len(values)} {what} are outside [0, 1], such as "
-            f"{values[outside][0]:.6g}."
-        )
-    return values
