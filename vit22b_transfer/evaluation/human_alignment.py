@@ -14,6 +14,7 @@ import scipy.stats
 from jaxtyping import Bool
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data.records import printable
 from vit22b_transfer.evaluation.human_responses import (
     Responses,
     condition_key,
@@ -141,9 +142,10 @@ def kept(responses: Responses, data_set: str) -> tuple[Responses, int]:
         condition_key(condition) not in excluded for condition in responses.conditions
     )
     if not len(result):
+        found = printable(", ".join(sorted(set(responses.conditions))))[:200]
         raise UserError(
             f"none of the {len(responses)} trials of {data_set} is in a condition that "
-            f"counts; found: {', '.join(sorted(set(responses.conditions)))[:200]}."
+            f"counts; found: {found}."
         )
     return result, len(responses) - len(result)
 
