@@ -11,18 +11,11 @@ import numpy as np
 from jaxtyping import Float
 
 from vit22b_transfer import UserError
-from vit22b_transfer.evaluation import class_probabilities
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """`8 10-12` is 8, 10, 11, 12."""
-    parts = [part.split("-") for part in text.split()]
-    return tuple(n for part in parts for n in range(int(part[0]), int(part[-1]) + 1))
-
+from vit22b_transfer.evaluation import class_probabilities, class_subsets
 
 # Alphabetical; class ids of ILSVRC-2012 in their usual order, from 0.
 IMAGENET: Mapping[str, tuple[int, ...]] = {
-    name: _numbers(text)
+    name: class_subsets.numbers(text)
     for name, text in {
         "airplane": "404",
         "bear": "294-297",
