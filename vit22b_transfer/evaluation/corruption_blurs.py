@@ -2,8 +2,8 @@
 
 Functions take pixels in [0, 1] and the constants of a severity, which are in pixels of
 a 224-pixel picture and are not scaled with it. What they return may leave [0, 1] by
-rounding. Definitions: Hendrycks & Dietterich 2019 (arXiv 1903.12261), section 3 and
-the published data set.
+rounding. Definitions: Hendrycks & Dietterich 2019 (arXiv 1903.12261) and their
+published data set.
 """
 
 import numpy as np

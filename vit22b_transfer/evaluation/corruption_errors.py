@@ -8,7 +8,7 @@ from vit22b_transfer import UserError
 from vit22b_transfer.evaluation.corruptions import NAMES, SEVERITIES
 
 # AlexNet's error under each, the mean over severities, and without any: Hendrycks &
-# Dietterich 2019, table 1, with the digits of AugMix's code (Hendrycks et al. 2020).
+# Dietterich 2019, with the digits of AugMix's code (Hendrycks et al. 2020).
 ALEXNET: Mapping[str, float] = {
     "gaussian_noise": 0.886428,
     "shot_noise": 0.894468,
@@ -35,7 +35,7 @@ def mean_corruption_error(
     """`mce` and `relative_mce` in %, and `ce/NAME` of each corruption; AlexNet has 100.
 
     The error of a corruption is the mean over its severities over AlexNet's; relative,
-    both less the error without corruption (arXiv 1903.12261, section 3). The mean is
+    both less the error without corruption (arXiv 1903.12261). The mean is
     over all fifteen: with other corruptions, or fewer, it could not be compared.
 
     errors: for each corruption the errors of its five severities, in [0, 1].

@@ -110,7 +110,7 @@ def fitted_thresholds(
     Of scores f = 2p - 1 the randomised answer is yes with the probability
     h = clip((f - t) / ramp, 0, 1), t the group's threshold. The h of all examples have
     the least ramp / 2 |h|^2 - f h for which each group's mean is within `limit` / 2 of
-    the target rate (section 3 there). As a group's mean falls in t, the best t is 0 if
+    the target rate. As a group's mean falls in t, the best t is 0 if
     its mean is within, and else the t nearest to 0 whose mean is at the nearer edge.
     Means are piecewise linear in t, so that t is exact to rounding.
 

@@ -99,7 +99,7 @@ def relative_mahalanobis_distances(
 ) -> Float[np.ndarray, " examples"]:
     """`mahalanobis_distances` less the distance to the one Gaussian of all examples.
 
-    Ren et al. 2021, section 3: what is unusual for any class, and not just in itself.
+    Ren et al. 2021: what is unusual for any class, and not just in itself.
     """
     from_all = (features - gaussians.overall_mean) @ gaussians.overall_root
     return mahalanobis_distances(features, gaussians) - np.sum(from_all**2, axis=1)

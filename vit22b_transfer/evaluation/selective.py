@@ -50,7 +50,7 @@ def calibration_auc(
     """The chance that a wrong answer is less sure than a right one, in [0, 1].
 
     Area under the ROC curve with wrong answers as the positive class (Kivlichan et
-    al. 2021, section 3).
+    al. 2021).
 
     Raises:
       UserError: if all answers are right, or all wrong.
@@ -88,7 +88,7 @@ def collaborative_auc(
     n * `fraction` examples of the least certainty, and true and false positives are
     counted; none is corrected at the two thresholds outside [0, 1]. Certainty is in
     1000 bins, and of the last bin asked each example is corrected in part, as in
-    Plex (Tran et al. 2022; Kivlichan et al. 2021, section 3).
+    Plex (Tran et al. 2022; Kivlichan et al. 2021).
 
     scores: of the positive class, in [0, 1].
     certainty: in [0, 1]; without it, the distance of a score from the threshold.
@@ -199,7 +199,7 @@ def reliability_scores(
     """The mean normalised metric of each category, and `score`, the mean of these.
 
     results: for each category (Plex: prediction, uncertainty, adaptation; Tran et al.
-      2022, section 2) name -> (value, number of classes). A name is one of
+      2022) name -> (value, number of classes). A name is one of
       `NORMALISED`, or such with a data set before it: "imagenet/nll".
 
     The likelihood is divided by that of uniform guesses, log(classes), and is below 0
