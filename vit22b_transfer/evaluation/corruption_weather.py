@@ -64,10 +64,10 @@ def fog(
 def frost(pixels: Pixels, own: float, ice: float, rng: np.random.Generator) -> Pixels:
     """`own` times the picture and `ice` times drawn frost.
 
-    The published data set takes crops of five photographs of frosted windows, which
-    may not be shipped here. This frost is drawn: needles and ridges in the colours,
-    the brightness and the contrast of those photographs. Errors under it are therefore
-    not those of ImageNet-C's frost; say so beside an mCE.
+    The published data set takes crops of five photographs of frosted windows, which are
+    no part of this package. This frost is drawn: needles and ridges in the colours, the
+    brightness and the contrast of those photographs. Errors under it are therefore not
+    those of ImageNet-C's frost; say so beside an mCE.
     """
     height, width = pixels.shape[:2]
     cloud = plasma(_power_of_two(max(height, width)), 1.5, rng)[:height, :width]
