@@ -9,7 +9,6 @@ from vit22b_transfer.evaluation import calibration, fairness
 
 
 def test_parity_is_that_of_the_rates():
-    # The rates are 3/4, 1/2 and 0; fairlearn's functions give 0.75 and 0.
     answers = np.array([1, 1, 1, 0, 1, 0, 0, 0], bool)
     groups = np.array([0, 0, 0, 0, 1, 1, 2, 2])
     rates = fairness.positive_rates(answers, groups)
@@ -93,6 +92,8 @@ def test_a_sweep_trades_accuracy_for_parity():
     np.testing.assert_allclose(sweep.limits, np.linspace(0, plain, 5))
     assert sweep.difference[0] < 0.06 and np.all(np.diff(sweep.difference) > 0)
     assert sweep.accuracy[0] < sweep.accuracy[-1] - 0.01
+    fitted = fairness.fitted_thresholds(*fit, float(sweep.limits[1]))
+    np.testing.assert_array_equal(sweep.thresholds[1], fitted)
     # The accuracy is that of many draws of the answers.
     answers = fairness.randomised_answers(test[0], test[1], sweep.thresholds[1])
     draws = np.random.default_rng(0).random((500, 1000)) < answers

@@ -74,6 +74,14 @@ def test_files_are_read_in_any_case_and_order_and_written_again(tmp_path):
     assert human_responses.image_id("bear1.png") == "bear1.png"
 
 
+def test_a_picture_of_the_benchmark_says_condition_and_class():
+    name = "0001_eid_s01_64-3-10_car_10_n04285008_8113.png"
+    assert human_responses.stimulus(name) == ("64-3-10", "car")
+    for other in ("dog10-bird2.png", "0001_ske_s01_0_tiger_00_a.png"):
+        with pytest.raises(UserError, match="does not say condition and class"):
+            human_responses.stimulus(other)
+
+
 def test_conditions_are_one_however_they_are_written():
     key = human_responses.condition_key
     for written, said in (

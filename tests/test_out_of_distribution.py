@@ -54,6 +54,15 @@ def test_rankings_with_equal_scores_are_those_of_scikit_learn():
         )
 
 
+def test_the_false_positive_rate_is_that_of_the_first_threshold_with_the_recall():
+    # 19 of 20 strange examples stand above the known 0.4, a half of those at 0.5.
+    scores = np.array([0.9] * 18 + [0.5] + [0.1] + [0.5, 0.4])
+    positive = np.arange(22) < 20
+    assert out_of_distribution.false_positive_rate(scores, positive) == 0.5
+    assert out_of_distribution.false_positive_rate(scores, positive, 0.96) == 1.0
+    assert out_of_distribution.false_positive_rate(scores, positive, 0.90) == 0.0
+
+
 def test_distances_are_those_of_scipy():
     rng = np.random.default_rng(1)
     labels = np.arange(90) % 3
@@ -82,11 +91,13 @@ def test_distances_are_those_of_scipy():
 
 
 def test_a_singular_covariance_is_refused_unless_a_ridge_is_given():
-    rng = np.random.default_rng(2)
-    features, labels = rng.normal(size=(20, 6)), np.arange(20) % 2
-    features[:, 5] = features[:, 4]
-    with pytest.raises(UserError, match="singular"):
-        out_of_distribution.fitted_gaussians(features, labels, 2)
+    labels = np.arange(20) % 2
+    # By rounding the smallest variance is a little above 0, or below.
+    for seed in range(8):
+        features = np.random.default_rng(seed).normal(size=(20, 6))
+        features[:, 5] = features[:, 4]
+        with pytest.raises(UserError, match="singular"):
+            out_of_distribution.fitted_gaussians(features, labels, 2)
     fitted = out_of_distribution.fitted_gaussians(features, labels, 2, ridge=1e-3)
     apart = features[:1] + np.array([0, 0, 0, 0, 1, -1])
     distances = out_of_distribution.mahalanobis_distances(

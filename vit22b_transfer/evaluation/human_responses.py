@@ -96,6 +96,26 @@ def image_id(image: str) -> str:
     return parts[-1]
 
 
+def stimulus(image: str) -> tuple[str, str]:
+    """(condition, right class) by the name of a picture of the benchmark.
+
+    They are its fourth and fifth part between `_`, in `0001_cop_s01_c30_oven_...`. Sets
+    without conditions (edge, sketch, ...) lie in a folder for each class instead, and
+    their names do not say it.
+
+    Raises:
+      UserError: if the name has fewer parts, or its fifth is no class.
+    """
+    parts = image.split("_")
+    if len(parts) < 6 or parts[4] not in NAMES:
+        raise UserError(
+            f"{printable(image)[:200]!r} does not say condition and class, as "
+            "0001_cop_s01_c30_oven_10_n03041632_7380.png does; take them from the "
+            "folder that the picture lies in."
+        )
+    return parts[3], parts[4]
+
+
 def read(paths: Sequence[PathLike]) -> Responses:
     """The trials of all files, in their order.
 
