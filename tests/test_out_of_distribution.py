@@ -34,6 +34,12 @@ def test_unknown_digits_are_found_as_known_before():
         assert tuple(result.values()) == pytest.approx(expected[name], abs=1e-6), name
 
 
+def test_entropy_is_in_nats():
+    shares = np.array([[0.25] * 4, [1, 0, 0, 0], [0.5, 0.5, 0, 0]])
+    found = class_probabilities.entropies(shares)
+    np.testing.assert_allclose(found, np.log([4, 1, 2]))
+
+
 def test_rankings_with_equal_scores_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     for levels in (3, 10, 1000):
