@@ -1,32 +1,19 @@
 """Calibration against its definitions, scikit-learn, and figures known before."""
 
-import functools
-
 import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
 import scipy.stats
-import sklearn.datasets
-import sklearn.linear_model
 import sklearn.metrics
+from handwritten_digits import logits_and_labels
 
 from vit22b_transfer import UserError
 from vit22b_transfer.evaluation import calibration, class_probabilities
 
 
-@functools.cache
-def digits():
-    """Logits and labels of the last 797 digits, by a regression on the first 1000."""
-    images, labels = sklearn.datasets.load_digits(return_X_y=True)
-    images = images / 16
-    model = sklearn.linear_model.LogisticRegression(C=1, tol=1e-10, max_iter=10_000)
-    model.fit(images[:1000], labels[:1000])
-    return model.decision_function(images[1000:]), labels[1000:]
-
-
 def test_metrics_of_digits_are_those_known_before():
-    found = calibration.metrics(*digits())
+    found = calibration.metrics(*logits_and_labels())
     expected = {
         "accuracy": 0.932246,
         "ece": 0.0656395,
@@ -35,7 +22,7 @@ def test_metrics_of_digits_are_those_known_before():
         "brier": 0.114868,
     }
     assert {k: found[k] for k in expected} == pytest.approx(expected, abs=2e-6)
-    logits, labels = digits()
+    logits, labels = logits_and_labels()
     shares = scipy.special.softmax(logits, axis=1)
     assert found["nll"] == pytest.approx(sklearn.metrics.log_loss(labels, shares))
     brier = np.mean(np.sum((shares - np.eye(10)[labels]) ** 2, axis=1))
@@ -114,7 +101,7 @@ def test_soft_labels_have_the_cross_entropy_of_scipy():
 
 
 def test_the_temperature_is_where_the_likelihood_is_greatest():
-    logits, labels = digits()
+    logits, labels = logits_and_labels()
     found = calibration.fitted_temperature(logits, labels)
 
     def loss(log):
