@@ -27,7 +27,12 @@ from vit22b_transfer.data import (
     vocabularies,
 )
 from vit22b_transfer.demo import scenes
-from vit22b_transfer.evaluation import evaluate, text_metrics
+from vit22b_transfer.evaluation import (
+    evaluate,
+    human_alignment,
+    human_responses,
+    text_metrics,
+)
 from vit22b_transfer.inference.prediction_files import PredictionFiles
 
 # What Pillow says of broken tags, once for each place; not what it does.
@@ -49,6 +54,7 @@ def readers() -> list[Reader]:
         Reader("vqa", _vqa, _read_vqa, share=0.3),
         Reader("image sets", _image_sets, _read_image_sets, share=0.3),
         Reader("labels", _labels, _read_labels, share=0.3),
+        Reader("human responses", _responses, _read_responses, share=0.3),
         Reader("texts", _texts, _read_texts),
         Reader("vocabulary", _vocabulary, _read_vocabulary, share=0.2),
     ]
@@ -201,6 +207,20 @@ def _read_labels(folder):
     for name in ("labels.jsonl", "labels.csv"):
         path = os.path.join(folder, name)
         _all_examples(make, labelled_sources.LabelFiles(path, folder))
+
+
+def _responses(folder):
+    head = "subj,Session,trial,rt,object_response,category,condition,imagename"
+    rows = [
+        "subject-01,1,1,0.8,oven,oven,0.00,0001_nse_s01_0.00_oven_n03041632_7380.png",
+        'subject-01,1,2,NaN,na,"dog",0.1,0002_nse_s01_0.10_dog_n02085620_1.png',
+    ]
+    _write(folder, "responses.csv", "\n".join([head, *rows]) + "\n")
+
+
+def _read_responses(folder):
+    found = human_responses.read([os.path.join(folder, "responses.csv")])
+    human_alignment.shape_bias_by_category(found)
 
 
 def _texts(folder):
