@@ -3,8 +3,8 @@
 Claim: a small tower that is trained from nothing on a folder of pictures is right more
 often than scikit-learn's classifiers on their pixels; and a smaller one that a teacher
 teaches is right more often than the same one that learns from labels, as long and on
-the same crops and blends, in each of several seeds. The tower, which is the teacher,
-has no blends.
+the same crops and blends, in the mean of several seeds. The tower, which is the
+teacher, has no blends.
 
     python benchmarks/lay_out_pictures.py digits digits
     python benchmarks/real_pictures.py digits --side 8 --patch 4

@@ -86,7 +86,10 @@ class LinearModel:
         logits = x @ params["decoder"]["kernel"]
         weights = batch["decoder_loss_weights"].astype(jnp.float32)
         targets = batch["decoder_target_tokens"]
-        loss, _, weight = losses.token_cross_entropy(logits, targets, weights)
+        terms = losses.terms_of_logits(logits, targets)
+        loss, _, weight = losses.token_cross_entropy(
+            terms, weights, vocab_size=logits.shape[-1]
+        )
         hits = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
         return loss, {
             "loss": clu_metrics.Average(total=loss, count=weight),

@@ -9,9 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vit22b_transfer.models import (
     layers,
+    losses,
     stacking,
     t5,
     towers,
+    vocabulary_pieces,
 )
 
 
@@ -77,6 +79,29 @@ class ImageTextModule(nn.Module):
         """Logits [B, T, V] in float32 for shifted target tokens."""
         encoded = self.encode(images, encoder_tokens, train=train)
         return self.decode(encoded, decoder_tokens, train=train)
+
+    def token_terms(
+        self,
+        images,
+        encoder_tokens,
+        decoder_tokens,
+        targets: Int[Array, "batch targets"],
+        *,
+        train: bool = False,
+    ) -> losses.TokenTerms:
+        """What losses and scores of `targets` need; large vocabularies in pieces."""
+        encoded = self.encode(images, encoder_tokens, train=train)
+        x = self.token_embedder(decoder_tokens)
+        x = self.decoder(x, encoded.encodings, encoded.mask, train=train)
+        if self.text.vocab_size <= vocabulary_pieces.PIECE:
+            return losses.terms_of_logits(self._logits(x), targets)
+        if self.text.tied_logits:
+            head = vocabulary_pieces.Head(self.token_embedder.embedding, 0)
+            x = self.token_embedder.before_logits(x)
+        else:
+            head = vocabulary_pieces.Head(self.decoder.logits_dense.kernel, 1)
+        piece = vocabulary_pieces.PIECE
+        return vocabulary_pieces.token_terms(x, head, targets, piece=piece)
 
     def cross_key_values(self, encoded: Encoded):
         """Cross-attention keys and values of every decoder layer."""

@@ -264,10 +264,18 @@ class Embedding(nn.Module):
         self, x: Float[Array, "batch length embed"]
     ) -> Float[Array, "batch length vocab"]:
         """Logits in float32."""
-        table, x = self.embedding.astype(self.dtype), x.astype(self.dtype)
+        return linear(
+            self.before_logits(x), self.embedding.astype(self.dtype).T, jnp.float32
+        )
+
+    def before_logits(
+        self, x: Float[Array, "batch length embed"]
+    ) -> Float[Array, "batch length embed"]:
+        """What is multiplied with the table to give logits."""
+        x = x.astype(self.dtype)
         if self.scaled_logits and not self.scaled_inputs:
             x = x * self._scale(-0.5)
-        return linear(x, table.T, jnp.float32)
+        return x
 
     def _scale(self, power):
         return jnp.asarray(self.width**power, self.dtype)

@@ -1,15 +1,44 @@
 """Token losses as (sum, weight) pairs, divided once by whoever holds the batch."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+class TokenTerms(NamedTuple):
+    """What token losses, scores and accuracies are made of, [B, T] each.
+
+    log_z: logarithm of the normaliser; picked: logit of the target; total: sum of all
+    logits; best: token with the largest logit, the first of equal ones.
+    """
+
+    # Any: under jax.eval_shape and in tree operations the leaves are no arrays.
+    log_z: Any
+    picked: Any
+    total: Any
+    best: Any
+
+
+def terms_of_logits(
+    logits: Float[Array, "batch length vocab"], targets: Int[Array, "batch length"]
+) -> TokenTerms:
+    """The terms of whole logits; `vocabulary_pieces` has those of pieces."""
+    is_target = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
+    return TokenTerms(
+        jax.nn.logsumexp(logits, axis=-1),
+        jnp.sum(jnp.where(is_target, logits, jnp.zeros_like(logits)), axis=-1),
+        jnp.sum(logits, axis=-1),
+        jnp.argmax(logits, axis=-1),
+    )
+
+
 def token_cross_entropy(
-    logits: Float[Array, "batch length vocab"],
-    targets: Int[Array, "batch length"],
+    terms: TokenTerms,
     weights: Float[Array, "batch length"],
     *,
+    vocab_size: int,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
@@ -18,30 +47,20 @@ def token_cross_entropy(
     With smoothing s the target distribution is 1 - s on the target and s spread evenly
     over the other V - 1 tokens; its entropy is subtracted, so that a perfect prediction
     costs nothing (T5X's convention). The z-loss is `z_loss * log(Z)^2` and is part of
-    the first sum.
+    the first sum. vocab_size: V, of the logits.
     """
-    vocab = logits.shape[-1]
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    is_target = jnp.arange(vocab)[None, None] == targets[..., None]
-    picked = jnp.sum(jnp.where(is_target, logits, jnp.zeros_like(logits)), axis=-1)
-    loss = log_z - picked
+    loss = terms.log_z - terms.picked
     if label_smoothing:
-        low = label_smoothing / (vocab - 1)
+        low = label_smoothing / (vocab_size - 1)
         high = 1.0 - label_smoothing
-        spread = jnp.sum(logits, axis=-1) - picked
-        entropy = -(high * jnp.log(high) + (vocab - 1) * low * jnp.log(low + 1e-20))
-        loss = log_z - high * picked - low * spread - entropy
-    penalty = z_loss * jnp.square(log_z)
+        spread = terms.total - terms.picked
+        entropy = -(
+            high * jnp.log(high) + (vocab_size - 1) * low * jnp.log(low + 1e-20)
+        )
+        loss = terms.log_z - high * terms.picked - low * spread - entropy
+    penalty = z_loss * jnp.square(terms.log_z)
     weight = jnp.sum(weights)
     return jnp.sum((loss + penalty) * weights), jnp.sum(penalty * weights), weight
-
-
-def token_log_probabilities(
-    logits: Float[Array, "batch length vocab"], targets: Int[Array, "batch length"]
-) -> Float[Array, "batch length"]:
-    """Natural-log probability of each target token."""
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
 
 
 def softmax_cross_entropy(

@@ -163,16 +163,16 @@ class ImageTextModel:
         return self._loss(params, batch, None)
 
     def _loss(self, params, batch, dropout_rng):
-        logits = self._logits(params, batch, dropout_rng)
         targets, weights = _targets(batch)
+        terms = self._apply(params, batch, dropout_rng, targets, method="token_terms")
         loss, penalty, weight = losses.token_cross_entropy(
-            logits,
-            targets,
+            terms,
             weights,
+            vocab_size=self.module.text.vocab_size,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
         )
-        hits = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32) * weights
+        hits = (terms.best == targets).astype(jnp.float32) * weights
         real = (jnp.max(weights, axis=-1) > 0).astype(jnp.float32)
         wrong = jnp.sum(weights, axis=-1) - jnp.sum(hits, axis=-1)
         exact = jnp.sum((wrong < 0.5).astype(jnp.float32) * real)
@@ -184,24 +184,31 @@ class ImageTextModel:
         }
         return loss, metrics
 
-    def _logits(self, params, batch, dropout_rng=None):
+    def _apply(self, params, batch, dropout_rng=None, *targets, method=None):
         return self.module.apply(
             {"params": params},
             *_inputs(batch),
             jnp.asarray(batch["decoder_input_tokens"], jnp.int32),
+            *targets,
             train=dropout_rng is not None,
             rngs={} if dropout_rng is None else {"dropout": dropout_rng},
+            method=method,
         )
 
     def score_batch(
         self, params: Any, batch: Batch, return_intermediates: bool = False
     ):
         """Log-probability [B] of the target sequence; also the logits if asked."""
-        logits = self._logits(params, batch)
         targets, weights = _targets(batch)
-        scores = losses.token_log_probabilities(logits, targets)
-        scores = jnp.sum(scores * weights, axis=-1)
-        return (scores, {"logits": logits}) if return_intermediates else scores
+        if return_intermediates:
+            logits = self._apply(params, batch)
+            terms = losses.terms_of_logits(logits, targets)
+            kept = {"logits": logits}
+        else:
+            terms = self._apply(params, batch, None, targets, method="token_terms")
+            kept = {}
+        scores = jnp.sum((terms.picked - terms.log_z) * weights, axis=-1)
+        return (scores, kept) if return_intermediates else scores
 
     def predict_batch(
         self, params: Any, batch: Batch, rng: jax.Array | None = None

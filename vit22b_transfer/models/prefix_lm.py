@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from vit22b_transfer.models import gemma, layers, stacking, towers
+from vit22b_transfer.models import (
+    gemma,
+    layers,
+    losses,
+    stacking,
+    towers,
+    vocabulary_pieces,
+)
 from vit22b_transfer.models.grouped_attention import KeyValues
 
 EOS_ID = 1
@@ -97,6 +104,28 @@ class PrefixLMModule(nn.Module):
         train: bool = False,
     ) -> Float[Array, "batch targets vocab"]:
         """Logits (float32) of every target token, for targets shifted right."""
+        return self._logits(self._states(images, prompt_tokens, decoder_tokens, train))
+
+    def token_terms(
+        self,
+        images,
+        prompt_tokens: Int[Array, "batch length"],
+        decoder_tokens: Int[Array, "batch targets"],
+        targets: Int[Array, "batch targets"],
+        *,
+        train: bool = False,
+    ) -> losses.TokenTerms:
+        """What losses and scores of `targets` need; large vocabularies in pieces."""
+        x = self._states(images, prompt_tokens, decoder_tokens, train)
+        if self.text.vocab_size <= vocabulary_pieces.PIECE:
+            return losses.terms_of_logits(self._logits(x), targets)
+        table, cap = self.token_embedder.embedding, self.text.logit_softcap
+        head = vocabulary_pieces.Head(table, 0, cap)
+        before = self.token_embedder.before_logits(x)
+        piece = vocabulary_pieces.PIECE
+        return vocabulary_pieces.token_terms(before, head, targets, piece=piece)
+
+    def _states(self, images, prompt_tokens, decoder_tokens, train):
         x, valid = self.embed_prefix(images, prompt_tokens)
         prefix_length = x.shape[1]
         suffix = self.token_embedder(decoder_tokens[:, 1:])
@@ -105,7 +134,7 @@ class PrefixLMModule(nn.Module):
         views = gemma.prefix_lm_views(self.text, seen, prefix_length)
         x = self.decoder(x, views, train=train)
         first = _at_last_valid(x[:, :prefix_length], valid)
-        return self._logits(jnp.concatenate([first, x[:, prefix_length:]], axis=1))
+        return jnp.concatenate([first, x[:, prefix_length:]], axis=1)
 
     def prefill(self, images, prompt_tokens: Int[Array, "batch length"]) -> Prefix:
         """The prefix, computed once per example."""
