@@ -47,8 +47,8 @@ T5_RECIPE, GEMMA_RECIPE = (
 CLASS_RECIPE = CONFIGS / "recipes/image_folder.gin"
 # A head, which the T5 of the recipes lacks, has the strong decay.
 OF_CLASSES = {
-    *("classifier", "class_names", "distill", "mixup", "multi_label"),
-    "optimizer_vit22b",
+    *("classifier", "class_names", "mixup", "multi_label", "optimizer_vit22b"),
+    *("distill", "distill_tokens", "distill_tokens_cosine"),
 }
 PAIRS_RECIPE = CONFIGS / "recipes/my_pairs.gin"
 OF_PAIRS = {"contrastive", "contrastive_softmax", "text_tower", "text_tower_t5"}

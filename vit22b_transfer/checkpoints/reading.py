@@ -103,7 +103,7 @@ def resolve(path: str) -> str:
 # --- Reading ---
 
 
-def restore_tree(path: str, abstract: Tree, *, spared: str | None = None) -> Tree:
+def restore_tree(path: str, abstract: Tree, *, spared: tuple[str, ...] = ()) -> Tree:
     """A whole checkpoint, or the top-level parts of it that `abstract` has.
 
     `abstract` holds shapes, dtypes and the shardings to read straight into.
@@ -120,7 +120,7 @@ def restore_tree(path: str, abstract: Tree, *, spared: str | None = None) -> Tre
         for name in _arrays_in(path)
         if name.split("/")[0] in abstract
         and name not in wanted
-        and not (spared is not None and name.startswith(spared))
+        and not name.startswith(spared)
     ]
     check_fit(path, {name: name for name in wanted}, wanted, saved, problems)
     return read_arrays(path, abstract)
