@@ -59,6 +59,7 @@ ALTERNATIVES = [
         {"from_checkpoint", "from_other_size"},
     ],
     [{"distill_tokens"}, {"distill_tokens_cosine"}],
+    [{"distill", "distill_tokens", "distill_tokens_cosine"}, {"distill_cached"}],
     [{"try"}, {"schedule_vit22b"}],  # both say how long the warmup is
 ]
 

@@ -128,6 +128,12 @@ class Distillation:
             return ()
         return (f"{token_distances.SCOPE}/.*",)
 
+    def teacher_settings(self, num_classes: int) -> dict[str, str]:
+        """What decides the teacher's logits beside its weights, for cached ones."""
+        pooling = str(getattr(self.teacher, "pooling", None))
+        beside = {"pooling": pooling, "num_classes": str(num_classes)}
+        return self.teacher.token_settings() | beside
+
     def init(
         self,
         rng: jax.Array,
