@@ -208,12 +208,21 @@ def test_predictions_and_scores_are_the_students():
             getattr(model, method)(params, batch()),
             getattr(alone, method)(own, batch()),
         )
+    _, told = jax.eval_shape(model.eval_fn, params, batch())
+    assert {f"teacher_{x}" for x in ("agreement", "distance", "divergence")} <= {*told}
+
+
+def test_a_teacher_that_says_nothing_of_its_images_takes_those_of_the_student():
+    taught = distillation.Distillation(TEACHER)
+    tower = tiny_models.tower_config(pooling="gap", preparation=Preparation())
+    assert plain(tower, distillation=taught).teacher.tower is TEACHER
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"temperature": 0.0}, "temperature of a distillation is 0.0"),
+        ({"temperature": float("inf")}, "temperature of a distillation is inf"),
         ({"label_weight": -1.0}, "label_weight of a distillation is -1.0"),
         ({"loss": "sigmoid"}, "compares two softmaxes, but the loss is sigmoid"),
         ({"label_smoothing": 0.1}, "learns nothing from labels"),
