@@ -6,6 +6,7 @@ import itertools
 
 import gin
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -64,11 +65,13 @@ def student(teacher=TEACHER, *, cached=True, label_weight=0.5, **arguments):
     )
 
 
-def write_teacher(folder, seed=0, tower=TEACHER):
-    """A checkpoint of a classifier with random parameters."""
+def write_teacher(folder, seed=0, tower=TEACHER, head_bias=None):
+    """A checkpoint of a classifier with random parameters, or another bias."""
     model = tiny_classifier.classifier(tower, optax.sgd(1e-2))
     images = np.zeros((2, SIZE, SIZE, 3), np.uint8)
     params = tiny_models.random_params(model.module, images, seed=seed)
+    if head_bias is not None:
+        params["head"]["bias"] = jnp.full([NUM_CLASSES], head_bias)
     optimizer = optimizers.freeze(model.optimizer_def, params, ())
     abstract = state.abstract_state(params, optimizer, ONE_DEVICE)
     folder.mkdir(exist_ok=True)
@@ -285,6 +288,12 @@ def reading_of(cache, model=None):
         (
             lambda cache, folder: reading_of(
                 TeacherCache(cache.directory, write_teacher(folder, seed=5))
+            ),
+            "(?s)cached logits of a teacher of task .* are stale: .*weights",
+        ),
+        (
+            lambda cache, folder: reading_of(
+                TeacherCache(cache.directory, write_teacher(folder, head_bias=0.5))
             ),
             "(?s)cached logits of a teacher of task .* are stale: .*weights",
         ),
