@@ -17,7 +17,7 @@ import tiny_models
 import tiny_runs
 from array_tasks import ArraySource
 from gin_files import CONFIGS, ROOT, read_recipe
-from tiny_classifier import LENGTHS, SIZE
+from tiny_classifier import LENGTHS, NUM_CLASSES, SIZE
 from tiny_runs import ONE_DEVICE
 
 from vit22b_transfer import UserError
