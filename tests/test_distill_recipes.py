@@ -1,5 +1,7 @@
 """gin_configs/runs/distill.gin: behind a recipe, in any order, and on pictures."""
 
+import dataclasses
+import inspect
 import itertools
 
 import gin
@@ -17,6 +19,11 @@ from vit22b_transfer.data.augmentation import Augmentation
 from vit22b_transfer.data.labelled_sources import ClassFolderSource
 from vit22b_transfer.evaluation import evaluate
 from vit22b_transfer.models.distillation import Distillation
+from vit22b_transfer.models.token_distances import (
+    TokenDistance,
+    cosine,
+    normalised_square,
+)
 from vit22b_transfer.recipes import loading
 from vit22b_transfer.training import optimizers, train
 from vit22b_transfer.training.inputs import TrainData
@@ -24,6 +31,8 @@ from vit22b_transfer.training.train import InitialCheckpoint, Periods, fine_tune
 
 RECIPE = CONFIGS / "recipes/image_folder.gin"
 DISTILL = CONFIGS / "runs/distill.gin"
+TOKENS = CONFIGS / "runs/distill_tokens.gin"
+BY_COSINE = CONFIGS / "runs/distill_tokens_cosine.gin"
 BESIDE = [
     CONFIGS / f"runs/{name}.gin" for name in ("mixup", "augment", "ema", "instruments")
 ]
@@ -68,6 +77,28 @@ def test_its_settings_arrive_and_a_teachers_tower_has_its_own():
     )["model"]
     assert (model.distillation.temperature, model.distillation.label_weight) == (4, 0.5)
     assert (model.module.tower.depth, model.distillation.teacher.depth) == (3, 5)
+
+
+def plainly(tokens):
+    """With the distance itself: gin and the checks of types have wrappers around it."""
+    return dataclasses.replace(tokens, distance=inspect.unwrap(tokens.distance))
+
+
+def test_tokens_beside_the_classes_arrive_in_either_order():
+    layers = (
+        "TOKEN_WEIGHT=0.5",
+        "STUDENT_LAYER='block_1'",
+        "TEACHER_LAYER='block_5'",
+    )
+    for file, overrides, expected in (
+        (TOKENS, (), TokenDistance(normalised_square)),
+        (BY_COSINE, layers, TokenDistance(cosine, 0.5, "block_1", "block_5")),
+    ):
+        for order in ([file, *BESIDE], [*BESIDE, DISTILL, file]):
+            made = made_by(*overrides, behind=order)
+            found = made["model"].distillation.tokens
+            assert plainly(found) == plainly(expected)
+            assert made["initial"].rules == RULES
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from vit22b_transfer.checkpoints import restoring
 from vit22b_transfer.models import distillation, lora
 from vit22b_transfer.models import mixup as mixing
 from vit22b_transfer.models.preparation import Preparation
+from vit22b_transfer.models.token_distances import TokenDistance, cosine
 from vit22b_transfer.training import optimizers
 from vit22b_transfer.training.train import InitialCheckpoint, Periods
 
@@ -158,14 +159,16 @@ def said(module, params, images):
     return np.asarray(module.apply({"params": params}, jnp.asarray(images)))
 
 
-@pytest.mark.parametrize("temperature, label_weight", [(1.0, 0.0), (3.0, 0.5)])
+@pytest.mark.parametrize(
+    "temperature, label_weight, smoothing", [(1.0, 0.0, 0.0), (3.0, 0.5, 0.2)]
+)
 @pytest.mark.parametrize("mixup", [None, 1.0])
 def test_the_loss_compares_what_both_say_of_the_same_mixed_pixels(
-    temperature, label_weight, mixup
+    temperature, label_weight, smoothing, mixup
 ):
     rows, key, params = batch(), jax.random.key(5), both()
     settings = {"temperature": temperature, "label_weight": label_weight}
-    model = student_of(**settings, mixup=mixup)
+    model = student_of(**settings, mixup=mixup, label_smoothing=smoothing)
     images, real = rows["encoder_input_images"], rows["label_weights"][:, 0]
     targets = np.eye(CLASSES, dtype=np.float32)[rows["labels"][:, 0]] * real[:, None]
     if mixup:
@@ -173,13 +176,20 @@ def test_the_loss_compares_what_both_say_of_the_same_mixed_pixels(
     student = said(model.module, params, images)
     teacher = said(plain(TEACHER).module, params["teacher"], images)
     each = values(distillation.kl_divergence, student, teacher, temperature=temperature)
-    cross = np.asarray(optax.softmax_cross_entropy(student, np.asarray(targets)))
+    smooth = (1 - smoothing) * np.asarray(targets) + smoothing / CLASSES
+    cross = np.asarray(optax.softmax_cross_entropy(student, smooth))
     expected = ((each + label_weight * cross) * real).sum()
     loss, metrics = model.loss_fn(params, rows, key)
     np.testing.assert_allclose(loss, expected, rtol=2e-5)
     assert float(metrics["loss"].count) == real.sum() == len(real) - 1
-    agreed = (student.argmax(-1) == teacher.argmax(-1))[real > 0].mean()
-    np.testing.assert_allclose(metrics["teacher_agreement"].compute(), agreed)
+    apart = {
+        "agreement": student.argmax(-1) == teacher.argmax(-1),
+        "divergence": values(distillation.kl_divergence, student, teacher),
+        "distance": np.linalg.norm(student - teacher, axis=-1),
+    }
+    for name, of_each in apart.items():
+        told = metrics[f"teacher_{name}"].compute()
+        np.testing.assert_allclose(told, of_each[real > 0].mean(), rtol=2e-5)
 
 
 def test_the_gradient_is_the_students_alone():
@@ -198,12 +208,21 @@ def test_predictions_and_scores_are_the_students():
             getattr(model, method)(params, batch()),
             getattr(alone, method)(own, batch()),
         )
+    _, told = jax.eval_shape(model.eval_fn, params, batch())
+    assert {f"teacher_{x}" for x in ("agreement", "distance", "divergence")} <= {*told}
+
+
+def test_a_teacher_that_says_nothing_of_its_images_takes_those_of_the_student():
+    taught = distillation.Distillation(TEACHER)
+    tower = tiny_models.tower_config(pooling="gap", preparation=Preparation())
+    assert plain(tower, distillation=taught).teacher.tower is TEACHER
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"temperature": 0.0}, "temperature of a distillation is 0.0"),
+        ({"temperature": float("inf")}, "temperature of a distillation is inf"),
         ({"label_weight": -1.0}, "label_weight of a distillation is -1.0"),
         ({"loss": "sigmoid"}, "compares two softmaxes, but the loss is sigmoid"),
         ({"label_smoothing": 0.1}, "learns nothing from labels"),
@@ -240,8 +259,15 @@ def run(folder, model, total_steps, **arguments):
     )
 
 
+def mixed_student():
+    """Of classes and tokens, which a map takes to the teacher's width."""
+    tokens = TokenDistance(cosine)
+    taught = distillation.Distillation(TEACHER, 2.0, tokens=tokens)
+    return plain(STUDENT, distillation=taught, mixup=1.0)
+
+
 def taught(folder, teacher, total_steps=6, **arguments):
-    model = student_of(temperature=2.0, mixup=1.0)
+    model = mixed_student()
     initial = InitialCheckpoint(str(teacher), RULES)
     return run(folder, model, total_steps, initial=initial, **arguments)
 
@@ -278,7 +304,7 @@ def test_a_killed_training_goes_on_to_the_bit_with_mixup(student, teacher, tmp_p
     with pytest.raises(tiny_runs.Killed):
         taught(tmp_path, teacher, data=tiny_runs.Data(batch=batch, dies_at=4))
     # Without the teacher's checkpoint: the parameters are in the student's own.
-    run(tmp_path, student_of(temperature=2.0, mixup=1.0), 6)
+    run(tmp_path, mixed_student(), 6)
     tiny_runs.assert_same_bits(
         tiny_runs.arrays_of(tmp_path), tiny_runs.arrays_of(student)
     )
@@ -294,8 +320,9 @@ def test_a_student_alone_is_read_from_the_checkpoint_of_both(student):
     for name, values_ in flatten_dict(params, sep="/").items():
         assert np.asarray(values_).tobytes() == saved[f"target/{name}"].tobytes()
     assert restoring.teacher_left_out(str(student), abstract) == sum(
-        name.startswith("target/teacher/") for name in saved
+        name.startswith(("target/teacher/", "target/token_map/")) for name in saved
     )
+    assert {"target/token_map/kernel", "target/token_map/bias"} <= saved.keys()
     del abstract["head"]
     with pytest.raises(UserError, match="target/head/bias: not in the model"):
         restoring.restore_params(

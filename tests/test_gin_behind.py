@@ -54,7 +54,12 @@ ALTERNATIVES = [
     [{"schedule_constant"}, {"schedule_rsqrt", "schedule_vit22b"}],
     [{"classifier"}, {"contrastive"}],
     # What a training starts from.
-    [{"distill"}, {"from_checkpoint", "from_other_size"}],
+    [
+        {"distill", "distill_tokens", "distill_tokens_cosine"},
+        {"from_checkpoint", "from_other_size"},
+    ],
+    [{"distill_tokens"}, {"distill_tokens_cosine"}],
+    [{"distill", "distill_tokens", "distill_tokens_cosine"}, {"distill_cached"}],
     [{"try"}, {"schedule_vit22b"}],  # both say how long the warmup is
 ]
 

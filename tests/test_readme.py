@@ -155,6 +155,24 @@ def test_pre_training_runs_as_written(tmp_path, capfd):
 
 
 @pytest.mark.slow
+def test_cached_teacher_runs_as_written(tmp_path, capfd):
+    tiny_classifier.draw_folders(tmp_path, train=4, validation=2, size=32)
+    shutil.copytree(tmp_path / "validation", tmp_path / "new_images")
+    use_one_device(tmp_path)
+    # One layer, which compiles in a tenth of the time.
+    tower = tmp_path / "gin_configs" / "models" / "vit.gin"
+    tower.parent.mkdir()
+    shipped_one = (ROOT / "gin_configs" / "models" / "vit.gin").read_text()
+    tower.write_text(f"{shipped_one}\nvit.vit22b_config.depth = 1\n")
+    run_in_process(block("test: cached-teacher"), tmp_path)
+    shown = capfd.readouterr().out
+    assert "1 shards; the teacher was run on 16 images" in shown
+    assert "eval/my_image_folder/teacher_agreement" in shown
+    written = tmp_path / "student" / "my_unlabelled_images-test-checkpoint_20.jsonl"
+    assert len(written.read_text().splitlines()) == 8
+
+
+@pytest.mark.slow
 def test_my_captions_runs_as_written(own_data):
     folder, broken = own_data
     run_in_process(block("test: my-captions"), folder)

@@ -40,10 +40,10 @@ def no_gin_left_over():
     gin.clear_config()
 
 
-def checked(job, *overrides, behind=(), t5x: Any = None):
-    """The sentences of `t5x_bindings.check` for the recipe of VQAv2."""
+def checked(job, *overrides, behind=(), t5x: Any = None, recipe=VQA):
+    """The sentences of `t5x_bindings.check` for a recipe, else that of VQAv2."""
     paths = [CONFIGS / f"{name}.gin" for name in behind]
-    read = gin_files.read_recipe(VQA, *overrides, behind=paths)
+    read = gin_files.read_recipe(recipe, *overrides, behind=paths)
     loading.install(read, train.fine_tune, [str(ROOT)])
     model = gin_config._CONFIG["", f"{train.__name__}.fine_tune"]["model"]
     own = {("", "vit22b_transfer.t5x_adapter.for_t5x"): {"model": model}}
@@ -106,6 +106,16 @@ def test_what_is_t5x_own_matter_is_told():
 KEEP = ("", "t5x.utils.SaveCheckpointConfig")
 MESH = ("", "t5x.partitioning.PjitPartitioner")
 AXES = ("", "t5x.partitioning.standard_logical_axis_rules")
+
+
+def test_a_live_teacher_is_heeded_and_a_cached_one_refused_by_name():
+    classes = CONFIGS / "recipes/image_folder.gin"
+    for name in ("distill", "distill_tokens", "distill_tokens_cosine"):
+        assert checked("train", behind=[f"runs/{name}"], recipe=classes) == []
+    words = "TrainData.teacher_cache.*not the cached logits of a teacher"
+    for job in ("train", "precompile"):
+        with pytest.raises(RecipeError, match=words):
+            checked(job, behind=["runs/distill_cached"], recipe=classes)
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ T5_RECIPE, GEMMA_RECIPE = (
 CLASS_RECIPE = CONFIGS / "recipes/image_folder.gin"
 # A head, which the T5 of the recipes lacks, has the strong decay.
 OF_CLASSES = {
-    *("classifier", "class_names", "distill", "mixup", "multi_label"),
-    "optimizer_vit22b",
+    *("classifier", "class_names", "mixup", "multi_label", "optimizer_vit22b"),
+    *("distill", "distill_cached", "distill_tokens", "distill_tokens_cosine"),
 }
 PAIRS_RECIPE = CONFIGS / "recipes/my_pairs.gin"
 OF_PAIRS = {"contrastive", "contrastive_softmax", "text_tower", "text_tower_t5"}
@@ -195,6 +195,7 @@ def cases():
 # What T5X refuses of the shipped files, and with which words.
 REFUSED = {
     "cached_features": "T5X reads images, not cached features",
+    "distill_cached": "T5X reads images, not the cached logits of a teacher",
     "activations_2d": "standard_logical_axis_rules.activation_partitioning_dims",
     "activations_2d_async": "T5X has no such thing",
     "activations_2d_fsdp": "standard_logical_axis_rules.parameter_partitioning_dims",

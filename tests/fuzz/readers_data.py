@@ -344,6 +344,7 @@ def _read_metrics(folder):
 
 def _cache_key(folder) -> Any:
     return types.SimpleNamespace(
+        cache=feature_cache.FeatureCache(folder, "tower"),
         directory=os.path.join(folder, "cache"),
         split="train",
         task=types.SimpleNamespace(name="some"),

@@ -61,7 +61,7 @@ def restore(path: str, abstract_params: Tree, *, model: Any) -> tuple[Tree, int]
     problems = [
         f"target/{name}: not in the model"
         for name in sorted(kept | averages.keys())
-        if name not in flat and not (alone and distillation.is_of_teacher(name))
+        if name not in flat and not (alone and distillation.is_of_lesson(name))
     ]
     sources = {name: source for name, source in averages.items() if name in flat}
     for name in sources:

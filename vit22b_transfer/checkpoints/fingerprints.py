@@ -3,11 +3,18 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Bytes of arrays on the devices at a time while stored ones are hashed.
+_GROUP_BYTES = 1 << 28
 
 
 def text_digest(text: str) -> str:
@@ -23,6 +30,24 @@ def parameters_digest(params: Any) -> str:
     their order), computed where the arrays lie.
     """
     return rows_digest(parameter_rows(params))
+
+
+def stored_digest(saved: Mapping[str, Any], read: Callable[[Any], Any]) -> str:
+    """Hash of arrays that do not fit into memory all at once.
+
+    saved: their shapes and dtypes by '/'-joined name. read: gives the arrays for a tree
+      of some of them, laid out as its leaves say.
+    """
+    everywhere = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec())
+    rows, group, size = [], {}, 0
+    for number, name in enumerate(sorted(saved, key=lambda name: name.split("/")), 1):
+        leaf = saved[name]
+        group[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+        size += leaf.dtype.itemsize * int(np.prod(leaf.shape))
+        if size >= _GROUP_BYTES or number == len(saved):
+            rows += parameter_rows(read(traverse_util.unflatten_dict(group, sep="/")))
+            group, size = {}, 0
+    return rows_digest(rows)
 
 
 def rows_digest(rows: list[tuple[Any, ...]]) -> str:

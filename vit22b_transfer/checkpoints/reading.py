@@ -18,10 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import (
@@ -103,7 +101,7 @@ def resolve(path: str) -> str:
 # --- Reading ---
 
 
-def restore_tree(path: str, abstract: Tree, *, spared: str | None = None) -> Tree:
+def restore_tree(path: str, abstract: Tree, *, spared: tuple[str, ...] = ()) -> Tree:
     """A whole checkpoint, or the top-level parts of it that `abstract` has.
 
     `abstract` holds shapes, dtypes and the shardings to read straight into.
@@ -120,7 +118,7 @@ def restore_tree(path: str, abstract: Tree, *, spared: str | None = None) -> Tre
         for name in _arrays_in(path)
         if name.split("/")[0] in abstract
         and name not in wanted
-        and not (spared is not None and name.startswith(spared))
+        and not name.startswith(spared)
     ]
     check_fit(path, {name: name for name in wanted}, wanted, saved, problems)
     return read_arrays(path, abstract)
@@ -373,42 +371,40 @@ def record_file(path: str) -> str:
     return os.path.join(path, "run", "metadata")
 
 
-# Bytes of arrays on the devices at a time while a tower is hashed.
-_GROUP_BYTES = 1 << 28
-
-
 def tower_digest(path: str) -> str:
     """Hash of the tower's arrays in a checkpoint, as they are stored.
 
     Raises:
       UserError: if it holds no tower.
     """
+    return _digest(*_identity(path), (_TOWER,))
+
+
+def classifier_digest(path: str) -> str:
+    """Hash of a classifier's arrays in a checkpoint, without those of its teacher.
+
+    Raises:
+      UserError: if it holds no tower.
+    """
+    return _digest(*_identity(path), ("target/encoder/", "target/head/"))
+
+
+def _identity(path):
+    """A checkpoint is renamed into place, so another one there is another directory."""
     path = resolve(path)
-    # A checkpoint is renamed into place, so another one there is another directory.
-    return _tower_digest(path, os.stat(path).st_ino, os.stat(path).st_mtime_ns)
+    return path, os.stat(path).st_ino, os.stat(path).st_mtime_ns
 
 
 @functools.cache
-def _tower_digest(path: str, inode: int, time: int) -> str:
+def _digest(path: str, inode: int, time: int, names: tuple[str, ...]) -> str:
     del inode, time
-    saved = tower_arrays(path)
-    if not saved:
+    if not tower_arrays(path):
         raise UserError(
             f"checkpoint {path} holds no tower (encoder/tower/...). Name one that "
             "does, such as that of `vit22b import`."
         )
-    everywhere = NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec())
-    rows, group, size = [], {}, 0
-    for number, name in enumerate(sorted(saved, key=lambda name: name.split("/")), 1):
-        leaf = saved[name]
-        group[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
-        size += leaf.dtype.itemsize * int(np.prod(leaf.shape))
-        if size >= _GROUP_BYTES or number == len(saved):
-            tree = traverse_util.unflatten_dict(group, sep="/")
-            arrays = read_arrays(path, tree)
-            rows += fingerprints.parameter_rows(arrays)
-            group, size = {}, 0
-    return fingerprints.rows_digest(rows)
+    saved = {n: leaf for n, leaf in saved_arrays(path).items() if n.startswith(names)}
+    return fingerprints.stored_digest(saved, functools.partial(read_arrays, path))
 
 
 def tower_record(cache: Any) -> dict[str, Any]:

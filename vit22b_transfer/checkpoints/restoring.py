@@ -240,7 +240,7 @@ def check_nothing_is_given(model: Any, path: str | None) -> None:
 
 def has_teacher(abstract_params: Tree) -> bool:
     """Whether a model holds the teacher of a distillation; a student alone does not."""
-    return any(map(distillation.is_of_teacher, reading.flatten(abstract_params)))
+    return any(map(distillation.is_of_lesson, reading.flatten(abstract_params)))
 
 
 def teacher_left_out(path: str, abstract_params: Tree) -> int:
@@ -248,7 +248,7 @@ def teacher_left_out(path: str, abstract_params: Tree) -> int:
     if has_teacher(abstract_params):
         return 0
     names = reading.saved_arrays(reading.resolve(path))
-    return sum(map(distillation.is_of_teacher, names))
+    return sum(map(distillation.is_of_lesson, names))
 
 
 def restore_whole(path: str, abstract_params: Tree, *, model: Any = None) -> Tree:
@@ -261,7 +261,7 @@ def restore_whole(path: str, abstract_params: Tree, *, model: Any = None) -> Tre
     restored = restore_partial(path, abstract_params, model=model)
     unused = restored.unused
     if not has_teacher(abstract_params):
-        unused = [name for name in unused if not distillation.is_of_teacher(name)]
+        unused = [name for name in unused if not distillation.is_of_lesson(name)]
     if left := [*restored.kept, *unused]:
         raise UserError(
             f"checkpoint {path} does not fit the model: {len(left)} arrays are in one "
@@ -339,5 +339,6 @@ def restore_params(
     )
     tree = {"target": abstract}
     alone = not has_teacher(abstract_params)
-    spared = f"target/{distillation.SCOPE}/" if alone else None
+    lesson = tuple(f"target/{name}" for name in distillation.OF_LESSON)
+    spared = lesson if alone else ()
     return reading.restore_tree(path, tree, spared=spared)["target"]

@@ -31,7 +31,7 @@ def add_to(add: Add) -> None:
         ("train", "Fine-tune the model of a recipe."),
         ("eval", "Score a checkpoint with the metrics of the recipe's task."),
         ("infer", "Write predictions for a whole split as JSON lines."),
-        ("cache-features", "Run a frozen tower once, for training without it."),
+        ("cache-features", "Run a tower or a teacher once, for training without it."),
     ):
         command = add(name, _run, text, GIN_EPILOG)
         add_gin_file(command)

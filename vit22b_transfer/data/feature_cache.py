@@ -9,21 +9,18 @@ refused, not read.
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import inspect
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import streams, vocabularies
-from vit22b_transfer.data import tasks as registered
+from vit22b_transfer.data import streams
 from vit22b_transfer.data.converters import (
     ImageFeatureConverter,
     Lengths,
@@ -40,15 +37,13 @@ from vit22b_transfer.data.feature_shards import (
     read_layout,
     unfinished,
 )
-from vit22b_transfer.data.indexed_source import IndexedSource
 from vit22b_transfer.data.numbered_examples import count_examples, numbered_examples
 from vit22b_transfer.data.records import check_choice
+from vit22b_transfer.data.task_fingerprints import described, digest, records_digest
 from vit22b_transfer.host import whole_files
 
 # Examples that are read twice, to see whether they are the same.
 _COMPARED = 16
-# How many levels of functions within functions a fingerprint describes.
-_DEPTH = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +53,15 @@ class FeatureCache:
     tower: a checkpoint that holds the tower. storage: see `TokenFormat`; int8 takes a
       quarter of float32's space.
     """
+
+    # What it holds, what is run for it, and what to do instead: for messages.
+    what: ClassVar[str] = "cached features"
+    encoder: ClassVar[str] = "tower"
+    instead: ClassVar[str] = "Train with the tower (leave out cached_features.gin)"
+    # Behind a task and split in the names of its directories.
+    suffix: ClassVar[str] = ""
+    # Whether it is read in place of the task, so that its examples are in it.
+    holds_examples: ClassVar[bool] = True
 
     directory: str
     tower: str
@@ -69,12 +73,13 @@ class FeatureCache:
 
 @dataclasses.dataclass(frozen=True)
 class CacheKey:
-    """A split of one task, and all that decides its cached features.
+    """A split of one task, and all that decides what is cached of it.
 
-    weights: a hash of those of the tower. tower: its configuration.
+    cache: a `FeatureCache`, or a `teacher_cache.TeacherCache`. weights: a hash of those
+      of the tower, or of the teacher. tower: its configuration.
     """
 
-    cache: FeatureCache
+    cache: Any
     task: seqio.Task
     split: str
     feature_lengths: Lengths
@@ -92,8 +97,8 @@ class CacheKey:
             "tower": dict(self.tower),
             "task": self.task.name,
             "split": self.split,
-            "records": _records_digest(self.task, self.split),
-            "preprocessing": _digest(_described(self.task)),
+            "records": records_digest(self.task, self.split),
+            "preprocessing": digest(described(self.task)),
             "feature_lengths": {"images": list(shapes["images"])}
             | {name: self.feature_lengths[name] for name in converter.TEXTS},
             "storage": self.cache.storage,
@@ -102,9 +107,9 @@ class CacheKey:
     @property
     def directory(self) -> str:
         """Where the shards lie: a name for each fingerprint."""
-        digest = _digest(json.dumps(self.fingerprint, sort_keys=True))
+        key = digest(json.dumps(self.fingerprint, sort_keys=True))
         root = os.path.abspath(os.path.expanduser(self.cache.directory))
-        return os.path.join(root, f"{_stem(self)}-{digest}")
+        return os.path.join(root, f"{_stem(self)}-{key}")
 
     def check_repeatable(self, *, by_reading: bool) -> None:
         """Raises UserError if the task gives other examples each time it is read.
@@ -115,7 +120,7 @@ class CacheKey:
         if by_reading and not found:
             first = [range(_COMPARED)]
             once, again = (
-                [_digest(repr(example)) for example in self.examples(first)]
+                [digest(repr(example)) for example in self.examples(first)]
                 for _ in range(2)
             )
             found = once != again
@@ -123,8 +128,8 @@ class CacheKey:
             raise UserError(
                 f"task {self.task.name!r} draws random numbers in its preprocessors, "
                 "such as for crops or flips: every epoch shows other images, and a "
-                "cache would show the same ones. Train with the tower (leave out "
-                "cached_features.gin), or register a task without the augmentation."
+                f"cache is of the same ones. {self.cache.instead}, or register a task "
+                "without the augmentation."
             )
 
     def dataset(self, ranges: Sequence[range]) -> tf.data.Dataset:
@@ -143,7 +148,9 @@ class CacheKey:
         return streams.as_numpy(self.dataset(ranges).prefetch(tf.data.AUTOTUNE))
 
     def stored_features(self) -> dict[str, tuple[str, list[int | None]]]:
-        """dtype and shape of each feature in a packed example."""
+        """dtype and shape of each feature in a packed example, if it holds some."""
+        if not self.cache.holds_examples:
+            return {}
         examples = numbered_examples(self.task, self.split, self._lengths, [range(1)])
         return {
             name: (spec.dtype.name, spec.shape.as_list() if spec.shape.rank else [])
@@ -275,6 +282,21 @@ def open_tasks(keys: Sequence[CacheKey]) -> CachedTasks:
 
 
 def _open(key: CacheKey) -> tuple[Layout, ShardsSource]:
+    layout, shards = open_shards(key)
+    specs = {
+        name: tf.TensorSpec(shape, tf.as_dtype(dtype))
+        for name, (dtype, shape) in layout.features.items()
+    }
+    return layout, ShardsSource(key.split, shards, layout.tokens, specs)
+
+
+def open_shards(key: CacheKey) -> tuple[Layout, list[Shard]]:
+    """What was cached for the key.
+
+    Raises:
+      UserError: if it is missing, unfinished, cut off, or made with something else, and
+        then with what.
+    """
     layout = Layout.read(key.directory)
     if layout is None:
         raise UserError(_why_not(key))
@@ -282,16 +304,11 @@ def _open(key: CacheKey) -> tuple[Layout, ShardsSource]:
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise UserError(
-            f"the cached features in {key.directory} lack {len(missing)} of "
+            f"the {key.cache.what} in {key.directory} lack {len(missing)} of "
             f"{len(paths)} shards, such as {os.path.basename(missing[0])}. Run `vit22b "
             "cache-features` again: it goes on where it was."
         )
-    specs = {
-        name: tf.TensorSpec(shape, tf.as_dtype(dtype))
-        for name, (dtype, shape) in layout.features.items()
-    }
-    shards = [Shard(path) for path in paths]
-    return layout, ShardsSource(key.split, shards, layout.tokens, specs)
+    return layout, [Shard(path) for path in paths]
 
 
 def _why_not(key: CacheKey) -> str:
@@ -309,7 +326,7 @@ def _why_not(key: CacheKey) -> str:
     stale = {path: content["fingerprint"] for path, content in found.items() if content}
     if not stale:
         return (
-            f"there are no cached features of {what} in {root}; write them with "
+            f"there are no {key.cache.what} of {what} in {root}; write them with "
             "`vit22b cache-features` and the same arguments."
         )
     lines = []
@@ -318,7 +335,7 @@ def _why_not(key: CacheKey) -> str:
         lines.append(f"{os.path.basename(path)}: {'; '.join(differing)}")
     listed = "\n  ".join(lines)
     return (
-        f"the cached features of {what} in {root} are stale: they were made with "
+        f"the {key.cache.what} of {what} in {root} are stale: they were made with "
         f"something else:\n  {listed}\nWrite them anew with `vit22b cache-features` "
         "and the same arguments, or train with what they were made with."
     )
@@ -337,7 +354,7 @@ def _differences(theirs, ours, outer=""):
 
 def _stem(key):
     parts = (key.task.name, key.split)
-    return "-".join(re.sub(r"[^\w.+]+", "_", part) for part in parts)
+    return "-".join(re.sub(r"[^\w.+]+", "_", p) for p in parts) + key.cache.suffix
 
 
 def _layout_path(directory):
@@ -354,54 +371,3 @@ def _read_layout(directory):
 def _without_images(example: Mapping[str, Any]) -> dict[str, Any]:
     """What is stored as it is: all but pixels, encoded or not."""
     return {k: v for k, v in example.items() if k not in ("image", "images")}
-
-
-# --- What a task gives, as text ---
-
-
-def _records_digest(task: seqio.Task, split: str) -> str:
-    """Hash of the source's records, or of their number where it tells no more."""
-    source = task.source
-    if not isinstance(source, IndexedSource):
-        return f"{registered.num_records(task, split)} records"
-    digest = hashlib.sha256()
-    for number in range(source.num_records(split)):
-        record = source.record(split, number)
-        # The same images may lie elsewhere on another machine.
-        facts = [os.path.basename(record.image_path), record.references]
-        facts += [record.image_id, record.question_id, record.question, record.target]
-        facts += map(os.path.basename, record.image_paths)
-        digest.update(repr(facts).encode())
-    return digest.hexdigest()[:16]
-
-
-def _described(task: seqio.Task) -> str:
-    """The task's preprocessors and features: names, arguments and source code."""
-    lines = [_code(step) for step in task.preprocessors]
-    for name, feature in sorted(task.output_features.items()):
-        facts = (feature.dtype, feature.rank, feature.add_eos)
-        vocabulary = vocabularies.fingerprint(feature.vocabulary)
-        lines.append(f"{name}: {facts} {vocabulary}")
-    return "\n".join(lines)
-
-
-def _code(value: Any, depth: int = 0) -> str:
-    """A function with all that is bound in it, or the repr of anything else."""
-    if isinstance(value, functools.partial):
-        bound = [*enumerate(value.args), *sorted(value.keywords.items())]
-        bound = ", ".join(f"{name}={_code(x, depth)}" for name, x in bound)
-        return f"{_code(value.func, depth)}({bound})"
-    # Functions may refer to each other.
-    if not inspect.isfunction(value) or depth == _DEPTH:
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-    try:
-        source = inspect.getsource(value)
-    except OSError:  # typed in by hand
-        source = value.__code__.co_code.hex()
-    cells = [cell.cell_contents for cell in value.__closure__ or ()]
-    inside = ", ".join(_code(cell, depth + 1) for cell in cells)
-    return f"{value.__module__}.{value.__qualname__}[{inside}] {source}"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -9,6 +9,7 @@ the record is read.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -68,6 +69,11 @@ class TokenFormat:
 def unfinished(path: str) -> str:
     """The name of a shard while it is written."""
     return f"{path}.unfinished"
+
+
+def image_hash(pixels: np.ndarray) -> str:
+    """By which a cache knows a picture: of its pixels (uint8) alone."""
+    return hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
 
 
 def read_layout(path: str) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""A frozen tower run once over the splits of a training, its tokens kept on disk."""
+"""A frozen tower run once over the splits of a training, its tokens kept on disk.
+
+Or the teacher of a distillation, and its logits.
+"""
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import identity, reading, restoring
 from vit22b_transfer.host import disk_errors, locks, progress
 from vit22b_transfer.models import int8
+from vit22b_transfer.models.classifier import ClassificationModel
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training import inputs
@@ -27,7 +30,7 @@ from vit22b_transfer.training.state import abstract_variables
 class CachedSplit:
     """What was done for one task and split.
 
-    num_encoded: images that the tower was run on by this process, in this call.
+    num_encoded: images that tower or teacher was run on by this process, in this call.
     num_shards: all of them; num_kept: those that earlier calls had finished.
     """
 
@@ -49,8 +52,9 @@ def cache_features(
     """Writes the features that training with this `data` and `eval_data` reads.
 
     data, eval_data: `inputs.TrainData` and `inputs.EvalData` with one and the same
-      `cache`. examples_per_shard: hosts share out whole shards, and a killed process
-      loses one at most; a split that was begun keeps its size.
+      `cache`, or with one and the same `teacher_cache`. examples_per_shard: hosts
+      share out whole shards, and a killed process loses one at most; a split that was
+      begun keeps its size.
 
     Shards that are there already are kept, so that what was stopped goes on, on any
     number of hosts. Each distinct image is encoded and stored once by each host.
@@ -65,25 +69,29 @@ def cache_features(
     splits = [(data, data.task)]
     if eval_data is not None:
         splits += [(eval_data, task) for task in eval_data.tasks]
-    if any(part.cache is None or part.cache != data.cache for part, _ in splits):
+    caches = [(part.cache, part.teacher_cache) for part, _ in splits]
+    if caches.count(caches[0]) < len(caches) or caches[0].count(None) != 1:
         raise UserError(
-            "data and eval_data must have the same cache to write features to; include "
-            "gin_configs/runs/cached_features.gin."
+            "data and eval_data must have the same cache to write features to, or the "
+            "same teacher_cache; include gin_configs/runs/cached_features.gin or "
+            "gin_configs/runs/distill_cached.gin."
         )
+    of_teacher = data.teacher_cache is not None
+    cache = data.teacher_cache if of_teacher else data.cache
+    keys_of = inputs.teacher_keys if of_teacher else inputs.cache_keys
+    restore = frozen_teacher if of_teacher else frozen_tower
     keys = []
     for part, name in splits:
-        found = inputs.cache_keys(
-            part.cache, model, name, part.split, part.feature_lengths
-        )
+        found = keys_of(cache, model, name, part.split, part.feature_lengths)
         keys += [(key, part.batch_size) for key in found]
     for key, _ in keys:  # all of them, before hours of work on the first
         key.check_repeatable(by_reading=True)
-    towers, results = {}, []
+    encoders, results = {}, []
     for key, batch_size in keys:
         image_shape = tuple(key.fingerprint["feature_lengths"]["images"])
         batch = (image_shape, batch_size)
-        if batch not in towers:
-            towers[batch] = FrozenTower.restore(model, partitioning, data.cache, *batch)
+        if batch not in encoders:
+            encoders[batch] = restore(model, partitioning, cache, *batch)
         with contextlib.ExitStack() as stack:
             kept = functools.partial(_kept, key.directory)
             stack.enter_context(disk_errors.said(key.directory, kept))
@@ -91,66 +99,27 @@ def cache_features(
                 os.makedirs(key.directory, exist_ok=True)
                 stack.enter_context(locks.held(key.directory))
             processes.wait_for_all("features locked")
-            results.append(_cache_split(key, towers[batch], examples_per_shard))
+            results.append(_cache_split(key, encoders[batch], examples_per_shard))
     return results
 
 
 @dataclasses.dataclass(frozen=True)
-class FrozenTower:
-    """The tower of a checkpoint on a mesh; encodes batches of `batch_size` images.
+class Encoder:
+    """What is run on each image, on a mesh, in batches of `batch_size`.
 
-    config: a `towers.TowerConfig`.
+    encode: of parameters and images gives the arrays that are stored of each image, the
+      first of them [batch, length, width]; dtype: what they are read back in.
     """
 
-    config: Any
+    encode: Callable[[Any, Any], tuple[Any, ...]]
+    dtype: Any
     partitioning: Partitioning
     params: Any
     image_shape: tuple[int, ...]
     batch_size: int
-    storage: str
-
-    @classmethod
-    def restore(
-        cls,
-        model: Any,
-        partitioning: Partitioning,
-        cache: Any,
-        image_shape: tuple[int, ...],
-        batch_size: int,
-    ) -> "FrozenTower":
-        """The tower that `cache` names, read into its shardings, in the model's dtypes.
-
-        A checkpoint in float32 serves a tower that is kept in bfloat16.
-        """
-        batch = {
-            "encoder_input_images": np.empty((batch_size, *image_shape), np.uint8),
-            "encoder_input_tokens": np.empty((batch_size, 1), np.int32),
-            "decoder_input_tokens": np.empty((batch_size, 1), np.int32),
-        }
-        params = abstract_variables(model, partitioning, batch)
-        tower = {"encoder": {"tower": params["encoder"]["tower"]}}
-        path = reading.resolve(cache.tower)
-        read = restoring.restore_partial(path, tower, cast=True).params
-        config = model.module.tower.without_pooling()
-        return cls(
-            config,
-            partitioning,
-            read["encoder"]["tower"],
-            image_shape,
-            batch_size,
-            cache.storage,
-        )
 
     @functools.cached_property
     def _compiled(self):
-        tower = self.config.build()
-
-        def encode(params, images):
-            output: Any = tower.apply({"params": params}, images)
-            if self.storage == "int8":  # a scale for each token
-                return int8.quantized(output.tokens, axis=-1)
-            return (output.tokens,)
-
         images = jax.ShapeDtypeStruct(
             (self.batch_size, *self.image_shape),
             jnp.uint8,
@@ -158,32 +127,92 @@ class FrozenTower:
         )
         sharding = self.partitioning.batch_sharding
         with self.partitioning.activate():
-            shapes = jax.eval_shape(encode, self.params, images)
+            shapes = jax.eval_shape(self.encode, self.params, images)
             out_shardings = tuple(sharding(leaf.ndim) for leaf in shapes)
-            jitted = jax.jit(encode, out_shardings=out_shardings)
+            jitted = jax.jit(self.encode, out_shardings=out_shardings)
             return jitted.lower(self.params, images).compile(), shapes[0].shape
 
     @property
     def token_shape(self) -> tuple[int, int]:
-        """Length and width of an image's tokens."""
+        """Length and width of what is stored of an image."""
         return self._compiled[1][1:]
 
     def __call__(self, images: Any) -> tuple[jax.Array, ...]:
-        """Tokens, or their int8 values and scales, of a device batch."""
+        """What is stored of a device batch of images (uint8)."""
         return self._compiled[0](self.params, images)
 
 
-def _cache_split(key: Any, tower: FrozenTower, examples_per_shard: int) -> CachedSplit:
+def frozen_tower(
+    model: Any,
+    partitioning: Partitioning,
+    cache: Any,
+    image_shape: tuple[int, ...],
+    batch_size: int,
+) -> Encoder:
+    """Tokens of the tower that a `FeatureCache` names, or their int8 values and scales.
+
+    It is read into its shardings, in the model's dtypes: a checkpoint in float32 serves
+    a tower that is kept in bfloat16.
+    """
+    batch = {
+        "encoder_input_images": np.empty((batch_size, *image_shape), np.uint8),
+        "encoder_input_tokens": np.empty((batch_size, 1), np.int32),
+        "decoder_input_tokens": np.empty((batch_size, 1), np.int32),
+    }
+    params = abstract_variables(model, partitioning, batch)
+    abstract = {"encoder": {"tower": params["encoder"]["tower"]}}
+    path = reading.resolve(cache.tower)
+    read = restoring.restore_partial(path, abstract, cast=True).params
+    config = model.module.tower.without_pooling()
+    tower = config.build()
+
+    def encode(params, images):
+        output: Any = tower.apply({"params": params}, images)
+        if cache.storage == "int8":  # a scale for each token
+            return int8.quantized(output.tokens, axis=-1)
+        return (output.tokens,)
+
+    params = read["encoder"]["tower"]
+    return Encoder(encode, config.dtype, partitioning, params, image_shape, batch_size)
+
+
+def frozen_teacher(
+    model: Any,
+    partitioning: Partitioning,
+    cache: Any,
+    image_shape: tuple[int, ...],
+    batch_size: int,
+) -> Encoder:
+    """Logits of the teacher that a `TeacherCache` names, as one token of each image.
+
+    Raises:
+      UserError: unless its checkpoint is of a classifier like the model's teacher.
+    """
+    teacher = ClassificationModel(model.teacher)
+    images = np.empty((batch_size, *image_shape), np.uint8)
+    abstract = abstract_variables(
+        teacher, partitioning, {"encoder_input_images": images}
+    )
+    params = restoring.restore_whole(reading.resolve(cache.teacher), abstract)
+
+    def encode(params, images):
+        logits: Any = teacher.module.apply({"params": params}, images)
+        return (logits[:, None],)
+
+    return Encoder(encode, np.float32, partitioning, params, image_shape, batch_size)
+
+
+def _cache_split(key: Any, encoder: Encoder, examples_per_shard: int) -> CachedSplit:
     """Writes the shards that are missing."""
     from vit22b_transfer.data import feature_cache, placement
 
-    place = placement.Placement.on(tower.partitioning, tower.batch_size)
+    place = placement.Placement.on(encoder.partitioning, encoder.batch_size)
     layout = feature_cache.Layout.read(key.directory)
     processes.wait_for_all("features looked")
     if layout is None:
-        length, width = tower.token_shape
+        length, width = encoder.token_shape
         tokens = feature_cache.TokenFormat(
-            length, width, jnp.dtype(tower.config.dtype).name, key.cache.storage
+            length, width, jnp.dtype(encoder.dtype).name, key.cache.storage
         )
         layout = feature_cache.Layout(
             key.num_examples(), examples_per_shard, tokens, key.stored_features()
@@ -211,14 +240,14 @@ def _cache_split(key: Any, tower: FrozenTower, examples_per_shard: int) -> Cache
     total = sum(len(layout.ranges[number]) for number in mine)
     if missing:
         with progress.Progress(console, label, total=total) as bar:
-            shape = (work.num_rows, *tower.image_shape)
+            shape = (work.num_rows, *encoder.image_shape)
             for images in _in_lockstep(work.batches(), shape):
-                work.take(_local_rows(tower(place({"images": images})["images"])))
+                work.take(_local_rows(encoder(place({"images": images})["images"])))
                 bar.show(work.num_done)
     processes.wait_for_all("features written")
     console.print(
         f"{layout.num_examples} examples in {key.directory}, {len(paths)} shards; "
-        f"the tower was run on {work.num_encoded} images",
+        f"the {key.cache.encoder} was run on {work.num_encoded} images",
         markup=False,
     )
     return CachedSplit(
@@ -272,7 +301,7 @@ class _Work:
 
     def batches(self) -> Iterator[np.ndarray]:
         """This host's rows of each batch; `take` has to be called between them."""
-        from vit22b_transfer.data.feature_shards import ShardWriter
+        from vit22b_transfer.data.feature_shards import ShardWriter, image_hash
 
         ranges = [self._layout.ranges[number] for number in self._mine]
         examples = self._key.examples(ranges) if ranges else iter(())
@@ -282,8 +311,9 @@ class _Work:
             for _ in part:
                 example = next(examples)
                 pixels = example["images"]
-                image = hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
-                shown.append((image, example["packed"]))
+                image = image_hash(pixels)
+                if self._key.cache.holds_examples:
+                    shown.append((image, example["packed"]))
                 if image not in self._known:
                     self._known.add(image)
                     waiting[image] = pixels

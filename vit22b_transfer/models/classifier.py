@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import distillation as distilling
-from vit22b_transfer.models import freezing, layers, losses, towers
+from vit22b_transfer.models import freezing, layers, losses, token_distances, towers
 from vit22b_transfer.models import lora as low_rank
 from vit22b_transfer.models import mixup as mixing
 
@@ -42,15 +42,18 @@ class PooledEncoder(nn.Module):
         self.tower = self.tower_config.build()
 
     def __call__(
-        self, images: UInt8[Array, "batch height width 3"]
-    ) -> Float[Array, "batch embed"]:
-        pooled = self.tower(images).pooled
-        if pooled is None:
+        self,
+        images: UInt8[Array, "batch height width 3"],
+        intermediates: tuple[str, ...] = (),
+    ) -> towers.TowerOutput:
+        """What the tower returns, `pooled` too."""
+        output = self.tower(images, intermediates=intermediates)
+        if output.pooled is None:
             raise UserError(
                 "a classifier needs the pooled vector of its tower, and this tower has "
                 "none. Give it pooling='map', 'gap' or 'cls'."
             )
-        return pooled
+        return output
 
 
 class ClassifierModule(nn.Module):
@@ -78,7 +81,15 @@ class ClassifierModule(nn.Module):
         self, images: UInt8[Array, "batch height width 3"]
     ) -> Float[Array, "batch classes"]:
         """Logits in float32, whatever the tower computes in."""
-        return self.head(self.encoder(images).astype(jnp.float32))
+        return self.head(self.encoder(images).pooled.astype(jnp.float32))
+
+    def with_tokens(
+        self, images: UInt8[Array, "batch height width 3"], layer: str | None
+    ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch length embed"]]:
+        """Logits, and the tower's tokens at a layer (`token_distances.tokens_of`)."""
+        output = self.encoder(images, () if layer is None else (layer,))
+        logits = self.head(output.pooled.astype(jnp.float32))
+        return logits, token_distances.tokens_of(output, layer)
 
 
 class ClassificationModel:
@@ -132,12 +143,13 @@ class ClassificationModel:
         if mixup is not None:
             mixing.check_alpha(mixup)
         if distillation is not None:
-            distillation.check_student(module.tower, loss, label_smoothing)
+            distillation.check_student(module.tower, loss, label_smoothing, mixup)
         if int8_tower:
             tower = towers.changed(module.tower, "int8_tower", int8_kernels=True)
             module = module.clone(tower=tower)
         if lora is not None:
-            trained = tuple(dict.fromkeys((*lora.trained, _HEAD)))
+            beside = () if distillation is None else distillation.trained(module.tower)
+            trained = tuple(dict.fromkeys((*lora.trained, _HEAD, *beside)))
             lora = dataclasses.replace(lora, trained=trained)
             module = low_rank.with_lora(module, lora, in_tower=not frozen_tower)
         self.module = module
@@ -152,15 +164,25 @@ class ClassificationModel:
         self.frozen = freezing.frozen_patterns(
             frozen, tower=frozen_tower, int8_tower=int8_tower, lora=lora
         )
-        if distillation is not None:
+        if self._runs_teacher:
             self.frozen = (*self.frozen, distilling.PARAMETERS)
-            self._teacher = ClassifierModule(distillation.teacher, module.num_classes)
         self._class_names = class_names
         self.FEATURE_CONVERTER_CLS = None
         if feature_converter_cls is not None:
             self.FEATURE_CONVERTER_CLS = functools.partial(
                 feature_converter_cls, num_classes=module.num_classes
             )
+
+    @property
+    def teacher(self) -> ClassifierModule | None:
+        """The network of the teacher, live or cached; None without a distillation."""
+        if self.distillation is None:
+            return None
+        return ClassifierModule(self.distillation.teacher, self.module.num_classes)
+
+    @property
+    def _runs_teacher(self):
+        return self.distillation is not None and not self.distillation.cached
 
     @property
     def loss_spans_batch(self) -> bool:
@@ -170,7 +192,7 @@ class ClassificationModel:
     @property
     def given(self) -> tuple[str, ...]:
         """Patterns of the parameters that a training has from a checkpoint only."""
-        return () if self.distillation is None else (distilling.PARAMETERS,)
+        return (distilling.PARAMETERS,) if self._runs_teacher else ()
 
     @property
     def prediction_settings(self) -> dict[str, Any]:
@@ -214,10 +236,12 @@ class ClassificationModel:
         params, in_tower = variables["params"], not self.frozen_tower
         if self.lora is not None:
             low_rank.check_patterns(self.lora, params, in_tower=in_tower)
-        if self.distillation is not None:
-            teacher = flax.core.unfreeze(self._teacher.init(rng, images))
-            for collection, values in variables.items():
-                values[distilling.SCOPE] = teacher[collection]
+        lesson = self.distillation
+        if lesson is not None and not lesson.cached:
+            beside = lesson.init(rng, self.module, self.teacher, params, images)
+            for scope, part in beside.items():
+                for collection, values in flax.core.unfreeze(part).items():
+                    variables[collection][scope] = values
         if self.lora is not None:
             freezing.check_trained(self.lora, params, self.frozen)
         return variables
@@ -252,16 +276,21 @@ class ClassificationModel:
             images = jnp.asarray(batch["encoder_input_images"])
             images, learned = mixing.mixup(mixup_key, images, targets, alpha=self.mixup)
             batch = {**batch, "encoder_input_images": images}
-        logits = self._logits(params, batch)
+        lesson, both, params = self.distillation, None, flax.core.unfreeze(params)
+        if lesson is None:
+            logits = self._logits(params, batch)
+        else:
+            both = lesson.both(self.module, self.teacher, params, batch)
+            logits = both[0].logits
         real = (jnp.max(targets, axis=-1) > 0).astype(jnp.float32)
         each = self._cross_entropy(logits, learned, self.label_smoothing)
         best = jnp.argmax(logits, axis=-1, keepdims=True)
         hit = jnp.take_along_axis(targets, best, axis=-1)[:, 0] > 0
         values = {"accuracy": hit.astype(jnp.float32)}
-        if self.distillation is not None:
-            teacher = self._teacher_logits(params, batch)
-            each = self.distillation.loss(logits, teacher, each)
-            values |= distilling.distances(logits, teacher)
+        if lesson is not None:
+            token_map = params.get(token_distances.SCOPE)
+            each, told = lesson.loss(*both, each, token_map)
+            values |= told
         values = {"loss": each} | values
         count = jnp.sum(real)
         metrics = {
@@ -280,11 +309,6 @@ class ClassificationModel:
         if self.loss == "softmax":
             return losses.softmax_cross_entropy(logits, targets)
         return losses.sigmoid_cross_entropy(logits, targets)
-
-    def _teacher_logits(self, params, batch):
-        params = flax.core.unfreeze(params)[distilling.SCOPE]
-        images = jnp.asarray(batch["encoder_input_images"])
-        return self._teacher.apply({"params": params}, images)
 
     def _logits(self, params, batch):
         params = flax.core.unfreeze(params)

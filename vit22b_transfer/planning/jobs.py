@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import multimodal
+from vit22b_transfer.models import distillation, multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.planning import planner
 from vit22b_transfer.planning.trace import Value
-from vit22b_transfer.training import compiling, optimizers, state, steps
+from vit22b_transfer.training import compiling, inputs, optimizers, state, steps
 
 GIB = 2.0**30
 
@@ -37,6 +38,11 @@ class Job:
         batch = {n: jax.ShapeDtypeStruct(shapes[n], types[n]) for n in shapes}
         if getattr(data, "cache", None) is not None:
             batch = with_features(batch, model.module.tower)
+        teacher = getattr(data, "teacher_cache", None)
+        inputs.check_taught(model, teacher)
+        if teacher is not None:
+            shape = (data.batch_size, model.module.num_classes)
+            batch[distillation.LOGITS] = jax.ShapeDtypeStruct(shape, np.float32)
         return cls(
             model,
             batch,

@@ -97,6 +97,12 @@ _NO_CACHE = _refused(
     "with INITIAL_CHECKPOINT a checkpoint that holds the tower",
     (None,),
 )
+_NO_TEACHER_CACHE = _refused(
+    "T5X reads images, not the cached logits of a teacher. Train with `vit22b train`, "
+    "or run the teacher: name gin_configs/runs/distill.gin in place of "
+    "distill_cached.gin",
+    (None,),
+)
 _ONE_SEED = _refused(
     "T5X draws samples from a seed of its own that nothing sets. Use `vit22b eval` or "
     "`vit22b infer` for another",
@@ -235,6 +241,7 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
             "feature_lengths": _macro("FEATURE_LENGTHS"),
             "batch_size": _macro("BATCH_SIZE"),
             "cache": _NO_CACHE,
+            "teacher_cache": _NO_TEACHER_CACHE,
             "augmentation": _macro("AUGMENTATION"),
         },
     ),
@@ -251,6 +258,7 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
             "feature_lengths": _macro("FEATURE_LENGTHS"),
             "batch_size": _macro("BATCH_SIZE"),
             "cache": _NO_CACHE,
+            "teacher_cache": _NO_TEACHER_CACHE,
         },
     ),
     "vit22b_transfer.evaluation.evaluate.evaluate_checkpoint": (
@@ -308,6 +316,10 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
     "vit22b_transfer.data.feature_cache.FeatureCache": (
         (),
         dict.fromkeys(("directory", "tower", "storage"), _OF_CACHING),
+    ),
+    "vit22b_transfer.data.teacher_cache.TeacherCache": (
+        (),
+        dict.fromkeys(("directory", "teacher"), _OF_CACHING),
     ),
     "vit22b_transfer.inference.cache_features.cache_features": (
         (),

@@ -40,12 +40,74 @@ def cache_keys(
     ]
 
 
-def batch_arguments(
+def teacher_keys(
     cache: Any, model: Any, name: str, split: str, feature_lengths: Mapping[str, Any]
+) -> list[Any]:
+    """`feature_cache.CacheKey` of what the model's teacher says of each task.
+
+    Raises:
+      UserError: if the model does not learn from cached logits.
+    """
+    from vit22b_transfer.data import feature_cache, image_lengths
+    from vit22b_transfer.data import tasks as registered
+
+    check_taught(model, cache)
+    return [
+        feature_cache.CacheKey(
+            cache=cache,
+            task=task,
+            split=split,
+            feature_lengths=feature_lengths,
+            converter_cls=image_lengths.converter_of(model),
+            weights=reading.classifier_digest(cache.teacher),
+            tower=model.distillation.teacher_settings(model.module.num_classes),
+        )
+        for task in registered.tasks_of(name, split)
+    ]
+
+
+def check_taught(model: Any, cache: Any) -> None:
+    """Raises UserError unless data and model say the same of a teacher's logits.
+
+    cache: a `data.teacher_cache.TeacherCache`, or None for images alone.
+    """
+    lesson = getattr(model, "distillation", None)
+    wanted = lesson is not None and lesson.cached
+    if wanted and cache is None:
+        raise UserError(
+            "the model learns from a teacher's cached logits, but the data has no "
+            "teacher_cache to read them from: gin_configs/runs/distill_cached.gin "
+            "names one for TrainData and EvalData."
+        )
+    if cache is not None and not wanted:
+        raise UserError(
+            f"teacher_cache ({cache}) has no effect: the model does not learn from "
+            "cached logits. Name gin_configs/runs/distill_cached.gin, which sets "
+            "Distillation.cached too, or leave teacher_cache out."
+        )
+
+
+def batch_arguments(
+    cache: Any,
+    model: Any,
+    name: str,
+    split: str,
+    feature_lengths: Mapping[str, Any],
+    teacher_cache: Any = None,
 ) -> dict[str, Any]:
     """Arguments of `batches.train_batches` and `eval_batches`: live or from a cache."""
     from vit22b_transfer.data import feature_cache, image_lengths
+    from vit22b_transfer.data import teacher_cache as teachers
 
+    check_taught(model, teacher_cache)
+    if teacher_cache is not None and cache is None:
+        keys = teacher_keys(teacher_cache, model, name, split, feature_lengths)
+        taught = teachers.open_tasks(keys, model.module.num_classes)
+        return {
+            "feature_lengths": taught.lengths(feature_lengths),
+            "converter_cls": taught.converter_cls,
+            "task_overrides": taught.tasks,
+        }
     if cache is None:
         return {
             "feature_lengths": feature_lengths,
@@ -77,6 +139,8 @@ class TrainData:
     cache: a `data.feature_cache.FeatureCache`, to read the tokens of a frozen tower in
       place of images.
     augmentation: a `data.augmentation.Augmentation`, for random crops and flips.
+    teacher_cache: a `data.teacher_cache.TeacherCache`, to read a teacher's logits
+      beside images, which are then as they are.
     """
 
     task: str
@@ -85,8 +149,16 @@ class TrainData:
     batch_size: int
     cache: Any = None
     augmentation: Any = None
+    teacher_cache: Any = None
 
     def __post_init__(self):
+        if self.teacher_cache is not None and self.augmentation is not None:
+            raise UserError(
+                "the cached logits of a teacher are of images as they are, but the "
+                f"augmentation ({self.augmentation}) shows others in every step. Leave "
+                "gin_configs/runs/augment.gin out, or run the teacher: name "
+                "gin_configs/runs/distill.gin in place of distill_cached.gin."
+            )
         if self.cache is not None and self.augmentation is not None:
             raise UserError(
                 "cached features are of images as they are, so that the augmentation "
@@ -107,7 +179,9 @@ class TrainData:
         lengths = augmentation.train_lengths(
             self.task, self.feature_lengths, self.augmentation
         )
-        read_as = batch_arguments(self.cache, model, self.task, self.split, lengths)
+        read_as = batch_arguments(
+            self.cache, model, self.task, self.split, lengths, self.teacher_cache
+        )
         return batches.train_batches(
             self.task,
             self.split,
@@ -123,7 +197,7 @@ class TrainData:
 class EvalData:
     """What the loss is measured on while training: one split of some SeqIO tasks.
 
-    cache: as in `TrainData`, and both with or both without one.
+    cache, teacher_cache: as in `TrainData`, and both with or both without one.
     max_examples: how many of the first examples of each task; None: all.
     """
 
@@ -133,6 +207,7 @@ class EvalData:
     batch_size: int
     cache: Any = None
     max_examples: int | None = None
+    teacher_cache: Any = None
 
     def batches(
         self, task: str, model: Any, partitioning: Partitioning
@@ -144,7 +219,12 @@ class EvalData:
         registered.check_vocabularies(task, model)
         registered.check_classes(task, model)
         read_as = batch_arguments(
-            self.cache, model, task, self.split, self.feature_lengths
+            self.cache,
+            model,
+            task,
+            self.split,
+            self.feature_lengths,
+            self.teacher_cache,
         )
         return batches.eval_batches(
             task,

@@ -36,6 +36,7 @@ EXACT = (
     "optimizer",
     "frozen",
     "tower",
+    "teacher",
     "initial_checkpoint",
 )
 # Of these, none at all now is no change: the parameters are in the checkpoint.
@@ -75,7 +76,8 @@ def of_run(
     numbers: those of its arguments that are numbers, by name.
 
     Raises:
-      UserError: if `data` is cached and the checkpoint with its tower is not there.
+      UserError: if `data` is cached and the checkpoint with its tower, or of its
+        teacher, is not there.
     """
     mesh = {f"mesh.{name}": size for name, size in partitioning.mesh.shape.items()}
     return (
@@ -122,6 +124,8 @@ def of_data(data: Any, eval_data: Any) -> dict[str, Setting]:
     cache = getattr(data, "cache", None)
     digest = reading.tower_record(cache).get("tower", {}).get("digest")
     found |= {"tower": digest, "cached_features": getattr(cache, "storage", None)}
+    taught = getattr(data, "teacher_cache", None)
+    found["teacher"] = taught and reading.classifier_digest(taught.teacher)
     found |= _flat("augmentation", getattr(data, "augmentation", None))
     for name in ("tasks", "split", "feature_lengths", "batch_size"):
         found[f"eval_data.{name}"] = _literal(getattr(eval_data, name, None))
