@@ -372,7 +372,7 @@ def _cache(folder):
 
 
 def _read_cache(folder):
-    _, source = feature_cache._open(_cache_key(folder))
+    _, source = feature_cache.open_shards(_cache_key(folder))
     list(streams.as_numpy(source.get_dataset("train", shuffle=False)))
 
 

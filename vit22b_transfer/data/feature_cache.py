@@ -262,7 +262,7 @@ def open_tasks(keys: Sequence[CacheKey]) -> CachedTasks:
     tasks = {}
     for key in keys:
         key.check_repeatable(by_reading=False)
-        layout, source = _open(key)
+        layout, source = open_shards(key)
         images = seqio.ContinuousFeature(dtype=tf.as_dtype(layout.tokens.dtype), rank=2)
         features = {**key.task.output_features, "images": images}
         tasks[key.task.name] = key.task.replace(
@@ -274,7 +274,8 @@ def open_tasks(keys: Sequence[CacheKey]) -> CachedTasks:
     return CachedTasks(tasks, tokens, _tokens_converter(kind, tokens.dtype))
 
 
-def _open(key: CacheKey) -> tuple[Layout, ShardsSource]:
+def open_shards(key: CacheKey) -> tuple[Layout, ShardsSource]:
+    """What is cached for a key, as `open_tasks` reads it; the same errors."""
     layout = Layout.read(key.directory)
     if layout is None:
         raise UserError(_why_not(key))

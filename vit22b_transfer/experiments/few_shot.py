@@ -121,8 +121,11 @@ def fit_ridge(train: Labelled, penalty: float) -> Ridge:
     """
     constant = train.constant()
     parts = list(train.blocks())
-    mean = sum(train.block(rows).sum(axis=0) for rows in parts) / len(train)
-    squares = sum(((train.block(rows) - mean) ** 2).sum(axis=0) for rows in parts)
+    mean, squares = np.zeros(train.width), np.zeros(train.width)
+    for rows in parts:
+        mean += train.block(rows).sum(axis=0) / len(train)
+    for rows in parts:
+        squares += ((train.block(rows) - mean) ** 2).sum(axis=0)
     deviation = np.sqrt(squares / len(train))
     scale = np.where(constant, 0.0, 1.0 / (deviation + _EPSILON))
     fit = Ridge(mean, scale, np.zeros((train.width + 1, train.num_classes)))

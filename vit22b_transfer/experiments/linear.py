@@ -161,7 +161,7 @@ def learn(
         jnp.zeros(shape[1:], jnp.float32),
     )
     rates = np.asarray(sgd.rates, np.float32) * (batch / _RATES_FOR)
-    constants = np.float32([sgd.momentum, sgd.weight_decay])
+    constants = np.asarray([sgd.momentum, sgd.weight_decay], np.float32)
     size = batch * data.width * data.features.dtype.itemsize
     per_call = max(1, min(steps, _CALL_BYTES // size))
     batches = _batches(rows, generator, batch)
@@ -255,7 +255,7 @@ def accuracies(
     """Share of the images `rows` that each head gets right; None if it diverged."""
     found = logits(heads, data, rows)
     hits = np.argmax(found, axis=-1) == data.labels[rows, None]
-    finite = np.isfinite(found).all(axis=(0, 2))
+    finite = np.atleast_1d(np.isfinite(found).all(axis=(0, 2)))
     return [
         float(hits[:, number].mean()) if ok else None
         for number, ok in enumerate(finite)

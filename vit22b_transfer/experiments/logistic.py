@@ -28,6 +28,20 @@ from vit22b_transfer.experiments.outcomes import Outcome
 _TOLERANCE = 1e-6
 
 
+def spaced_strengths(least: float, most: float, count: int) -> tuple[float, ...]:
+    """`count` strengths from the least to the most, each the same times the one before.
+
+    Raises:
+      UserError: unless 0 < least < most and count is at least 2.
+    """
+    if not 0 < least < most or count < 2:
+        raise UserError(
+            f"{count} strengths from {least} to {most}: 0 < least < most is needed, "
+            "and at least two."
+        )
+    return tuple(float(value) for value in np.geomspace(least, most, count))
+
+
 @dataclasses.dataclass(frozen=True)
 class LogisticProbe:
     """Protocol of the probe by logistic regression.

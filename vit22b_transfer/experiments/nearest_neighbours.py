@@ -7,6 +7,7 @@ cosine similarity, a neighbour's vote being exp(similarity / 0.07).
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,9 @@ class NearestNeighbours:
                 f"neighbours={tuple(self.neighbours)}, but {train.what} has only "
                 f"{len(train)} images. Ask for fewer."
             )
-        notes = {"left_out_neighbours": left_out} if left_out else {}
+        notes: dict[str, Any] = {}
+        if left_out:
+            notes["left_out_neighbours"] = left_out
         if zero := int(np.sum(~train.features.any(1)) + np.sum(~test.features.any(1))):
             notes["vectors_of_length_zero"] = zero
         notes |= unseen(train, test)

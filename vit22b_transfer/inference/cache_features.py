@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -84,22 +85,32 @@ def cache_features(
         batch = (image_shape, batch_size)
         if batch not in towers:
             towers[batch] = FrozenTower.restore(model, partitioning, data.cache, *batch)
-        with contextlib.ExitStack() as stack:
-            kept = functools.partial(_kept, key.directory)
-            stack.enter_context(disk_errors.said(key.directory, kept))
-            if jax.process_index() == 0:
-                os.makedirs(key.directory, exist_ok=True)
-                stack.enter_context(locks.held(key.directory))
-            processes.wait_for_all("features locked")
-            results.append(_cache_split(key, towers[batch], examples_per_shard))
+        results.append(write_split(key, towers[batch], examples_per_shard))
     return results
+
+
+def write_split(key: Any, tower: "FrozenTower", examples_per_shard: int) -> CachedSplit:
+    """Writes the shards of one split that are not there yet.
+
+    key: its `feature_cache.CacheKey`, of this tower.
+    """
+    with contextlib.ExitStack() as stack:
+        kept = functools.partial(_kept, key.directory)
+        stack.enter_context(disk_errors.said(key.directory, kept))
+        if jax.process_index() == 0:
+            os.makedirs(key.directory, exist_ok=True)
+            stack.enter_context(locks.held(key.directory))
+        processes.wait_for_all("features locked")
+        return _cache_split(key, tower, examples_per_shard)
 
 
 @dataclasses.dataclass(frozen=True)
 class FrozenTower:
     """The tower of a checkpoint on a mesh; encodes batches of `batch_size` images.
 
-    config: a `towers.TowerConfig`.
+    config: a `towers.TowerConfig`. reads: what is stored of a `towers.TowerOutput`,
+    [B, number, width], the tokens or vectors in their place; for which the tower is
+    asked for `intermediates`.
     """
 
     config: Any
@@ -108,6 +119,8 @@ class FrozenTower:
     image_shape: tuple[int, ...]
     batch_size: int
     storage: str
+    intermediates: tuple[str, ...] = ()
+    reads: Callable[[Any], Any] = operator.attrgetter("tokens")
 
     @classmethod
     def restore(
@@ -146,10 +159,11 @@ class FrozenTower:
         tower = self.config.build()
 
         def encode(params, images):
-            output: Any = tower.apply({"params": params}, images)
+            asked = {"intermediates": self.intermediates} if self.intermediates else {}
+            tokens = self.reads(tower.apply({"params": params}, images, **asked))
             if self.storage == "int8":  # a scale for each token
-                return int8.quantized(output.tokens, axis=-1)
-            return (output.tokens,)
+                return int8.quantized(tokens, axis=-1)
+            return (tokens,)
 
         images = jax.ShapeDtypeStruct(
             (self.batch_size, *self.image_shape),

@@ -1,0 +1,157 @@
+"""A probe run on a tower's frozen features: its numbers, with the protocol beside."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import rich.console
+
+from vit22b_transfer.experiments import features as frozen
+from vit22b_transfer.experiments import outcomes
+from vit22b_transfer.experiments.labelled import Sets
+from vit22b_transfer.host import json_files, locks, progress, tables, whole_files
+
+RESULTS_FILE = "probes.jsonl"
+
+
+class Probe(Protocol):
+    """The protocol of a probe: a frozen dataclass whose fields are all it does.
+
+    features: the sets of vectors that it takes or chooses from.
+    """
+
+    @property
+    def features(self) -> Sequence[Sequence[str]]:
+        """As `features.VECTORS`."""
+        ...
+
+    def run(self, train: Sets, test: Sets) -> list[outcomes.Outcome]:
+        """Its results."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A labelled split of a task."""
+
+    task: str
+    split: str
+
+
+def run_probe(
+    probe: Probe,
+    *,
+    source: frozen.FeatureSource,
+    train: Split,
+    test: Split,
+    output_dir: str,
+) -> list[outcomes.Outcome]:
+    """The results of a probe that learns from one split and is judged on another.
+
+    Features are made first, or read if they are there. Prints the protocol and a table
+    of the numbers, with 95 % intervals over the test images, and appends a JSON line
+    for each to `output_dir/probes.jsonl`: value, interval, protocol, tower, data, and
+    what was counted on the way.
+
+    Raises:
+      UserError: if something does not fit together.
+    """
+    sets = [tuple(names) for names in probe.features]
+    vectors = list(dict.fromkeys(name for names in sets for name in names))
+    frozen.check_vectors(vectors, source.tower)
+    path = os.path.join(
+        whole_files.writable_directory(output_dir, "output directory"), RESULTS_FILE
+    )
+    splits = [source.read(part.task, part.split, vectors) for part in (train, test)]
+    train_sets, test_sets = (
+        {names: split.joined(names) for names in sets} for split in splits
+    )
+    found = probe.run(train_sets, test_sets)
+    facts = {
+        "probe": type(probe).__name__,
+        "train": dataclasses.asdict(train) | {"images": len(splits[0].labels)},
+        "test": dataclasses.asdict(test) | {"images": len(splits[1].labels)},
+        "classes": splits[0].num_classes,
+        "protocol": dataclasses.asdict(probe),  # pyright: ignore[reportArgumentType]
+        "features": source.facts(),
+    }
+    left_out = {**splits[0].notes, **splits[1].notes}
+    lines = [_line(outcome, facts, left_out) for outcome in found]
+    append_lines(path, lines)
+    show(lines)
+    progress.console().print(f"written to {path}", markup=False)
+    return found
+
+
+def append_lines(path: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Puts JSON lines behind those that are in a file; all of them or none.
+
+    Raises:
+      UserError: if a line of the file is no JSON object: it is some other file.
+    """
+    with locks.held(path):
+        known = ""
+        if os.path.exists(path):
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                known = file.read()
+            for number, line in enumerate(known.splitlines(), 1):
+                json_files.parse(line, path, line=number, advice="Move it away.")
+        with whole_files.replacing(path) as file:
+            file.write(known)
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+
+
+def show(
+    lines: Sequence[Mapping[str, Any]], *, console: rich.console.Console | None = None
+) -> None:
+    """Prints the protocol that lines have in common, and a table of their numbers."""
+    said = progress.console() if console is None else console
+    first = lines[0]
+    data = "{task} {split}, {images} images"
+    said.print(f"{first['probe']}, {first['classes']} classes", markup=False)
+    for name in ("train", "test"):
+        if name in first:
+            said.print(f"  {name}: {data.format(**first[name])}", markup=False)
+    for group in ("protocol", "features"):
+        for name, value in first[group].items():
+            said.print(f"  {name}: {json.dumps(value)}", markup=False)
+    names, values, intervals = [], [], []
+    for line in lines:
+        low, high = line["interval"]
+        names.append(_title(line["settings"]) or line["probe"])
+        values.append(f"{line['value']:.4f}")
+        intervals.append(f"{low:.4f} to {high:.4f}")
+    columns = {first["metric"]: values, outcomes.INTERVAL: intervals}
+    tables.print_table(console or rich.console.Console(), names, columns)
+    notes = {}
+    for line in lines:
+        notes |= line["notes"]
+    for name, value in notes.items():
+        said.print(f"  {name}: {value}", markup=False)
+
+
+def _line(outcome, facts, left_out) -> dict[str, Any]:
+    low, high = outcome.interval
+    return {
+        "probe": facts["probe"],
+        "metric": outcome.metric,
+        "value": outcome.value,
+        "interval": [low, high],
+        "interval_kind": f"{outcomes.INTERVAL}, over {len(outcome.scores)} images",
+        "settings": dict(outcome.settings),
+        "notes": {**outcome.notes, **left_out},
+        **facts,
+    }
+
+
+def _title(settings: Mapping[str, Any]) -> str:
+    """What tells a number from the others, such as `pooled, shots 5`."""
+    parts = ["+".join(settings["features"])] if "features" in settings else []
+    for name, value in settings.items():
+        if isinstance(value, float):
+            parts.append(f"{name} {value:.4g}")
+        elif not isinstance(value, list | dict):
+            parts.append(f"{name} {value}")
+    return ", ".join(parts)
