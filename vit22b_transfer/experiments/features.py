@@ -336,7 +336,7 @@ def _labels(source: Any, what: str) -> tuple[np.ndarray, np.ndarray, dict[str, A
         elif not len(found):
             unlabelled += 1
         elif len(found) > 1:
-            name = str(example.get("image_id", b"").decode(errors="backslashreplace"))
+            name = bytes(example.get("image_id", b"")).decode(errors="backslashreplace")
             raise UserError(
                 f"image {name[:200]!r} of {what} has {len(found)} labels; a probe "
                 "tells one class of each image from the others. Take a task with one "

@@ -24,7 +24,7 @@ class Labelled:
       UserError: for no image, a label out of range, a number that is not finite.
     """
 
-    features: Float[np.ndarray, "images width"]
+    features: Float[np.ndarray, "vectors width"]
     labels: Int[np.ndarray, " images"]
     num_classes: int
     what: str = "the split"
