@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import rich.console
 
@@ -16,6 +16,7 @@ from vit22b_transfer.host import json_files, locks, progress, tables, whole_file
 RESULTS_FILE = "probes.jsonl"
 
 
+@runtime_checkable
 class Probe(Protocol):
     """The protocol of a probe: a frozen dataclass whose fields are all it does.
 
