@@ -255,10 +255,10 @@ def test_a_rate_that_diverges_is_counted_and_never_chosen(small):
 
 
 def test_what_is_held_out_is_not_learned_from(small):
-    fitted, held = labelled.held_out(small[0], 0.1, seed=3)
+    fitted, held = labelled.held_out(small[0].labels, 0.1, 3, "some")
     assert len(held) == 4 and sorted([*fitted, *held]) == list(range(40))
     with pytest.raises(UserError, match=r"held_out=0.01 of the 40 images"):
-        labelled.held_out(small[0], 0.01, seed=3)
+        labelled.held_out(small[0].labels, 0.01, 3, "some")
 
 
 # --- What all have in common ---

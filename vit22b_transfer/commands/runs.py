@@ -30,6 +30,8 @@ PROBES = {
     "logistic": "logistic regression at its optimum",
     "few_shot": "ridge regression on a few images of each class",
     "knn": "nearest neighbours",
+    "attentive": "attention pooling of all tokens, learned",
+    "zero_shot": "names of classes, by a model of image-text pairs",
 }
 
 

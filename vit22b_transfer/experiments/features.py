@@ -78,7 +78,7 @@ class FeatureSource:
                 f"examples_per_shard={self.examples_per_shard} must be positive."
             )
         registered.task_names(task, split)
-        num_classes = self._num_classes(task)
+        num_classes = self.number_of_classes(task)
         key = self._key(task, split, vectors, num_classes)
         if not _is_whole(key):
             key.check_repeatable(by_reading=True)
@@ -118,26 +118,36 @@ class FeatureSource:
         pooling = {"pooling": str(getattr(self.tower, "pooling", ""))}
         return {**self.tower.token_settings(), **pooling}
 
-    def _num_classes(self, task: str) -> int:
+    def class_names(self, task: str) -> Sequence[str] | None:
+        """Those of the task's class list, by id; None if it has none."""
         from vit22b_transfer.data import tasks as registered
         from vit22b_transfer.data.labelled_sources import LabelledSource
 
         source = registered.task_named(task).source
-        listed = None
-        if isinstance(source, LabelledSource):
-            listed = len(source.classes().names)
-        if listed is None and self.num_classes is None:
-            raise UserError(
-                f"task {task!r} has no class list, so that the number of its classes "
-                "is not known. Set NUM_CLASSES."
-            )
-        if None not in (listed, self.num_classes) and listed != self.num_classes:
+        return source.classes().names if isinstance(source, LabelledSource) else None
+
+    def number_of_classes(self, task: str) -> int:
+        """That of the class list, or as given.
+
+        Raises:
+          UserError: if there is neither, or if they differ.
+        """
+        names = self.class_names(task)
+        listed = None if names is None else len(names)
+        if listed is None:
+            if self.num_classes is None:
+                raise UserError(
+                    f"task {task!r} has no class list, so that the number of its "
+                    "classes is not known. Set NUM_CLASSES."
+                )
+            return self.num_classes
+        if self.num_classes not in (None, listed):
             raise UserError(
                 f"the class list of task {task!r} has {listed} names, but NUM_CLASSES "
                 f"is {self.num_classes}. Leave NUM_CLASSES out, or give the task the "
                 "list that is meant."
             )
-        return listed if self.num_classes is None else self.num_classes  # pyright: ignore[reportReturnType]
+        return listed
 
     def _key(self, task, split, vectors, num_classes) -> Any:
         from vit22b_transfer.data import feature_cache, label_converters

@@ -142,20 +142,20 @@ def unseen(train: Labelled, test: Labelled) -> dict[str, int]:
 
 
 def held_out(
-    data: Labelled, share: float, seed: int
+    labels: Int[np.ndarray, " images"], share: float, seed: int, what: str
 ) -> tuple[Int[np.ndarray, " fitted"], Int[np.ndarray, " held"]]:
     """Image numbers to fit on, and a random `share` in (0, 1) of all to choose by.
 
     Raises:
       UserError: if either part would be empty.
     """
-    count = round(share * len(data)) if 0 < share < 1 else 0
-    if not 0 < count < len(data):
+    count = round(share * len(labels)) if 0 < share < 1 else 0
+    if not 0 < count < len(labels):
         raise UserError(
-            f"held_out={share} of the {len(data)} images of {data.what}: a share "
+            f"held_out={share} of the {len(labels)} images of {what}: a share "
             "between 0 and 1 must leave images on both sides."
         )
-    order = np.random.default_rng(seed).permutation(len(data))
+    order = np.random.default_rng(seed).permutation(len(labels))
     return np.sort(order[count:]), np.sort(order[:count])
 
 

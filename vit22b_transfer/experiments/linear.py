@@ -104,7 +104,9 @@ class LinearProbe:
         for name, data in train.items():
             check_alike(data, test[name])
             data.constant()  # which says if nothing can be told
-            fitted, held = held_out(data, self.held_out, self.sgd.seed)
+            fitted, held = held_out(
+                data.labels, self.held_out, self.sgd.seed, data.what
+            )
             heads = learn(data, self.sgd, rows=fitted)
             found = accuracies(heads, data, held)
             tried["+".join(name)] = dict(
@@ -164,7 +166,7 @@ def learn(
     constants = np.asarray([sgd.momentum, sgd.weight_decay], np.float32)
     size = batch * data.width * data.features.dtype.itemsize
     per_call = max(1, min(steps, _CALL_BYTES // size))
-    batches = _batches(rows, generator, batch)
+    batches = batches_of(rows, generator, batch)
     for start in range(0, steps, per_call):
         part = np.arange(start, start + per_call)
         # Steps behind the last one change nothing.
@@ -180,7 +182,7 @@ def learn(
     return Heads(np.asarray(state[0]), np.asarray(state[1]))
 
 
-def _batches(
+def batches_of(
     rows: np.ndarray, generator: np.random.Generator, size: int
 ) -> Iterator[np.ndarray]:
     """Endless batches of image numbers: all rows in one order, then in another."""

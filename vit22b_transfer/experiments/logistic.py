@@ -80,7 +80,7 @@ class LogisticProbe:
             fit, of_set = None, {}
             part, rest = (
                 Labelled(data.features[rows], data.labels[rows], data.num_classes)
-                for rows in held_out(data, self.held_out, self.seed)
+                for rows in held_out(data.labels, self.held_out, self.seed, data.what)
             )
             # From the strongest penalty on, each from the one before.
             for strength in sorted(self.strengths):

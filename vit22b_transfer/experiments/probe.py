@@ -8,9 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import rich.console
 
-from vit22b_transfer.experiments import features as frozen
-from vit22b_transfer.experiments import outcomes
+from vit22b_transfer import UserError
+from vit22b_transfer.experiments import features, outcomes
+from vit22b_transfer.experiments.attentive import AttentiveProbe
 from vit22b_transfer.experiments.labelled import Sets
+from vit22b_transfer.experiments.zero_shot import ZeroShot
 from vit22b_transfer.host import json_files, locks, progress, tables, whole_files
 
 RESULTS_FILE = "probes.jsonl"
@@ -18,14 +20,14 @@ RESULTS_FILE = "probes.jsonl"
 
 @runtime_checkable
 class Probe(Protocol):
-    """The protocol of a probe: a frozen dataclass whose fields are all it does.
+    """A probe of vectors: a frozen dataclass whose fields are its whole protocol.
 
-    features: the sets of vectors that it takes or chooses from.
+    features: the sets of vectors that it takes or chooses from (`features.VECTORS`).
     """
 
     @property
     def features(self) -> Sequence[Sequence[str]]:
-        """As `features.VECTORS`."""
+        """Names of the vectors of each set."""
         ...
 
     def run(self, train: Sets, test: Sets) -> list[outcomes.Outcome]:
@@ -42,10 +44,10 @@ class Split:
 
 
 def run_probe(
-    probe: Probe,
+    probe: Probe | AttentiveProbe | ZeroShot,
     *,
-    source: frozen.FeatureSource,
-    train: Split,
+    source: features.FeatureSource,
+    train: Split | None,
     test: Split,
     output_dir: str,
 ) -> list[outcomes.Outcome]:
@@ -56,34 +58,69 @@ def run_probe(
     for each to `output_dir/probes.jsonl`: value, interval, protocol, tower, data, and
     what was counted on the way.
 
+    train: None for the zero-shot probe, which learns nothing.
+
     Raises:
       UserError: if something does not fit together.
     """
-    sets = [tuple(names) for names in probe.features]
-    vectors = list(dict.fromkeys(name for names in sets for name in names))
-    frozen.check_vectors(vectors, source.tower)
+    if (train is None) != isinstance(probe, ZeroShot):
+        said = "learns nothing" if train is not None else "learns from a split"
+        raise UserError(
+            f"{type(probe).__name__} {said}: run_probe.train is {train}. Take the file "
+            "of gin_configs/probes as it is."
+        )
     path = os.path.join(
         whole_files.writable_directory(output_dir, "output directory"), RESULTS_FILE
     )
-    splits = [source.read(part.task, part.split, vectors) for part in (train, test)]
-    train_sets, test_sets = (
-        {names: split.joined(names) for names in sets} for split in splits
-    )
-    found = probe.run(train_sets, test_sets)
+    parts = {"test": test} if train is None else {"train": train, "test": test}
+    found, splits = _results(probe, source, parts)
     facts = {
-        "probe": type(probe).__name__,
-        "train": dataclasses.asdict(train) | {"images": len(splits[0].labels)},
-        "test": dataclasses.asdict(test) | {"images": len(splits[1].labels)},
-        "classes": splits[0].num_classes,
-        "protocol": dataclasses.asdict(probe),  # pyright: ignore[reportArgumentType]
+        "classes": splits["test"].num_classes,
+        "protocol": _protocol(probe),
         "features": source.facts(),
     }
-    left_out = {**splits[0].notes, **splits[1].notes}
-    lines = [_line(outcome, facts, left_out) for outcome in found]
+    for name, split in splits.items():
+        images = {"images": len(split.labels)}
+        facts[name] = dataclasses.asdict(parts[name]) | images
+    left_out = {
+        name: count for split in splits.values() for name, count in split.notes.items()
+    }
+    name = type(probe).__name__
+    lines = [_line(name, outcome, facts, left_out) for outcome in found]
     append_lines(path, lines)
     show(lines)
     progress.console().print(f"written to {path}", markup=False)
     return found
+
+
+def _results(
+    probe: Any, source: features.FeatureSource, parts: Mapping[str, Split]
+) -> tuple[list[outcomes.Outcome], dict[str, features.SplitFeatures]]:
+    """The outcomes of a probe, and the features of the splits by name."""
+    sets = [tuple(names) for names in getattr(probe, "features", ())]
+    vectors: list[str] | None = None
+    if not isinstance(probe, AttentiveProbe):
+        vectors = list(dict.fromkeys(name for names in sets for name in names))
+        features.check_vectors(vectors, source.tower)
+    names: Sequence[str] = ()
+    if isinstance(probe, ZeroShot):  # asked before hours of work
+        task = parts["test"].task
+        names = probe.names(source.class_names(task), source.number_of_classes(task))
+    splits = {
+        name: source.read(part.task, part.split, vectors)
+        for name, part in parts.items()
+    }
+    if isinstance(probe, AttentiveProbe):
+        return probe.run(splits["train"], splits["test"]), splits
+    if isinstance(probe, ZeroShot):
+        pooled = splits["test"].joined(*probe.features)
+        mesh = source.partitioning
+        found = probe.run(pooled, names, source.checkpoint, mesh, source.batch_size)
+        return found, splits
+    joined = [
+        {names: split.joined(names) for names in sets} for split in splits.values()
+    ]
+    return probe.run(*joined), splits
 
 
 def append_lines(path: str, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -133,10 +170,23 @@ def show(
         said.print(f"  {name}: {value}", markup=False)
 
 
-def _line(outcome, facts, left_out) -> dict[str, Any]:
+def _protocol(probe: Any) -> dict[str, Any]:
+    """The fields of a probe as JSON values; of a model what it is."""
+    fields = {}
+    for field in dataclasses.fields(probe):
+        value = getattr(probe, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        fields[field.name] = value
+    if "model" in fields:
+        fields["text_tower"] = repr(fields.pop("model").module.text)
+    return fields
+
+
+def _line(probe, outcome, facts, left_out) -> dict[str, Any]:
     low, high = outcome.interval
     return {
-        "probe": facts["probe"],
+        "probe": probe,
         "metric": outcome.metric,
         "value": outcome.value,
         "interval": [low, high],
