@@ -9,11 +9,9 @@ rounding.
 """
 
 import dataclasses
-import difflib
 import functools
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -24,19 +22,11 @@ from jaxtyping import Float, Int
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading, restoring
+from vit22b_transfer.experiments import vectors as named
 from vit22b_transfer.experiments.labelled import Labelled
 from vit22b_transfer.host import progress
 from vit22b_transfer.inference import cache_features
-from vit22b_transfer.models import towers
 from vit22b_transfer.partitioning.rules import Partitioning
-
-# Names of a tower's vectors, beside those of its blocks:
-#   pooled         what its pooling makes of an image
-#   mean           the mean of its patch tokens
-#   block_7_mean   the mean of the patch tokens behind block 7
-#   block_7_first  the first token behind block 7: the class token
-VECTORS = ("pooled", "mean", "block_0_mean", "block_0_first")
-_OF_BLOCK = re.compile(r"(block_\d+)_(mean|first)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +54,7 @@ class FeatureSource:
     ) -> "SplitFeatures":
         """The features of a split: those that are there, else made and kept.
 
-        vectors: names as `VECTORS`; None for all tokens, which then stay on disk.
+        vectors: names as `vectors.VECTORS`; None for all tokens, which stay on disk.
 
         Raises:
           UserError: for an unknown name, a wrong class list, an image with several
@@ -79,11 +69,7 @@ class FeatureSource:
             )
         registered.task_names(task, split)
         num_classes = self.number_of_classes(task)
-        key = self._key(task, split, vectors, num_classes)
-        if not _is_whole(key):
-            key.check_repeatable(by_reading=True)
-            tower = self._restored(key, vectors)
-            cache_features.write_split(key, tower, self.examples_per_shard)
+        key, stored = self._made(task, split, vectors, num_classes)
         layout, source = feature_cache.open_shards(key)
         what = f"{task} {split}"
         rows, labels, notes = _labels(source, what)
@@ -91,18 +77,35 @@ class FeatureSource:
             notes["left_out_of_the_split"] = left_out
         console = progress.console()
         label = f"{what}: features read"
-        shape = (len(rows), layout.tokens.length, layout.tokens.width)
-        found: Any = Tokens(source, rows, shape[1:])
+        shape = (layout.tokens.length, layout.tokens.width)
+        found: Any = Tokens(source, rows, shape)
         if vectors is not None:
+            chosen = [stored.index(name) for name in vectors]
             dtype = jnp.dtype(layout.tokens.dtype)
-            found = np.empty(shape, dtype)
+            found = np.empty((len(rows), len(chosen), shape[1]), dtype)
             with progress.Progress(console, label, total=len(rows)) as bar:
                 for place, row in enumerate(rows):
-                    found[place] = source.row(int(row))
+                    found[place] = source.row(int(row))[chosen]
                     bar.show(place + 1)
         return SplitFeatures(
             found, tuple(vectors or ()), labels, num_classes, what, notes
         )
+
+    def _made(self, task, split, vectors, num_classes) -> tuple[Any, list[str]]:
+        """The key of features that are there, now at the latest; their vectors."""
+        key = self._key(task, split, vectors, num_classes)
+        names: list[str] = list(vectors or ())
+        if _is_whole(key):
+            return key, names
+        for stored in _with_more(key, names):  # another probe's, these among them
+            other = self._key(task, split, stored, num_classes)
+            if _is_whole(other):
+                return other, stored
+        _check_single_labels(key.task.source, split, f"{task} {split}")
+        key.check_repeatable(by_reading=True)
+        tower = self._restored(key, vectors)
+        cache_features.write_split(key, tower, self.examples_per_shard)
+        return key, names
 
     def facts(self) -> dict[str, Any]:
         """What decides the features beside the data, as JSON values for a result."""
@@ -155,7 +158,7 @@ class FeatureSource:
 
         settings = self.tower.token_settings()
         if vectors is not None:
-            check_vectors(vectors, self.tower)
+            named.check(vectors, self.tower)
             settings = {**self._settings(), "vectors": ", ".join(vectors)}
         how = getattr(self.tower, "preparation", None)
         return feature_cache.CacheKey(
@@ -198,9 +201,9 @@ class FeatureSource:
         read = restoring.restore_partial(path, tree, cast=True).params
         more: dict[str, Any] = {}
         if vectors is not None:
-            more["intermediates"] = _blocks_of(vectors)
+            more["intermediates"] = named.blocks_of(vectors)
             more["reads"] = functools.partial(
-                stacked_vectors, names=tuple(vectors), patches=patches
+                named.stacked, names=tuple(vectors), patches=patches
             )
         return cache_features.FrozenTower(
             config,
@@ -257,59 +260,19 @@ class SplitFeatures:
         return Labelled(flat, self.labels, self.num_classes, self.what)
 
 
-def check_vectors(names: Sequence[str], tower: Any) -> None:
-    """Raises UserError for a name that is no vector of the tower, or stands twice."""
-    depth = getattr(tower, "depth", 0)
-    valid = ["pooled", "mean"]
-    valid += [f"block_{n}_{kind}" for n in range(depth) for kind in ("mean", "first")]
-    for name in names:
-        if name not in valid:
-            near = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.0)
-            raise UserError(
-                f"the tower has no vector {str(name)[:200]!r}; nearest: "
-                f"{', '.join(near)}."
-            )
-    if not names or len({*names}) < len(names):
-        raise UserError(
-            f"features={tuple(names)}: name at least one vector, and each once."
-        )
-    if "pooled" in names and getattr(tower, "pooling", "") == "none":
-        raise UserError(
-            "the tower has no pooled vector. Give it pooling='map', 'gap' or 'cls', "
-            "or take another of its vectors, such as 'mean'."
-        )
+def _with_more(key: Any, names: Sequence[str]) -> Iterator[list[str]]:
+    """Names of the vectors of all other features that differ in having more of them."""
+    from vit22b_transfer.data import feature_cache
 
-
-def stacked_vectors(
-    output: towers.TowerOutput, *, names: tuple[str, ...], patches: int
-) -> Float[jax.Array, "batch names width"]:
-    """The named vectors of what a tower returns, for images of so many patches.
-
-    Means are taken in float32.
-    """
-    found = []
-    for name in names:
-        block = _OF_BLOCK.fullmatch(name)
-        tokens = output.intermediates[block[1]] if block else output.tokens
-        if name == "pooled":
-            found.append(output.pooled)
-        elif name.endswith("mean"):
-            # Class token and registers stand before the patches.
-            mean = jnp.mean(tokens[:, -patches:].astype(jnp.float32), axis=1)
-            found.append(mean.astype(tokens.dtype))
-        elif tokens.shape[1] == patches:
-            raise UserError(
-                f"{name} is the class token, but the tower has none: its first token "
-                f"is a patch. Take {name.removesuffix('first')}mean."
-            )
-        else:
-            found.append(tokens[:, 0])
-    return jnp.stack(found, axis=1)
-
-
-def _blocks_of(names: Sequence[str]) -> tuple[str, ...]:
-    blocks = [match[1] for name in names if (match := _OF_BLOCK.fullmatch(name))]
-    return tuple(dict.fromkeys(blocks))
+    ours = key.fingerprint
+    for path, theirs in sorted(feature_cache.fingerprints_beside(key).items()):
+        tower = theirs.get("tower")
+        if path == key.directory or not names or not isinstance(tower, dict):
+            continue
+        stored = str(tower.get("vectors", "")).split(", ")
+        same = {**theirs, "tower": {**tower, "vectors": ", ".join(names)}}
+        if same == ours and {*names} < {*stored}:
+            yield stored
 
 
 def _is_whole(key: Any) -> bool:
@@ -327,6 +290,25 @@ def _is_whole(key: Any) -> bool:
     except UserError:  # `write_split` makes it anew
         return False
     return True
+
+
+def _check_single_labels(source: Any, split: str, what: str) -> None:
+    """Raises UserError, before the tower is run, for an image with several labels."""
+    from vit22b_transfer.data.labelled_sources import LabelledSource
+
+    if isinstance(source, LabelledSource):
+        for number in range(source.num_records(split)):
+            record = source.record(split, number)
+            if len(record.labels) > 1:
+                raise _several_labels(record.image_id, what, len(record.labels))
+
+
+def _several_labels(name: str, what: str, count: int) -> UserError:
+    return UserError(
+        f"image {name[:200]!r} of {what} has {count} labels; a probe tells one class "
+        "of each image from the others. Take a task with one label per image (without "
+        "a hierarchy)."
+    )
 
 
 def _labels(source: Any, what: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -347,11 +329,7 @@ def _labels(source: Any, what: str) -> tuple[np.ndarray, np.ndarray, dict[str, A
             unlabelled += 1
         elif len(found) > 1:
             name = bytes(example.get("image_id", b"")).decode(errors="backslashreplace")
-            raise UserError(
-                f"image {name[:200]!r} of {what} has {len(found)} labels; a probe "
-                "tells one class of each image from the others. Take a task with one "
-                "label per image (without a hierarchy)."
-            )
+            raise _several_labels(name, what, len(found))
         else:
             rows.append(number)
             labels.append(int(found[0]))

@@ -23,7 +23,7 @@ _EPSILON, _CONSTANT = 1e-5, 100.0
 class FewShot:
     """Protocol of the few-shot probe.
 
-    features: sets of the tower's vectors, each of them judged (`features.VECTORS`).
+    features: sets of the tower's vectors, each of them judged (`vectors.VECTORS`).
     shots: images per class, a number for each. seeds: of the draws of these images, an
       average over which is each number. penalty: on squared weights.
     """

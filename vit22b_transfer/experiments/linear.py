@@ -85,7 +85,7 @@ class LinearProbe:
     """Protocol of the linear probe.
 
     features: sets of the tower's vectors to choose from; a set's vectors are joined
-      (`features.VECTORS`).
+      (`vectors.VECTORS`).
     held_out: share of the training split that rate and set are chosen on; the head that
       is judged is then learned anew from the whole split.
     """
@@ -130,6 +130,8 @@ class LinearProbe:
         notes: dict[str, Any] = {"diverged_rates": diverged} if diverged else {}
         batch, steps = self.sgd.steps(len(train[name]))
         settings |= {"batch_size": batch, "steps": steps}
+        if rate == max(self.sgd.rates) and len(self.sgd.rates) > 1:
+            notes["chosen_rate"] = "the largest: a larger one may do better"
         notes |= unseen(train[name], test[name])
         return [Outcome(settings, scores, notes).with_features(name)]
 

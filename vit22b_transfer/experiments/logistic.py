@@ -47,7 +47,7 @@ class LogisticProbe:
     """Protocol of the probe by logistic regression.
 
     features: sets of the tower's vectors to choose from; a set's vectors are joined
-      (`features.VECTORS`).
+      (`vectors.VECTORS`).
     strengths: inverse penalties C to choose from: the loss is C times the sum of the
       cross-entropies plus half the squared weights (scikit-learn's form).
     held_out: share of the training split that C is chosen on; the fit that is judged is

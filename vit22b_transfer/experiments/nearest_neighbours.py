@@ -26,7 +26,7 @@ _QUERIES, _CANDIDATES = 2048, 8192
 class NearestNeighbours:
     """Protocol of the k-NN probe.
 
-    features: sets of the tower's vectors, each of them judged (`features.VECTORS`).
+    features: sets of the tower's vectors, each of them judged (`vectors.VECTORS`).
     neighbours: numbers of them, a result for each. temperature: of the votes.
     """
 

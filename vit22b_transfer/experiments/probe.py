@@ -10,6 +10,7 @@ import rich.console
 
 from vit22b_transfer import UserError
 from vit22b_transfer.experiments import features, outcomes
+from vit22b_transfer.experiments import vectors as named
 from vit22b_transfer.experiments.attentive import AttentiveProbe
 from vit22b_transfer.experiments.labelled import Sets
 from vit22b_transfer.experiments.zero_shot import ZeroShot
@@ -22,7 +23,7 @@ RESULTS_FILE = "probes.jsonl"
 class Probe(Protocol):
     """A probe of vectors: a frozen dataclass whose fields are its whole protocol.
 
-    features: the sets of vectors that it takes or chooses from (`features.VECTORS`).
+    features: the sets of vectors that it takes or chooses from (`vectors.VECTORS`).
     """
 
     @property
@@ -101,7 +102,7 @@ def _results(
     vectors: list[str] | None = None
     if not isinstance(probe, AttentiveProbe):
         vectors = list(dict.fromkeys(name for names in sets for name in names))
-        features.check_vectors(vectors, source.tower)
+        named.check(vectors, source.tower)
     names: Sequence[str] = ()
     if isinstance(probe, ZeroShot):  # asked before hours of work
         task = parts["test"].task
@@ -163,11 +164,14 @@ def show(
         intervals.append(f"{low:.4f} to {high:.4f}")
     columns = {first["metric"]: values, outcomes.INTERVAL: intervals}
     tables.print_table(console or rich.console.Console(), names, columns)
-    notes = {}
+    told = {}
     for line in lines:
-        notes |= line["notes"]
-    for name, value in notes.items():
-        said.print(f"  {name}: {value}", markup=False)
+        told |= line["notes"]
+    if len(lines) == 1:
+        told = {**first["settings"], **told}
+    for name, value in told.items():
+        if name not in ("tried", "features"):
+            said.print(f"  {name}: {value}", markup=False)
 
 
 def _protocol(probe: Any) -> dict[str, Any]:
@@ -198,11 +202,9 @@ def _line(probe, outcome, facts, left_out) -> dict[str, Any]:
 
 
 def _title(settings: Mapping[str, Any]) -> str:
-    """What tells a number from the others, such as `pooled, shots 5`."""
+    """What tells a number from the others: `pooled, shots 5`."""
     parts = ["+".join(settings["features"])] if "features" in settings else []
     for name, value in settings.items():
-        if isinstance(value, float):
+        if name in ("shots", "neighbours", "rate", "strength", "prompts"):
             parts.append(f"{name} {value:.4g}")
-        elif not isinstance(value, list | dict):
-            parts.append(f"{name} {value}")
     return ", ".join(parts)
