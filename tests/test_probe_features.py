@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import seqio
 import tiny_classifier
 import tiny_models
+import tiny_pairs
 from shell_commands import no_tasks, use_one_device
 from tiny_runs import ONE_DEVICE
 
@@ -23,7 +26,7 @@ from vit22b_transfer.data.labelled_sources import (
     LabelFileSource,
 )
 from vit22b_transfer.data.preprocessors import ReadingOptions
-from vit22b_transfer.experiments import features, probe
+from vit22b_transfer.experiments import attentive, features, probe, zero_shot
 from vit22b_transfer.experiments import vectors as named
 from vit22b_transfer.inference import cache_features
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -34,13 +37,22 @@ TOWER = tiny_models.tower_config(depth=1)
 VECTORS = ("pooled", "mean", "block_0_mean")
 
 
-def write_tower(folder, config=TOWER, seed=0):
-    """A checkpoint of nothing but a tower with random parameters; the parameters."""
-    images = tiny_models.images(1, *SIZE, 3)
-    params = tiny_models.random_params(config.build(), images, seed=seed)
+def pairs_model():
+    """A model of pairs over the tower, its texts bytes."""
+    text = tiny_pairs.text_config(depth=1, vocab_size=300, max_length=16)
+    module = tiny_pairs.module(TOWER, text)
+    return tiny_pairs.model(module_of=module, vocabulary=seqio.ByteVocabulary())
+
+
+def write_tower(folder, seed=0):
+    """A checkpoint of a model of pairs with random parameters; those of its tower."""
+    images = jnp.asarray(tiny_models.images(1, *SIZE, 3))
+    tokens = jnp.zeros((1, 16), jnp.int32)
+    whole = tiny_models.random_params(pairs_model().module, images, tokens, seed=seed)
+    params = whole["encoder"]["tower"]
     folder.mkdir()
     writer = CheckpointWriter(str(folder))
-    target = {"encoder": {"tower": jax.tree.map(np.asarray, params)}}
+    target = jax.tree.map(np.asarray, whole)
     writer.save(0, {"state": {"step": np.int64(0)}, "target": target}, {})
     writer.wait()
     return params
@@ -308,6 +320,25 @@ def test_the_command_writes_each_number_with_its_protocol_and_data(
     facts = linear["features"]
     assert facts["checkpoint"] == f"{folder}/tower/checkpoint_0"
     assert facts["image_size"] == [16, 16] and facts["tower"]["pooling"] == "map"
+
+
+def test_probes_with_models_of_their_own_run_on_the_same_features(
+    shared, tmp_path, capsys
+):
+    splits = {name: probe.Split("stripes", name) for name in ("train", "validation")}
+    attention = attentive.AttentiveProbe((1e-3,), 0.0, 1, 8, 0.2)
+    names = zero_shot.ZeroShot(pairs_model(), ("a {}", "{}"))
+    where = {"source": shared, "test": splits["validation"]}
+    probe.run_probe(attention, train=splits["train"], output_dir=str(tmp_path), **where)
+    with pytest.raises(UserError, match="ZeroShot learns nothing"):
+        probe.run_probe(names, train=splits["train"], output_dir=str(tmp_path), **where)
+    probe.run_probe(names, train=None, output_dir=str(tmp_path), **where)
+    first, second = lines(tmp_path / "probes.jsonl")
+    assert first["probe"] == "AttentiveProbe" and first["train"]["images"] == 19
+    assert second["probe"] == "ZeroShot" and "train" not in second
+    assert second["protocol"]["templates"] == ["a {}", "{}"]
+    assert "width=24" in second["protocol"]["text_tower"]
+    assert second["settings"]["prompts"] == 8 and second["test"]["images"] == 12
 
 
 def test_lines_are_added_to_a_file_of_results_and_to_no_other(tmp_path):

@@ -206,6 +206,7 @@ def save_public_models(folder):
     )
 
 
+@pytest.mark.slow
 def test_probes_runs_as_written(tmp_path, capsys):
     tiny_classifier.draw_folders(tmp_path, train=6, validation=2, size=32)
     save_public_siglip(tmp_path)
