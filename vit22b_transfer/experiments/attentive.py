@@ -96,7 +96,7 @@ class AttentiveProbe:
             optax.scale_by_adam(), optax.add_decayed_weights(self.weight_decay)
         )
         tokens = jnp.zeros((1, *data.vectors.shape[-2:]), jnp.float32)
-        variables: Any = head.init(jax.random.key(self.seed), tokens)
+        variables: Any = jax.jit(head.init)(jax.random.key(self.seed), tokens)
         first = flax.core.unfreeze(variables["params"])
 
         def loss(params, x, y):
@@ -117,7 +117,7 @@ class AttentiveProbe:
 
         count = len(rates)
         params = jax.tree.map(lambda x: jnp.stack([x] * count), first)
-        state = jax.vmap(optimizer.init)(params)
+        state = jax.jit(jax.vmap(optimizer.init))(params)
         jitted = jax.jit(step, donate_argnums=(0, 1))
         generator = np.random.default_rng(self.seed)
         batches = linear.batches_of(rows, generator, batch)
