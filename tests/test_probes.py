@@ -252,6 +252,22 @@ def test_a_rate_that_diverges_is_counted_and_never_chosen(small):
     assert outcome.settings["tried"]["wild"] == {"0.01": None, "0.3": None}
     with pytest.raises(UserError, match="every one of the learning rates .* diverges"):
         probe.run({("wild",): train}, {("wild",): test})
+    sgd = dataclasses.replace(SGD, rates=(1e-9, 0.3))
+    (outcome,) = run(linear.LinearProbe([RAW], sgd, 0.2), *small)
+    assert "the largest" in outcome.notes["chosen_rate"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "logistic"])
+def test_labels_that_mean_nothing_are_not_learned_by_what_chooses(kind):
+    """With more features than images all are learned, and held-out ones are not."""
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(60) % 2)
+    data = made(rng.normal(size=(60, 80)).astype(np.float32), labels)
+    probe = linear.LinearProbe([RAW], dataclasses.replace(SGD, epochs=40), 0.5)
+    if kind == "logistic":
+        probe = logistic.LogisticProbe([RAW], (1.0,), 0.5, 100)
+    (outcome,) = run(probe, data, data)
+    assert outcome.value == 1.0 and outcome.settings["held_out_accuracy"] < 0.8
 
 
 def test_what_is_held_out_is_not_learned_from(small):

@@ -28,6 +28,9 @@ from vit22b_transfer.host import progress
 from vit22b_transfer.inference import cache_features
 from vit22b_transfer.partitioning.rules import Partitioning
 
+# Rows that are read between two looks at the progress bar.
+_ROWS_SHOWN = 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSource:
@@ -86,7 +89,8 @@ class FeatureSource:
             with progress.Progress(console, label, total=len(rows)) as bar:
                 for place, row in enumerate(rows):
                     found[place] = source.row(int(row))[chosen]
-                    bar.show(place + 1)
+                    if place % _ROWS_SHOWN == 0 or place + 1 == len(rows):
+                        bar.show(place + 1)
         return SplitFeatures(
             found, tuple(vectors or ()), labels, num_classes, what, notes
         )
