@@ -162,13 +162,13 @@ def objective(data, weights, bias, strength):
 
 
 def optimum(data, strength):
-    fit = sklearn.linear_model.LogisticRegression(C=strength, tol=1e-10, max_iter=2000)
+    fit = sklearn.linear_model.LogisticRegression(C=strength, tol=1e-6, max_iter=2000)
     fit.fit(data.features, data.labels)
     return objective(data, fit.coef_.T, fit.intercept_, strength)
 
 
 def test_logistic_regression_finds_scikit_learns_optimum(digits, monkeypatch):
-    monkeypatch.setattr(labelled, "_BLOCK_BYTES", 8 * 64 * 300)
+    monkeypatch.setattr(labelled, "_BLOCK_BYTES", 8 * 64 * 600)
     train, test = digits
     fit = logistic.fit_logistic(train, 1.0, 1000)
     assert fit.converged
@@ -194,11 +194,11 @@ def test_the_strength_is_chosen_on_what_is_held_out(small):
 def test_sgd_comes_within_a_percent_of_scikit_learns_optimum(digits):
     train, _ = digits
     decay = 1e-3
-    sgd = linear.Sgd((0.5, 2.0), 0.9, decay, epochs=40, batch_size=128)
+    sgd = linear.Sgd((2.0,), 0.9, decay, epochs=45, batch_size=128)
     heads = linear.learn(train, sgd)
     strength = 1 / (decay * len(train))
     least = optimum(train, strength)
-    found = objective(train, heads.kernel[:, 1], heads.bias[1], strength)
+    found = objective(train, heads.kernel[:, 0], heads.bias[0], strength)
     assert least <= found < 1.01 * least
 
 

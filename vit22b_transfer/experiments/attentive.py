@@ -128,10 +128,12 @@ class AttentiveProbe:
             for number in range(steps):
                 taken = next(batches)
                 factor = 0.5 * (1 + np.cos(np.pi * number / steps))
+                tokens = _finite(data, taken)
+                jax.block_until_ready(params)  # else tokens pile up before the device
                 params, state = jitted(
                     params,
                     state,
-                    _finite(data, taken),
+                    tokens,
                     data.labels[taken].astype(np.int32),
                     np.asarray(rates, np.float32) * np.float32(factor),
                 )

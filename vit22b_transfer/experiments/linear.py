@@ -174,9 +174,11 @@ def learn(
         # Steps behind the last one change nothing.
         factors = 0.5 * (1 + np.cos(np.pi * np.minimum(part, steps) / steps))
         numbers = np.stack([next(batches) for _ in part])
+        features = data.features[numbers]
+        jax.block_until_ready(state)  # else features pile up before the device
         state = _several_steps(
             state,
-            data.features[numbers],
+            features,
             data.labels[numbers].astype(np.int32),
             rates[None] * factors[:, None].astype(np.float32),
             constants,

@@ -106,6 +106,7 @@ def nearest(
         for rows in train.blocks(wide):
             block = _filled(train.features[rows], wide)
             found = rows.stop - rows.start
+            jax.block_until_ready(best)  # else blocks pile up before the device
             best = _merged(asked, block, np.int32(rows.start), np.int32(found), *best)
         similarities.append(np.asarray(best[0])[:size])
         places.append(np.asarray(best[1])[:size])
