@@ -133,8 +133,8 @@ def test_features_are_what_the_tower_says_of_each_image(shared, params, pixels):
     np.testing.assert_array_equal(joined.features[:, 32:], found.vectors[:, 0])
 
 
-def test_all_tokens_stay_on_disk_and_are_read_when_asked_for(source, params, pixels):
-    found = source.read("stripes", "train", None)
+def test_all_tokens_stay_on_disk_and_are_read_when_asked_for(shared, params, pixels):
+    found = shared.read("stripes", "train", None)
     output = tiny_models.jit(TOWER.build().apply)({"params": params}, pixels[0])
     some = np.array([7, 2])
     np.testing.assert_allclose(found.vectors[some], output.tokens[some], atol=1e-5)
@@ -145,7 +145,8 @@ def test_the_tower_runs_once_and_what_was_stopped_ends_with_the_same_bytes(
     shared, source, monkeypatch, capsys
 ):
     first = shared.read("stripes", "train", VECTORS)
-    whole = files(shared.directory)
+    made = shared._key("stripes", "train", VECTORS, 4).directory
+    whole = files(made)
     assert len(whole) == 5
     with monkeypatch.context() as patch:
         patch.delattr(cache_features, "write_split")
@@ -154,7 +155,7 @@ def test_the_tower_runs_once_and_what_was_stopped_ends_with_the_same_bytes(
         less = shared.read("stripes", "train", ("mean", "pooled"))
     assert first.vectors.tobytes() == again.vectors.tobytes()
     np.testing.assert_array_equal(less.vectors, first.vectors[:, [1, 0]])
-    shutil.copytree(shared.directory, source.directory, dirs_exist_ok=True)
+    shutil.copytree(made, Path(source.directory) / Path(made).name)
     lost, cut = sorted(Path(source.directory).rglob("*.array_record"))[1:3]
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:-50])
@@ -322,23 +323,31 @@ def test_the_command_writes_each_number_with_its_protocol_and_data(
     assert facts["image_size"] == [16, 16] and facts["tower"]["pooling"] == "map"
 
 
-def test_probes_with_models_of_their_own_run_on_the_same_features(
-    shared, tmp_path, capsys
-):
-    splits = {name: probe.Split("stripes", name) for name in ("train", "validation")}
-    attention = attentive.AttentiveProbe((1e-3,), 0.0, 1, 8, 0.2)
+def test_names_of_classes_are_probed_on_the_same_features(shared, tmp_path):
     names = zero_shot.ZeroShot(pairs_model(), ("a {}", "{}"))
-    where = {"source": shared, "test": splits["validation"]}
-    probe.run_probe(attention, train=splits["train"], output_dir=str(tmp_path), **where)
+    where = {"source": shared, "test": probe.Split("stripes", "train")}
+    where["output_dir"] = str(tmp_path)
     with pytest.raises(UserError, match="ZeroShot learns nothing"):
-        probe.run_probe(names, train=splits["train"], output_dir=str(tmp_path), **where)
-    probe.run_probe(names, train=None, output_dir=str(tmp_path), **where)
-    first, second = lines(tmp_path / "probes.jsonl")
-    assert first["probe"] == "AttentiveProbe" and first["train"]["images"] == 19
-    assert second["probe"] == "ZeroShot" and "train" not in second
-    assert second["protocol"]["templates"] == ["a {}", "{}"]
-    assert "width=24" in second["protocol"]["text_tower"]
-    assert second["settings"]["prompts"] == 8 and second["test"]["images"] == 12
+        probe.run_probe(names, train=where["test"], **where)
+    probe.run_probe(names, train=None, **where)
+    (line,) = lines(tmp_path / "probes.jsonl")
+    assert line["probe"] == "ZeroShot" and "train" not in line
+    assert line["protocol"]["templates"] == ["a {}", "{}"]
+    assert "width=24" in line["protocol"]["text_tower"]
+    assert line["settings"]["prompts"] == 8 and line["test"]["images"] == 19
+
+
+def test_an_attentive_probe_is_given_the_tokens_on_disk(shared, tmp_path):
+    train = probe.Split("stripes", "train")
+    attention = attentive.AttentiveProbe((1e-3,), 0.0, 1, 8, held_out=0.01)
+    with pytest.raises(UserError, match="held_out=0.01 of the 19 images of stripes"):
+        probe.run_probe(
+            attention,
+            source=shared,
+            train=train,
+            test=train,
+            output_dir=str(tmp_path),
+        )
 
 
 def test_lines_are_added_to_a_file_of_results_and_to_no_other(tmp_path):

@@ -1,6 +1,7 @@
 """The probes that have a model of their own: attention pooling, and class names."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -100,9 +101,13 @@ def pairs(tmp_path_factory):
 def test_zero_shot_is_what_the_whole_model_says(pairs):
     model, folder, params, images = pairs
     module, labels = model.module, np.arange(24) % 6
-    embedded = module.apply({"params": params}, images, method="embed_images")
-    tower = module.tower.build()
-    pooled = tower.apply({"params": params["encoder"]["tower"]}, images).pooled
+    embed, embed_texts = (
+        tiny_models.jit(functools.partial(module.apply, method=f"embed_{what}"))
+        for what in ("images", "texts")
+    )
+    embedded = embed({"params": params}, images)
+    tower = tiny_models.jit(module.tower.build().apply)
+    pooled = tower({"params": params["encoder"]["tower"]}, images).pooled
     texts, owners = [], []
     for number, some in enumerate(class_prompts.prompts(NAMES, TEMPLATES)):
         for text in some:
@@ -110,7 +115,7 @@ def test_zero_shot_is_what_the_whole_model_says(pairs):
             texts.append(ids + [0] * (LENGTH - len(ids)))
             owners.append(number)
     tokens = jnp.asarray(texts, jnp.int32)
-    texts = module.apply({"params": params}, tokens, method="embed_texts")
+    texts = embed_texts({"params": params}, tokens)
     classes = metrics.class_embeddings(np.asarray(texts), np.asarray(owners), 6)
     expected = metrics.accuracy(np.asarray(embedded), labels, classes)
 
