@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import sklearn.linear_model
 import sklearn.neighbors
+import threadpoolctl
 from sklearn.datasets import load_digits
 
 from vit22b_transfer import UserError
@@ -163,14 +164,16 @@ def objective(data, weights, bias, strength):
 
 def optimum(data, strength):
     fit = sklearn.linear_model.LogisticRegression(C=strength, tol=1e-6, max_iter=2000)
-    fit.fit(data.features, data.labels)
+    with threadpoolctl.threadpool_limits(1):
+        fit.fit(data.features, data.labels)
     return objective(data, fit.coef_.T, fit.intercept_, strength)
 
 
 def test_logistic_regression_finds_scikit_learns_optimum(digits, monkeypatch):
     monkeypatch.setattr(labelled, "_BLOCK_BYTES", 8 * 64 * 600)
     train, test = digits
-    fit = logistic.fit_logistic(train, 1.0, 1000)
+    with threadpoolctl.threadpool_limits(1):  # for so small matrices several wait
+        fit = logistic.fit_logistic(train, 1.0, 1000)
     assert fit.converged
     assert fit.loss == pytest.approx(optimum(train, 1.0), rel=1e-6)
     assert np.mean(fit.predict(test) == test.labels) == pytest.approx(
