@@ -21,8 +21,11 @@ RECIPES = files("recipes")
 # Read by T5X, before a recipe.
 T5X_RUNS = sorted((CONFIGS / "runs").glob("t5x_*.gin"))
 WHOLE_RUNS = [
-    CONFIGS / f"runs/{name}.gin" for name in ("train", "eval", "infer", "bench")
+    CONFIGS / f"runs/{name}.gin"
+    for name in ("train", "eval", "infer", "bench", "probe")
 ]
+# Each the first file of a `vit22b probe`.
+PROBES = files("probes")
 # What may stand behind a recipe.
 BEHIND = [
     path
@@ -33,6 +36,7 @@ BEHIND = [
 # What the command line sets where a file asks for it.
 OPEN = {
     "MODEL_DIR": "'/nowhere'",
+    "OUTPUT_DIR": "'/nowhere'",
     "INITIAL_CHECKPOINT": "'/nowhere/checkpoint_1'",
     "INITIAL_IMAGE_SIZE": "(32, 32)",
     "VIT": "'S/16'",

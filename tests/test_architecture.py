@@ -22,6 +22,7 @@ RANKS = [
     {"training"},
     {"inference", "planning"},
     {"evaluation"},
+    {"experiments"},
     {"demo"},
     {"commands"},
 ]

@@ -10,6 +10,7 @@ import pytest
 from gin_files import (
     BEHIND,
     CONFIGS,
+    PROBES,
     RECIPES,
     ROOT,
     T5X_RUNS,
@@ -21,6 +22,8 @@ from gin_files import (
 )
 
 from vit22b_transfer import UserError
+from vit22b_transfer.commands import runs
+from vit22b_transfer.experiments import probe
 from vit22b_transfer.models import (
     encoder_decoder,
     gemma,
@@ -169,7 +172,15 @@ def test_every_recipe_serves_train_eval_and_infer(path):
         assert callable(loading.install(read_recipe(path), root, [str(ROOT)]))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=stem)
+@pytest.mark.parametrize("path", PROBES, ids=stem)
+def test_every_probe_is_complete_and_of_a_kind_that_the_command_knows(path):
+    recipe = read_recipe(path)
+    given = loading.arguments(recipe, probe.run_probe, [str(ROOT)])
+    assert callable(given["probe"].run) and path.stem in runs.PROBES
+    assert f"vit22b probe {path.stem} " in path.read_text()
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *PROBES], ids=stem)
 def test_every_recipe_requires_exactly_what_its_header_says(path):
     name = path.relative_to(ROOT).as_posix()
     unset = loading.read([name], [], [str(ROOT)]).required()
@@ -261,4 +272,10 @@ def test_t5x_run_files_bind_what_the_adapter_has(path):
 
 def test_every_gin_file_is_built_by_a_test():
     """Those behind a recipe in test_gin_behind.py, bench.gin in test_bench.py."""
-    assert {*CONFIGS.rglob("*.gin")} == {*BEHIND, *RECIPES, *T5X_RUNS, *WHOLE_RUNS}
+    assert {*CONFIGS.rglob("*.gin")} == {
+        *BEHIND,
+        *PROBES,
+        *RECIPES,
+        *T5X_RUNS,
+        *WHOLE_RUNS,
+    }

@@ -190,8 +190,8 @@ def test_my_captions_runs_as_written(own_data):
     assert (folder / "trial" / "checkpoint_20").is_dir()
 
 
-def save_public_models(folder):
-    """`siglip` and `t5`, tiny, in the files of the published ones."""
+def save_public_siglip(folder):
+    """`siglip`, tiny, in the files of a published one."""
     transformers = import_peer("transformers")
     sizes = dict(num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     config = transformers.SiglipVisionConfig(
@@ -201,6 +201,12 @@ def save_public_models(folder):
     pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
     pixels["size"] = {"height": 32, "width": 32}
     (folder / "siglip" / "preprocessor_config.json").write_text(json.dumps(pixels))
+
+
+def save_public_models(folder):
+    """`siglip` and `t5`, tiny, in the files of the published ones."""
+    save_public_siglip(folder)
+    transformers = import_peer("transformers")
     config = transformers.T5Config(
         vocab_size=384,
         d_model=16,
@@ -216,6 +222,22 @@ def save_public_models(folder):
         str(folder / "t5" / "spiece.model"),
         vocab_size=320,
     )
+
+
+@pytest.mark.slow
+def test_probes_runs_as_written(tmp_path, capsys):
+    tiny_classifier.draw_folders(tmp_path, train=6, validation=2, size=32)
+    save_public_siglip(tmp_path)
+    use_one_device(tmp_path)
+    run_in_process(block("test: probes"), tmp_path)
+    lines = (tmp_path / "probes" / "probes.jsonl").read_text().splitlines()
+    kinds = [json.loads(line)["probe"] for line in lines]
+    few_shot = ["FewShot"] * 4
+    assert kinds == ["NearestNeighbours"] * 2 + few_shot + [
+        "LogisticProbe",
+        "LinearProbe",
+    ]
+    assert capsys.readouterr().out.count("the tower was run on") == 2
 
 
 def test_public_weights_runs_as_written(own_data, capsys):

@@ -373,7 +373,7 @@ def _cache(folder):
 
 
 def _read_cache(folder):
-    _, source = feature_cache._open(_cache_key(folder))
+    _, source = feature_cache.open_source(_cache_key(folder))
     list(streams.as_numpy(source.get_dataset("train", shuffle=False)))
 
 

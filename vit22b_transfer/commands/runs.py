@@ -1,4 +1,4 @@
-"""What a recipe is run for: `train`, `eval`, `infer`, `cache-features`, `bench`."""
+"""What a recipe is run for: `train`, `eval`, `infer`, `cache-features` and others."""
 
 import argparse
 import importlib
@@ -22,6 +22,16 @@ FUNCTIONS = {
     "infer": "vit22b_transfer.inference.infer.infer_split",
     "cache-features": "vit22b_transfer.inference.cache_features.cache_features",
     "bench": "vit22b_transfer.planning.bench.measure",
+    "probe": "vit22b_transfer.experiments.probe.run_probe",
+}
+# Of `probe`: what each kind is; gin_configs/probes has a recipe of that name.
+PROBES = {
+    "linear": "a linear layer by SGD, at many rates at once",
+    "logistic": "logistic regression at its optimum",
+    "few_shot": "ridge regression on a few images of each class",
+    "knn": "nearest neighbours",
+    "attentive": "attention pooling of all tokens, learned",
+    "zero_shot": "names of classes, by a model of image-text pairs",
 }
 
 
@@ -51,6 +61,28 @@ def add_to(add: Add) -> None:
         metavar="FILE",
         help="gin file of another tower, text model or mesh; may be repeated",
     )
+
+    command = add(
+        "probe",
+        _run,
+        "Judge a frozen tower by a probe on its features, which are computed once.",
+        GIN_EPILOG,
+    )
+    command.add_argument(
+        "kind",
+        choices=PROBES,
+        action=_Kind,
+        help="; ".join(f"{kind}: {what}" for kind, what in PROBES.items()),
+    )
+    add_gin_file(command, required=False)
+
+
+class _Kind(argparse.Action):
+    """Puts the recipe of a kind of probe before the other gin files."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        recipe = f"gin_configs/probes/{values}.gin"
+        namespace.gin_file = [recipe, *namespace.gin_file]
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -269,7 +269,7 @@ def open_tasks(keys: Sequence[CacheKey]) -> CachedTasks:
     tasks = {}
     for key in keys:
         key.check_repeatable(by_reading=False)
-        layout, source = _open(key)
+        layout, source = open_source(key)
         images = seqio.ContinuousFeature(dtype=tf.as_dtype(layout.tokens.dtype), rank=2)
         features = {**key.task.output_features, "images": images}
         tasks[key.task.name] = key.task.replace(
@@ -281,7 +281,8 @@ def open_tasks(keys: Sequence[CacheKey]) -> CachedTasks:
     return CachedTasks(tasks, tokens, _tokens_converter(kind, tokens.dtype))
 
 
-def _open(key: CacheKey) -> tuple[Layout, ShardsSource]:
+def open_source(key: CacheKey) -> tuple[Layout, ShardsSource]:
+    """What is cached for a key, as `open_tasks` reads it; the same errors."""
     layout, shards = open_shards(key)
     specs = {
         name: tf.TensorSpec(shape, tf.as_dtype(dtype))
@@ -315,15 +316,7 @@ def _why_not(key: CacheKey) -> str:
     """Why there is no cache for the key: none at all, or a stale one."""
     what = f"task {key.task.name!r}, split {key.split!r}"
     root = os.path.dirname(key.directory)
-    names = os.listdir(root) if os.path.isdir(root) else []
-    stem = re.escape(_stem(key))
-    others = [
-        os.path.join(root, name)
-        for name in names
-        if re.fullmatch(stem + "-[0-9a-f]{16}", name)
-    ]
-    found = {path: _read_layout(path) for path in others}
-    stale = {path: content["fingerprint"] for path, content in found.items() if content}
+    stale = fingerprints_beside(key)
     if not stale:
         return (
             f"there are no {key.cache.what} of {what} in {root}; write them with "
@@ -339,6 +332,16 @@ def _why_not(key: CacheKey) -> str:
         f"something else:\n  {listed}\nWrite them anew with `vit22b cache-features` "
         "and the same arguments, or train with what they were made with."
     )
+
+
+def fingerprints_beside(key: CacheKey) -> dict[str, dict[str, Any]]:
+    """Directory and fingerprint of all that is cached of the same task and split."""
+    root = os.path.dirname(key.directory)
+    names = os.listdir(root) if os.path.isdir(root) else []
+    pattern = re.escape(_stem(key)) + "-[0-9a-f]{16}"
+    others = [os.path.join(root, name) for name in names if re.fullmatch(pattern, name)]
+    found = {path: _read_layout(path) for path in others}
+    return {path: content["fingerprint"] for path, content in found.items() if content}
 
 
 def _differences(theirs, ours, outer=""):

@@ -65,6 +65,16 @@ class TokenFormat:
         values = tf.cast(tf.reshape(values, shape), tf.float32)
         return tf.cast(values * scales[:, tf.newaxis], dtype)
 
+    def array(self, row: bytes) -> np.ndarray:
+        """As `decode`, without TensorFlow; what is exact is not copied."""
+        shape, dtype = (self.length, self.width), tf.as_dtype(self.dtype).as_numpy_dtype
+        if self.storage != "int8":
+            return np.frombuffer(row, dtype).reshape(shape)
+        cut = self.length * self.width
+        values = np.frombuffer(row, np.int8, cut).reshape(shape).astype(np.float32)
+        scales = np.frombuffer(row, np.float32, offset=cut)
+        return (values * scales[:, None]).astype(dtype)
+
 
 def unfinished(path: str) -> str:
     """The name of a shard while it is written."""
@@ -285,9 +295,35 @@ class ShardsSource(RandomAccessSource):
         function = tf.autograph.experimental.do_not_convert(look_up)
         return order.map(function, num_parallel_calls=tf.data.AUTOTUNE)
 
-    def _read(self, index):
+    def row(self, index: int) -> np.ndarray:
+        """The tokens [length, width] of one example."""
+        return self._tokens.array(self._row(*self._place(index)))
+
+    def without_tokens(self) -> tf.data.Dataset:
+        """All examples in order, without their `images`."""
+
+        def packed_one(index):
+            shard, place = self._place(index)
+            return shard.example(place)
+
+        def look_up(index):
+            packed = tf.numpy_function(packed_one, [index], tf.string, stateful=False)
+            return unpack(tf.ensure_shape(packed, []), self._specs)
+
+        function = tf.autograph.experimental.do_not_convert(look_up)
+        numbers = tf.data.Dataset.range(int(self._starts[-1]))
+        return numbers.map(function, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def _place(self, index):
+        """The shard of an example, and its place in it."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard, place = self._shards[number], int(index - self._starts[number])
+        return self._shards[number], int(index - self._starts[number])
+
+    def _read(self, index):
+        shard, place = self._place(index)
+        return shard.example(place), self._row(shard, place)
+
+    def _row(self, shard, place):
         owner, row = self._places[shard.examples[place]]
         tokens = owner.row(row)
         if len(tokens) != self._tokens.num_bytes:
@@ -296,4 +332,4 @@ class ShardsSource(RandomAccessSource):
                 f"layout beside it {self._tokens.num_bytes}. Delete the folder and run "
                 "`vit22b cache-features` again."
             )
-        return shard.example(place), tokens
+        return tokens

@@ -92,15 +92,23 @@ def cache_features(
         batch = (image_shape, batch_size)
         if batch not in encoders:
             encoders[batch] = restore(model, partitioning, cache, *batch)
-        with contextlib.ExitStack() as stack:
-            kept = functools.partial(_kept, key.directory)
-            stack.enter_context(disk_errors.said(key.directory, kept))
-            if jax.process_index() == 0:
-                os.makedirs(key.directory, exist_ok=True)
-                stack.enter_context(locks.held(key.directory))
-            processes.wait_for_all("features locked")
-            results.append(_cache_split(key, encoders[batch], examples_per_shard))
+        results.append(write_split(key, encoders[batch], examples_per_shard))
     return results
+
+
+def write_split(key: Any, encoder: "Encoder", examples_per_shard: int) -> CachedSplit:
+    """Writes the shards of one split that are not there yet.
+
+    key: its `feature_cache.CacheKey`, of what the encoder gives.
+    """
+    with contextlib.ExitStack() as stack:
+        kept = functools.partial(_kept, key.directory)
+        stack.enter_context(disk_errors.said(key.directory, kept))
+        if jax.process_index() == 0:
+            os.makedirs(key.directory, exist_ok=True)
+            stack.enter_context(locks.held(key.directory))
+        processes.wait_for_all("features locked")
+        return _cache_split(key, encoder, examples_per_shard)
 
 
 @dataclasses.dataclass(frozen=True)

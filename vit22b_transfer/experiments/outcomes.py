@@ -1,0 +1,60 @@
+"""What a probe finds: a score for each image, their mean, and how sure that is."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+# Of a normal distribution 95 % lie within so many deviations of its mean.
+_DEVIATIONS = 1.959963984540054
+INTERVAL = "Wilson, 95 %"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One number of a probe, as shares of the test images.
+
+    settings: what it was found with, such as the number of neighbours.
+    scores: of each test image, in [0, 1]: 1 if it was classified rightly; a share where
+      several fits are averaged.
+    notes: what was counted on the way, such as classes without an image.
+    metric: what the mean of the scores is called.
+    """
+
+    settings: Mapping[str, Any]
+    scores: Float[np.ndarray, " images"]
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metric: str = "accuracy"
+
+    def with_features(self, names: Sequence[str]) -> "Outcome":
+        """The same, its settings naming the vectors that it was found with."""
+        settings = {"features": list(names), **self.settings}
+        return dataclasses.replace(self, settings=settings)
+
+    @property
+    def value(self) -> float:
+        """The mean score, in [0, 1]."""
+        return float(np.mean(self.scores))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """As `wilson_interval` of the scores."""
+        return wilson_interval(self.value, len(self.scores))
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` images (Wilson 1927).
+
+    It is of the images: another test set from where this one comes. A mean of numbers
+    in [0, 1] varies no more than a share of the same size, so that of scores that are
+    averages over fits the interval is no narrower than it should be.
+    """
+    z = _DEVIATIONS
+    shrink = 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / shrink
+    spread = share * (1 - share) / count + z * z / (4 * count * count)
+    half = z * math.sqrt(spread) / shrink
+    return max(0.0, centre - half), min(1.0, centre + half)
