@@ -169,9 +169,8 @@ def train_examples(
     """
     streams = []
     for member, task in enumerate(tasks):
-        for name in converter.TARGETS:
-            if name not in task.output_features:
-                raise UserError(f"task {task.name!r} has no {name} to train on.")
+        if lacks := converter.without_target(task.output_features):
+            raise UserError(f"task {task.name!r} has {lacks} to train on.")
         examples = _endless(task, member, split, lengths, plan, start_step)
         metadata = example_metadata.TRAINING
         streams.append(fitted(examples, task.name, converter, lengths, metadata))
@@ -323,7 +322,7 @@ def fitted(
             result[name] = tokens[: lengths[name]]
         error = example.get("image_error", tf.constant(""))
         for name in converter.COUNTED_EMPTY:
-            empty = tf.equal(tf.size(result[name]), 0)
+            empty = tf.equal(tf.size(result[name]), 0) & (name in specs)
             if metadata != example_metadata.TRAINING:
                 said = example.get(f"without_{name}")
                 empty = empty if said is None else said
