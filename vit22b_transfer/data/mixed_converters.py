@@ -47,14 +47,6 @@ class MixedFeatureConverter(ImageFeatureConverter):
         objectives: Sequence[str],
         num_classes: int | None = None,
     ):
-        super().__init__(
-            pack,
-            use_custom_packing_ops,
-            apply_length_check,
-            bos_id,
-            passthrough_features,
-            preparation,
-        )
         options: dict[str, Any] = {"bos_id": bos_id, "preparation": preparation}
         made: dict[str, ImageFeatureConverter] = {}
         for name in objectives:
@@ -82,6 +74,14 @@ class MixedFeatureConverter(ImageFeatureConverter):
         self.TEXTS = _joined(part.TEXTS for part in made.values())
         self.TARGETS = _joined(part.TARGETS for part in made.values())
         self.COUNTED_EMPTY = _joined(part.COUNTED_EMPTY for part in made.values())
+        super().__init__(
+            pack,
+            use_custom_packing_ops,
+            apply_length_check,
+            bos_id,
+            passthrough_features,
+            preparation,
+        )
 
     def __call__(
         self, ds: tf.data.Dataset, task_feature_lengths: Lengths

@@ -3,7 +3,8 @@
 A task with labels is one of classification, one with targets one of captioning, or of
 pairs if the model has no decoder. A task may say otherwise by a preprocessor: pairs
 have the features of captions, and captions may be learned both ways at once. What it
-says travels with every example, in the feature `objectives`.
+says travels with every example, in the feature `objectives`. SeqIO mixes tasks of the
+same features only: `mixture` gives each those that it lacks, empty.
 """
 
 import functools
@@ -15,7 +16,13 @@ import tensorflow as tf
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data import tasks as registered
-from vit22b_transfer.data.converters import Example, Lengths, map_examples
+from vit22b_transfer.data.class_lists import ClassIds
+from vit22b_transfer.data.converters import (
+    Example,
+    Lengths,
+    feature_specs,
+    map_examples,
+)
 from vit22b_transfer.models.mixed import OBJECTIVES
 
 # int32: numbers in `OBJECTIVES`. Empty, or not there: it is known by the features.
@@ -40,6 +47,54 @@ def _mark(dataset: tf.data.Dataset, *, objectives: Sequence[str]) -> tf.data.Dat
     return map_examples(
         dataset, lambda x: {**x, FEATURE: tf.constant(numbers, tf.int32)}
     )
+
+
+def mixture(name: str, rates: Sequence[tuple[str, float]]) -> seqio.Mixture:
+    """The registered mixture of registered tasks, whatever their features.
+
+    rates: the tasks' names, with the rate of each. Those tasks stay as they are, and
+    are evaluated under their own names.
+
+    Raises:
+      UserError: if tasks differ in a feature that they share, or one is a mixture.
+    """
+    tasks = [registered.task_named(task) for task, _ in rates]
+    features: dict[str, seqio.Feature] = {}
+    for task in tasks:
+        for feature, what in task.output_features.items():
+            if features.setdefault(feature, what) != what:
+                raise UserError(
+                    f"task {task.name!r} has another feature {feature!r} (vocabulary, "
+                    f"EOS, dtype or rank) than others of mixture {name!r}: {what} and "
+                    f"{features[feature]}."
+                )
+    features[FEATURE] = seqio.Feature(ClassIds(), add_eos=False)
+    mixed = [
+        task.replace(
+            output_features=features,
+            preprocessors=[
+                *task.preprocessors,
+                functools.partial(_complete, output_features=features),
+            ],
+        )
+        for task in tasks
+    ]
+    return seqio.MixtureRegistry.add(
+        name, [(task, rate) for task, (_, rate) in zip(mixed, rates, strict=True)]
+    )
+
+
+def _complete(
+    dataset: tf.data.Dataset, *, output_features: Mapping[str, seqio.Feature]
+) -> tf.data.Dataset:
+    """Vectors that the task lacks, empty, and that it does; others are errors later."""
+    lacking = {
+        name: tf.zeros([0], feature.dtype)
+        for name, feature in output_features.items()
+        if feature.rank == 1 and name not in feature_specs(dataset)
+    }
+    said = {f"lacks_{name}": tf.constant(True) for name in lacking}
+    return map_examples(dataset, lambda example: {**example, **lacking, **said})
 
 
 def of_task(task: seqio.Task, known: Sequence[str]) -> tuple[str, ...]:

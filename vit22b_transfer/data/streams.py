@@ -322,7 +322,10 @@ def fitted(
             result[name] = tokens[: lengths[name]]
         error = example.get("image_error", tf.constant(""))
         for name in converter.COUNTED_EMPTY:
-            empty = tf.equal(tf.size(result[name]), 0) & (name in specs)
+            empty = tf.equal(tf.size(result[name]), 0)
+            # Of a mixture: a task that has other objectives.
+            has = name in specs and f"lacks_{name}" not in specs
+            empty = tf.logical_and(empty, has)
             if metadata != example_metadata.TRAINING:
                 said = example.get(f"without_{name}")
                 empty = empty if said is None else said

@@ -130,21 +130,18 @@ def with_rates(
     """The tasks of a mixture that are read at all, and their rates; a task has 1.
 
     Raises:
-      UserError: for rates that are no rates, or tasks of which a feature differs;
-        one that a task does not have differs from none.
+      UserError: for rates that are no rates, or tasks whose features differ.
     """
     tasks = list(seqio.get_subtasks(provider))
     if not isinstance(provider, seqio.Mixture):
         return tasks, (1.0,)
-    first: dict[str, seqio.Task] = {}
-    for task in tasks:
-        for name, feature in task.output_features.items():
-            other = first.setdefault(name, task)
-            if other.output_features[name] != feature:
+    for task in tasks[1:]:
+        for name, feature in tasks[0].output_features.items():
+            if task.output_features[name] != feature:
                 raise UserError(
-                    f"tasks {other.name!r} and {task.name!r} of mixture "
+                    f"tasks {tasks[0].name!r} and {task.name!r} of mixture "
                     f"{provider.name!r} differ in feature {name!r} (vocabulary, EOS, "
-                    f"dtype or rank): {other.output_features[name]} and {feature}."
+                    f"dtype or rank): {feature} and {task.output_features[name]}."
                 )
     rates = [provider.get_rate(task) for task in tasks]
     if min(rates) < 0 or max(rates) == 0:

@@ -272,7 +272,14 @@ def _means(totals, counts):
 
 
 def _joined(told):
-    return {f"{m}/{name}": x for name, own in told.items() for m, x in own.items()}
+    """The parts' metrics, by their names; those of a part that no row has count 0."""
+    joined = {}
+    for name, own in told.items():
+        has = (own["loss"].count > 0).astype(jnp.float32)
+        for metric, x in own.items():
+            x = x.replace(total=x.total * has, count=x.count * has)
+            joined[f"{metric}/{name}"] = x
+    return joined
 
 
 def _settings(model):

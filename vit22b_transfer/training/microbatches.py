@@ -20,8 +20,9 @@ def check(model: Any, num_microbatches: int) -> None:
         raise UserError(
             f"num_microbatches={num_microbatches}, but the loss of "
             f"{type(model).__name__} compares all examples of a batch, or is a mean "
-            "over them, so that it is another in parts of a batch. Set num_microbatches=1; a smaller batch, a "
-            "larger mesh or remat='block' save memory."
+            "over them, so that it is another in parts of a batch. Set "
+            "num_microbatches=1; a smaller batch, a larger mesh or remat='block' save "
+            "memory."
         )
 
 
