@@ -6,18 +6,26 @@ import tiny_classifier
 import tiny_models
 import tiny_pairs
 
+from vit22b_transfer.data.converters import ImageTextFeatureConverter
 from vit22b_transfer.data.mixed_converters import MixedFeatureConverter
 from vit22b_transfer.models import contrastive, encoder_decoder, mixed, multimodal
 
 NAMES = mixed.OBJECTIVES
-LENGTHS = {"images": 16, "inputs": 5, "targets": 6, "labels": 2}
 
 
 def tower(**overrides):
     return tiny_models.tower_config(**(dict(depth=1, pooling="gap") | overrides))
 
 
-def parts(vocabulary=None, *, image_tower=None, decode_fn=None, **of_pairs):
+def parts(
+    vocabulary=None,
+    *,
+    image_tower=None,
+    decode_fn=None,
+    num_classes=tiny_classifier.NUM_CLASSES,
+    all_scores=False,
+    **of_pairs,
+):
     """The models of the three objectives by name, with one tower."""
     image_tower = image_tower or tower()
     vocabulary = vocabulary or tiny_models.Vocabulary()
@@ -36,9 +44,12 @@ def parts(vocabulary=None, *, image_tower=None, decode_fn=None, **of_pairs):
             vocabulary,
             vocabulary,
             decode_fn=decode_fn,
+            feature_converter_cls=ImageTextFeatureConverter,
             z_loss=1e-3,
         ),
-        "classification": tiny_classifier.classifier(image_tower),
+        "classification": tiny_classifier.classifier(
+            image_tower, num_classes=num_classes, all_scores=all_scores
+        ),
         "contrastive": tiny_pairs.model(
             module_of=of_pairs_module, vocabulary=vocabulary, **of_pairs
         ),
