@@ -1,5 +1,7 @@
 """Mixtures of tasks with other objectives: what a batch of them holds; real runs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import seqio
@@ -13,7 +15,7 @@ from vit22b_transfer import UserError
 from vit22b_transfer.data import batches, label_preprocessors, objectives, preprocessors
 from vit22b_transfer.data.mixed_converters import MixedFeatureConverter
 from vit22b_transfer.demo import scenes
-from vit22b_transfer.evaluation import evaluate
+from vit22b_transfer.evaluation import evaluate, training_scores
 from vit22b_transfer.inference import decoding
 from vit22b_transfer.models import contrastive
 from vit22b_transfer.training import inputs, optimizers
@@ -68,14 +70,13 @@ def registered():
         seqio.MixtureRegistry.remove(name)
 
 
-def read(mixture="mix_all", converter=None, size=16):
+def read(mixture, model, lengths, size):
     """One batch and what was lost of it."""
-    model = tiny_mixed.model(vocabulary=BYTES)
     with batches.train_batches(
         mixture,
         "train",
-        feature_lengths=LENGTHS,
-        converter_cls=converter or model.FEATURE_CONVERTER_CLS,
+        feature_lengths=lengths,
+        converter_cls=model.FEATURE_CONVERTER_CLS,
         batch_size=size,
         seed=0,
         partitioning=tiny_runs.ONE_DEVICE,
@@ -85,7 +86,7 @@ def read(mixture="mix_all", converter=None, size=16):
 
 
 def test_a_batch_has_every_feature_and_zeros_where_an_objective_is_not():
-    batch, counts = read()
+    batch, counts = read("mix_all", tiny_mixed.model(vocabulary=BYTES), LENGTHS, 16)
     kinds = {}
     for row in range(16):
         written, labelled, paired = (
@@ -119,16 +120,7 @@ def test_texts_are_pairs_of_a_model_that_writes_none():
         objectives=("classification", "contrastive"), vocabulary=BYTES
     )
     lengths = {name: n for name, n in LENGTHS.items() if name != "inputs"}
-    with batches.train_batches(
-        "mix_two",
-        "train",
-        feature_lengths=lengths,
-        converter_cls=model.FEATURE_CONVERTER_CLS,
-        batch_size=8,
-        seed=0,
-        partitioning=tiny_runs.ONE_DEVICE,
-    ) as found:
-        batch = next(found)
+    batch, _ = read("mix_two", model, lengths, 8)
     assert int(np.sum(batch[contrastive.WEIGHTS])) == 4
     assert int(np.sum(batch["label_weights"])) == 3
     assert "decoder_target_tokens" not in batch
@@ -211,6 +203,9 @@ def test_a_run_on_drawn_scenes_is_judged_task_by_task(tmp_path, monkeypatch):
         data=inputs.TrainData("scenes_mixed", "train", lengths, 8),
         eval_data=eval_data,
         total_steps=2,
+        scores=training_scores.TrainingScores(
+            dataclasses.replace(eval_data, tasks=("scenes_labels",)), 2
+        ),
     )
     measured = {n for n in result.metrics if n.startswith("eval/")}
     losses = {n for n in measured if "/loss/" in n}
@@ -232,9 +227,11 @@ def test_a_run_on_drawn_scenes_is_judged_task_by_task(tmp_path, monkeypatch):
     own = {"scenes_captioning": "cider_d", "scenes_labels": "mean_average_precision"}
     own["scenes_pairs"] = "image_to_text_recall@1"
     for name, metric in own.items():
-        assert (
-            np.isfinite(scored[name].metrics[metric]) and scored[name].num_scored == 6
-        )
+        assert np.isfinite(scored[name].metrics[metric])
+        assert scored[name].num_scored == 6
+    assert scored["scenes_labels"].metrics["accuracy"] == pytest.approx(
+        result.metrics["generated/scenes_labels/accuracy"]
+    )
     for name, kind in (("scenes_captioning", "token"), ("scenes_labels", "example")):
         objective = {"token": "captioning", "example": "classification"}[kind]
         assert scored[name].metrics[f"{kind}/loss"] == pytest.approx(

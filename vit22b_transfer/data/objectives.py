@@ -13,6 +13,7 @@ from typing import Any
 
 import seqio
 import tensorflow as tf
+from seqio.utils import Feature
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data import tasks as registered
@@ -59,7 +60,7 @@ def mixture(name: str, rates: Sequence[tuple[str, float]]) -> seqio.Mixture:
       UserError: if tasks differ in a feature that they share, or one is a mixture.
     """
     tasks = [registered.task_named(task) for task, _ in rates]
-    features: dict[str, seqio.Feature] = {}
+    features: dict[str, Feature] = {}
     for task in tasks:
         for feature, what in task.output_features.items():
             if features.setdefault(feature, what) != what:
@@ -85,7 +86,7 @@ def mixture(name: str, rates: Sequence[tuple[str, float]]) -> seqio.Mixture:
 
 
 def _complete(
-    dataset: tf.data.Dataset, *, output_features: Mapping[str, seqio.Feature]
+    dataset: tf.data.Dataset, *, output_features: Mapping[str, Feature]
 ) -> tf.data.Dataset:
     """Vectors that the task lacks, empty, and that it does; others are errors later."""
     lacking = {
