@@ -1,7 +1,8 @@
 """Tasks of image-text pairs, whatever their data: retrieval, zero-shot classification.
 
 An example is an image and one of its captions. A model that is trained on captions as
-well reads the same task: these have its features.
+well reads the same task: these have its features. In a mixed run (`models.mixed`) they
+are pairs and no captions.
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ import tensorflow as tf
 from seqio.vocabularies import Vocabulary
 
 from tasks.image_text import register
-from vit22b_transfer.data import preprocessors
+from vit22b_transfer.data import objectives, preprocessors
 from vit22b_transfer.data.class_prompts import ClassPromptsSource
 from vit22b_transfer.data.indexed_source import IndexedSource
 from vit22b_transfer.evaluation import retrieval, zero_shot
 
 TEMPLATES = ("a photo of a {}", "{}", "this is a {}", "a picture of the {}")
+# In a mixed run these examples are pairs, though they have the features of captions.
+PAIRS = objectives.marked("contrastive")
 
 
 def register_pairs(
@@ -37,7 +40,7 @@ def register_pairs(
         prompt="",
         vocabulary=vocabulary,
         options=options,
-        before=[_lower_case] if lower_case else [],
+        before=[*([_lower_case] if lower_case else []), PAIRS],
         postprocess_fn=retrieval.image_id,
         metric_fns=(retrieval.metrics,),
     )
@@ -62,6 +65,7 @@ def register_zero_shot(
         prompt="",
         vocabulary=vocabulary,
         options=options,
+        before=[PAIRS],
         postprocess_fn=zero_shot.class_of,
         metric_fns=(zero_shot.metrics,),
     )

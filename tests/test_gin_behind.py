@@ -52,7 +52,7 @@ ALTERNATIVES = [
     [{path.stem} for path in files("meshes")],
     [{"optimizer_adafactor"}, {"optimizer_sgd"}, {"optimizer_vit22b"}],
     [{"schedule_constant"}, {"schedule_rsqrt", "schedule_vit22b"}],
-    [{"classifier"}, {"contrastive"}],
+    [{"classifier"}, {"contrastive"}, {"mixed"}],
     # What a training starts from.
     [
         {"distill", "distill_tokens", "distill_tokens_cosine"},

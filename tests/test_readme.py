@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_classifier
 from shell_commands import (
@@ -143,6 +144,24 @@ def test_my_classes_runs_as_written(tmp_path, capfd):
     assert len(lines) == 8 and {line["class_name"] for line in lines} <= set(names)
     assert not any("metadata" in line for line in lines)
     assert "without_labels" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_mixed_runs_as_written(tmp_path, monkeypatch):
+    sizes = {"train": 24, "validation": 4, "test": 4}
+    scenes.write_scenes(tmp_path / "scenes", sizes=sizes)
+    monkeypatch.setenv("VIT22B_DATA_DIR", str(tmp_path / "scenes"))
+    use_one_device(tmp_path)
+    # Of few steps compilation takes the time.
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        run_in_process(block("test: mixed"), tmp_path)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    scored = json.loads((tmp_path / "mixed" / "metrics.json").read_text())
+    (labels,) = scored.values()
+    assert labels["num_scored"] == 4
+    assert labels["metrics"]["classes_with_images"] > 4
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """SeqIO feature converters: task features to the batch of a model with images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import seqio
@@ -19,13 +19,14 @@ Example = dict[str, tf.Tensor]
 class ImageFeatureConverter(seqio.FeatureConverter):
     """What all our converters are: `images` of one size, and no packing.
 
-    A subclass names its `TASK_FEATURES` and `MODEL_FEATURES` as SeqIO asks, and:
+    A subclass names its `TASK_FEATURES` and `MODEL_FEATURES` as SeqIO asks, says in
+    `features_of` how one makes the other, and names:
       TEXTS: task features whose tokens may be cut to their length when they are read;
         what is cut is counted.
       TARGETS: task features that are learned, without which there is no training. In
         evaluation a vector that a task lacks is an empty one.
       COUNTED_EMPTY: vectors that are counted where they are empty though the image can
-        be read.
+        be read, of tasks that have them.
       IMAGES: the model's name of `images`.
 
     Task feature lengths: of `images` as `image_shape` says, of the others how many
@@ -65,6 +66,26 @@ class ImageFeatureConverter(seqio.FeatureConverter):
             bos_id=bos_id,
             passthrough_features=passthrough_features,
         )
+
+    def features_of(
+        self, ds: tf.data.Dataset, lengths: Lengths
+    ) -> Callable[[Example], Example]:
+        """The function that makes an example's model features of its task features.
+
+        lengths: of the task features. ds: what the examples are of.
+        """
+        raise NotImplementedError
+
+    def _convert_features(
+        self, ds: tf.data.Dataset, task_feature_lengths: Lengths
+    ) -> tf.data.Dataset:
+        made = self.features_of(ds, task_feature_lengths)
+        return map_examples(ds, lambda x: made(x) | self.passed_through(x))
+
+    def without_target(self, features: Iterable[str]) -> str:
+        """What training lacks in a task with these features; "" if it lacks nothing."""
+        missing = [name for name in self.TARGETS if name not in set(features)]
+        return f"no {missing[0]}" if missing else ""
 
     def passed_through(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Of an example, or of lengths, what is asked for beside the model's."""
@@ -195,10 +216,10 @@ class ImageTextFeatureConverter(ImageFeatureConverter):
             "decoder_loss_weights": targets,
         } | self.passed_through(task_feature_lengths)
 
-    def _convert_features(
-        self, ds: tf.data.Dataset, task_feature_lengths: Lengths
-    ) -> tf.data.Dataset:
-        lengths = task_feature_lengths
+    def features_of(
+        self, ds: tf.data.Dataset, lengths: Lengths
+    ) -> Callable[[Example], Example]:
+        """As of the class above; an image of another size is an error."""
         images = self.converted_images(ds, lengths["images"])
 
         def convert(example: Example) -> Example:
@@ -211,9 +232,9 @@ class ImageTextFeatureConverter(ImageFeatureConverter):
                     targets, bos_id=self.bos_id
                 ),
                 "decoder_loss_weights": seqio.non_padding_position(targets),
-            } | self.passed_through(example)
+            }
 
-        return map_examples(ds, convert)
+        return convert
 
 
 _SEVERAL = Spec(dtype=tf.uint8, rank=4, sequence_dim=1)

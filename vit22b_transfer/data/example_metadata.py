@@ -8,6 +8,7 @@ import seqio
 import tensorflow as tf
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data import objectives
 from vit22b_transfer.data.converters import (
     Example,
     ImageFeatureConverter,
@@ -28,7 +29,7 @@ def specs(
         name: spec
         for name, spec in sorted(feature_specs(examples).items())
         if name not in task.output_features
-        and name not in (*_PIXELS, *converter.flags)
+        and name not in (*_PIXELS, objectives.FEATURE, *converter.flags)
         and spec.dtype != tf.uint8
         and spec.shape.rank in (0, 1)
     }

@@ -1,6 +1,6 @@
 """The feature converter of a classifier: an image and the ids of its classes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
@@ -10,7 +10,6 @@ from vit22b_transfer.data.converters import (
     ImageFeatureConverter,
     Lengths,
     Spec,
-    map_examples,
 )
 from vit22b_transfer.models.preparation import Preparation
 
@@ -75,11 +74,12 @@ class ImageLabelFeatureConverter(ImageFeatureConverter):
             "label_weights": labels,
         } | self.passed_through(task_feature_lengths)
 
-    def _convert_features(
-        self, ds: tf.data.Dataset, task_feature_lengths: Lengths
-    ) -> tf.data.Dataset:
-        images = self.converted_images(ds, task_feature_lengths["images"])
-        length = task_feature_lengths["labels"]
+    def features_of(
+        self, ds: tf.data.Dataset, lengths: Lengths
+    ) -> Callable[[Example], Example]:
+        """As of the class above; labels out of range or too many are an error."""
+        images = self.converted_images(ds, lengths["images"])
+        length = lengths["labels"]
 
         def convert(example: Example) -> Example:
             labels = self._checked(example, length)
@@ -90,9 +90,9 @@ class ImageLabelFeatureConverter(ImageFeatureConverter):
                 self.IMAGES: images(example),
                 "labels": tf.ensure_shape(labels, [length]),
                 "label_weights": tf.cast(given, tf.float32),
-            } | self.passed_through(example)
+            }
 
-        return map_examples(ds, convert)
+        return convert
 
     def _checked(self, example: Example, length: int) -> tf.Tensor:
         """The different labels of an example, all of them ids of classes."""

@@ -1,5 +1,7 @@
 """SeqIO feature converter of image-text pairs."""
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from vit22b_transfer.data.converters import (
@@ -7,7 +9,6 @@ from vit22b_transfer.data.converters import (
     ImageFeatureConverter,
     Lengths,
     Spec,
-    map_examples,
     padded,
 )
 from vit22b_transfer.models import contrastive
@@ -60,10 +61,10 @@ class PairFeatureConverter(ImageFeatureConverter):
             contrastive.WEIGHTS: 1,
         } | self.passed_through(task_feature_lengths)
 
-    def _convert_features(
-        self, ds: tf.data.Dataset, task_feature_lengths: Lengths
-    ) -> tf.data.Dataset:
-        lengths = task_feature_lengths
+    def features_of(
+        self, ds: tf.data.Dataset, lengths: Lengths
+    ) -> Callable[[Example], Example]:
+        """As of the class above; an image of another size is an error."""
         images = self.converted_images(ds, lengths["images"])
 
         def convert(example: Example) -> Example:
@@ -73,6 +74,6 @@ class PairFeatureConverter(ImageFeatureConverter):
                 self.IMAGES: pixels,
                 contrastive.TEXTS: padded(example, "targets", lengths["targets"]),
                 contrastive.WEIGHTS: tf.cast(is_pair, tf.float32)[None],
-            } | self.passed_through(example)
+            }
 
-        return map_examples(ds, convert)
+        return convert

@@ -169,9 +169,8 @@ def train_examples(
     """
     streams = []
     for member, task in enumerate(tasks):
-        for name in converter.TARGETS:
-            if name not in task.output_features:
-                raise UserError(f"task {task.name!r} has no {name} to train on.")
+        if lacks := converter.without_target(task.output_features):
+            raise UserError(f"task {task.name!r} has {lacks} to train on.")
         examples = _endless(task, member, split, lengths, plan, start_step)
         metadata = example_metadata.TRAINING
         streams.append(fitted(examples, task.name, converter, lengths, metadata))
@@ -324,6 +323,9 @@ def fitted(
         error = example.get("image_error", tf.constant(""))
         for name in converter.COUNTED_EMPTY:
             empty = tf.equal(tf.size(result[name]), 0)
+            # Of a mixture: a task that has other objectives.
+            has = name in specs and f"lacks_{name}" not in specs
+            empty = tf.logical_and(empty, has)
             if metadata != example_metadata.TRAINING:
                 said = example.get(f"without_{name}")
                 empty = empty if said is None else said

@@ -1,6 +1,7 @@
 """Evaluation of a checkpoint: predictions of a split, scored by the task's metrics."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,21 +76,22 @@ def evaluate_checkpoint(
         model, partitioning, checkpoint, feature_lengths, batch_size, weights=weights
     )
     suffix = "" if weights == "trained" else f"/{weights}"
-    eval_step = make_eval_step(model, partitioning)
     results, entries, titles = {}, {}, []
+    eval_step = functools.cache(lambda model: make_eval_step(model, partitioning))
     for name in dict.fromkeys(names):
         data = infer.SplitToRead(name, split, feature_lengths, batch_size, max_examples)
+        part, data = restored.judging(data)
         cut = data.cut_to()
-        predictions = infer.predict_split(restored, data, output=output_dir, seed=seed)
+        predictions = infer.predict_split(part, data, output=output_dir, seed=seed)
         scores = score_file(predictions.path, name)
         eval_data = EvalData(
-            [name], split, feature_lengths, batch_size, max_examples=cut
+            [name], split, data.feature_lengths, batch_size, max_examples=cut
         )
         with partitioning.activate():
             losses = evaluate_loss(
-                eval_data, model, eval_step, restored.params, partitioning
+                eval_data, part.model, eval_step(part.model), part.params, partitioning
             )
-        per = getattr(model, "loss_per", "token")
+        per = getattr(part.model, "loss_per", "token")
         own = {
             f"{per}/{key.rpartition('/')[2]}": value for key, value in losses.items()
         }

@@ -60,20 +60,23 @@ class TrainingScores:
         Raises:
           UserError: if a task or its split is not there, or it has no metrics.
         """
-        from vit22b_transfer.data import task_metrics
+        from vit22b_transfer.data import objectives, task_metrics
         from vit22b_transfer.data import tasks as registered
 
         for task in self.data.tasks:
             registered.find_provider(task, self.data.split)
+            objectives.check(task, model)
             task_metrics.check(task)
-        predict = predicting.make_predict(model, partitioning)
-        return functools.partial(self._scores, model, partitioning, predict)
+        predicts = functools.cache(
+            lambda judge: predicting.make_predict(judge, partitioning)
+        )
+        return functools.partial(self._scores, model, partitioning, predicts)
 
     def _scores(
         self,
         model: Any,
         partitioning: Partitioning,
-        predict: predicting.Predict,
+        predicts: Callable[[Any], predicting.Predict],
         params: Any,
         stop: Callable[[], bool],
         log: RunLog,
@@ -83,7 +86,7 @@ class TrainingScores:
             if stop():
                 raise EvaluationStopped
             lines, lost = self._lines(
-                task, model, partitioning, predict, params, stop, log
+                task, model, partitioning, predicts, params, stop, log
             )
             where = f"{task} {self.data.split}"
             scores = evaluate.score_lines(lines, where, task)
@@ -95,19 +98,24 @@ class TrainingScores:
             results[task] = scores.metrics
         return results
 
-    def _lines(self, task, model, partitioning, predict, params, stop, log):
+    def _lines(self, task, model, partitioning, predicts, params, stop, log):
         """Lines of the first examples, of all hosts in order; prompts that were cut."""
+        from vit22b_transfer.data import objectives
+
         limits = self.generate_examples, self.data.max_examples
         count = min(limit for limit in limits if limit is not None)
         lines: list[dict[str, Any]] = []
-        data = dataclasses.replace(self.data, max_examples=count)
+        model, lengths = objectives.judge(model, task, self.data.feature_lengths)
+        data = dataclasses.replace(
+            self.data, feature_lengths=lengths, max_examples=count
+        )
         rows: Any = data.batches(task, model, partitioning)
         with (
             contextlib.closing(rows),
             log.part(f"generating {task}", total=count) as bar,
         ):
             for done, of_batch in predicting.predicted_lines(
-                rows, model, predict, params, batch_size=data.batch_size
+                rows, model, predicts(model), params, batch_size=data.batch_size
             ):
                 lines += of_batch
                 bar.show(done)

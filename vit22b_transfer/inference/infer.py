@@ -68,6 +68,24 @@ class RestoredModel:
         """The jitted function of `predicting.make_predict`."""
         return predicting.make_predict(self.model, self.partitioning)
 
+    def judging(self, data: "SplitToRead") -> tuple["RestoredModel", "SplitToRead"]:
+        """What predicts a task, and the split with the feature lengths that it takes.
+
+        Of a mixed model that is its part for the task's objective.
+        """
+        from vit22b_transfer.data import objectives
+
+        model, lengths = objectives.judge(self.model, data.task, data.feature_lengths)
+        if model is self.model:
+            return self, data
+        part = self._parts.setdefault(id(model), dataclasses.replace(self, model=model))
+        return part, dataclasses.replace(data, feature_lengths=lengths)
+
+    @functools.cached_property
+    def _parts(self) -> dict[int, "RestoredModel"]:
+        """Those asked for before, so that each is compiled once."""
+        return {}
+
     @functools.cached_property
     def params_digest(self) -> str:
         """A hash of the parameters."""
@@ -150,6 +168,7 @@ def infer_split(
         model, partitioning, checkpoint, feature_lengths, batch_size, weights=weights
     )
     data = SplitToRead(task, split, feature_lengths, batch_size, max_examples)
+    restored, data = restored.judging(data)
     return predict_split(restored, data, output=output, seed=seed)
 
 

@@ -43,11 +43,11 @@ class PooledEncoder(nn.Module):
 
     def __call__(
         self,
-        images: UInt8[Array, "batch height width 3"],
+        images: UInt8[Array, "batch height width 3"] | towers.TowerOutput,
         intermediates: tuple[str, ...] = (),
     ) -> towers.TowerOutput:
         """What the tower returns, `pooled` too."""
-        output = self.tower(images, intermediates=intermediates)
+        output = towers.output_of(self.tower, images, intermediates)
         if output.pooled is None:
             raise UserError(
                 "a classifier needs the pooled vector of its tower, and this tower has "
@@ -78,7 +78,7 @@ class ClassifierModule(nn.Module):
         )
 
     def __call__(
-        self, images: UInt8[Array, "batch height width 3"]
+        self, images: UInt8[Array, "batch height width 3"] | towers.TowerOutput
     ) -> Float[Array, "batch classes"]:
         """Logits in float32, whatever the tower computes in."""
         return self.head(self.encoder(images).pooled.astype(jnp.float32))
@@ -312,8 +312,7 @@ class ClassificationModel:
 
     def _logits(self, params, batch):
         params = flax.core.unfreeze(params)
-        images = jnp.asarray(batch["encoder_input_images"])
-        return self.module.apply({"params": params}, images)
+        return self.module.apply({"params": params}, towers.images_of(batch))
 
     def score_batch(
         self, params: Any, batch: Batch, return_intermediates: bool = False

@@ -50,7 +50,7 @@ class _ImageSide(nn.Module):
             self.projection = _projection(cfg, self.embed_dim, use_bias=False)
 
     def __call__(self, images):
-        pooled = self.tower(images).pooled
+        pooled = towers.output_of(self.tower, images).pooled
         return self.projection(pooled) if self.projected else pooled
 
 
@@ -123,7 +123,10 @@ class ContrastiveModule(nn.Module):
             self.logit_bias = layers.LearnedNumber(self.first_bias, dtype)
 
     def embed_images(self, images) -> Float[Array, "batch embed"]:
-        """Embeddings of uint8 images [B, H, W, 3], of length one, in float32."""
+        """Embeddings of uint8 images [B, H, W, 3], of length one, in float32.
+
+        `images` may be the `towers.TowerOutput` of them.
+        """
         return contrastive_losses.normalized(self.encoder(images))
 
     def embed_texts(
@@ -273,7 +276,7 @@ class ContrastiveModel:
     def _apply(self, params, batch, dropout_rng=None) -> Any:
         return self.module.apply(
             {"params": flax.core.unfreeze(params)},
-            jnp.asarray(batch[IMAGES]),
+            towers.images_of(batch),
             jnp.asarray(batch[TEXTS], jnp.int32),
             train=dropout_rng is not None,
             rngs={} if dropout_rng is None else {"dropout": dropout_rng},

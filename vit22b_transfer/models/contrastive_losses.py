@@ -34,9 +34,17 @@ _NEVER = -1e10
 
 
 def normalized(x: Float[Array, "batch embed"]) -> Float[Array, "batch embed"]:
-    """Rows divided by their length (+ 1e-8, as in big_vision), in float32."""
+    """Rows divided by their length (+ 1e-8, as in big_vision), in float32.
+
+    A row of zeros stays one, and its gradients are numbers: such is the mean over the
+    tokens of a text without any, in rows that are no pairs.
+    """
     x = x.astype(jnp.float32)
-    return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)
+    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    there = squares > 0
+    # The root's own slope at zero is infinite, and that times zero no number.
+    lengths = jnp.sqrt(jnp.where(there, squares, jnp.ones_like(squares)))
+    return x / (jnp.where(there, lengths, jnp.zeros_like(lengths)) + 1e-8)
 
 
 def logits(

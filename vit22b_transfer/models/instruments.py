@@ -136,9 +136,12 @@ def _keep(module: nn.Module, name: str, metric: clu_metrics.Metric) -> None:
 
 
 class Recorded:
-    """A module that keeps what it tells in `told`; else it is the module."""
+    """A module that keeps what it tells in `told`; else it is the module.
 
-    def __init__(self, module: nn.Module):
+    module: flax's, or whatever has `apply` as they have it (`mixed_module`).
+    """
+
+    def __init__(self, module: Any):
         self._module = module
         self.told: dict[str, clu_metrics.Metric] = {}
 

@@ -45,7 +45,7 @@ def _inputs(batch: Batch) -> tuple[Any, jax.Array]:
     tokens = jnp.asarray(batch["encoder_input_tokens"], jnp.int32)
     if FEATURES in batch:
         return towers.TowerOutput(jnp.asarray(batch[FEATURES]), None, {}), tokens
-    return jnp.asarray(batch["encoder_input_images"]), tokens
+    return towers.images_of(batch), tokens
 
 
 def _targets(batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ tower depends on the fields that its configuration has: `scan_layers`, `remat`, 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import flax
@@ -17,6 +18,10 @@ from jaxtyping import Array, Float
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import layers
+
+# In a batch, beside images: the `TowerOutput` of them. Whoever puts it there has run
+# the tower, so that several heads share one run of it.
+OUTPUT = "tower_output"
 
 
 @flax.struct.dataclass
@@ -72,6 +77,25 @@ class TowerConfig(Protocol):
         ...
 
 
+def images_of(batch: Mapping[str, Any]) -> Any:
+    """The uint8 images of a batch, or what the tower made of them already."""
+    if OUTPUT in batch:
+        return batch[OUTPUT]
+    return jnp.asarray(batch["encoder_input_images"])
+
+
+def output_of(
+    tower: nn.Module, images: Any, intermediates: tuple[str, ...] = ()
+) -> TowerOutput:
+    """What the tower returns; a `TowerOutput` in place of images stays as it is.
+
+    A tower that is not run has no parameters.
+    """
+    if isinstance(images, TowerOutput):
+        return images
+    return tower(images, intermediates=intermediates)
+
+
 def changed(tower: Any, what: str, **fields: Any) -> Any:
     """The configuration with other fields; `what` says what for, in an error.
 
@@ -113,12 +137,9 @@ class ImageEncoder(nn.Module):
     def image_tokens(self, images: Any) -> Float[Array, "batch length embed"]:
         """Tokens of the tower, projected.
 
-        `images` may be a `TowerOutput` already (a feature cache): then the tower is not
-        run and has no parameters.
+        `images` may be a `TowerOutput` already, as of a feature cache.
         """
-        if not isinstance(images, TowerOutput):
-            images = self.tower(images)
-        return self.projection(images.tokens)
+        return self.projection(output_of(self.tower, images).tokens)
 
     def with_image(
         self,

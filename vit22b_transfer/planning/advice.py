@@ -65,7 +65,10 @@ def _job_knobs(job) -> Iterator[tuple[tuple[str, ...], jobs.Job]]:
     """(gin lines, the job with them): each needs a trace of its own."""
     model, module = job.model, job.model.module
     microbatches = 2 * job.num_microbatches
-    if job.batch_size % microbatches == 0:
+    # Not every loss is a sum over parts of a batch, nor takes every model updates.
+    in_parts = not getattr(model, "loss_spans_batch", False)
+    without_lora = getattr(model, "lora", None) is None
+    if in_parts and job.batch_size % microbatches == 0:
         lines = (f"train.fine_tune.num_microbatches = {microbatches}",)
         yield lines, dataclasses.replace(job, num_microbatches=microbatches)
     if job.batch_size % 2 == 0:
@@ -81,11 +84,11 @@ def _job_knobs(job) -> Iterator[tuple[tuple[str, ...], jobs.Job]]:
             lines = (f"{_configurable(part)}.remat = 'block'",)
             yield lines, dataclasses.replace(job, model=changed)
     trains_tower = module.tower is not None and freezing.TOWER not in model.frozen
-    if model.lora is None and trains_tower:
+    if without_lora and trains_tower:
         changed = _changed(model, frozen=(*model.frozen, freezing.TOWER))
         lines = ("include 'gin_configs/models/frozen_tower.gin'",)
         yield lines, dataclasses.replace(job, model=changed)
-    if model.lora is None:
+    if without_lora and hasattr(model, "lora"):
         changed = _changed(
             model,
             module=low_rank.with_lora(module, LORA, in_tower=not model.frozen_tower),

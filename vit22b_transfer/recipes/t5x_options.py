@@ -370,6 +370,16 @@ IN_ONE_JOB: Mapping[tuple[str, str, str], Meaning] = {
         )
         for model in ("multimodal.ImageTextModel", "classifier.ClassificationModel")
     },
+    **{
+        (job, "vit22b_transfer.models.mixed.MixedModel", part): _refused(
+            "T5X asks one model for all predictions, where each task has its own part. "
+            "Use `vit22b`; a model of one objective takes up the checkpoint, and T5X "
+            "trains that",
+            (None,),
+        )
+        for job in JOBS
+        for part in ("captioning", "classification", "contrastive")
+    },
 }
 
 

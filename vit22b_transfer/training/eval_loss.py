@@ -71,9 +71,17 @@ def evaluate_loss(
                 f"evaluation task {task!r}, split {eval_data.split!r}: no example has "
                 "a target. Choose another split, or no eval_data."
             )
-        for name, metric in total.items():
+        for name, metric in counted(total).items():
             results[f"eval/{task}/{name}"] = float(metric.compute())
     return results
+
+
+def counted(metrics: Metrics) -> dict[str, clu_metrics.Metric]:
+    """Those of some fetched metrics that something was counted for.
+
+    Of a mixture, an objective that no row had has no mean.
+    """
+    return {name: x for name, x in metrics.items() if getattr(x, "count", 1) != 0}
 
 
 def _check(stop):

@@ -170,10 +170,11 @@ class TrainData:
         self, model: Any, partitioning: Partitioning, *, seed: int, start_step: int
     ) -> Iterator[Mapping[str, Any]]:
         """Endless device batches; the first is that of step `start_step`."""
-        from vit22b_transfer.data import augmentation, batches
+        from vit22b_transfer.data import augmentation, batches, objectives
         from vit22b_transfer.data import tasks as registered
 
         for task in registered.task_names(self.task, self.split):
+            objectives.check(task, model)
             registered.check_vocabularies(task, model)
             registered.check_classes(task, model)
         lengths = augmentation.train_lengths(
@@ -213,9 +214,10 @@ class EvalData:
         self, task: str, model: Any, partitioning: Partitioning
     ) -> Iterator[Any]:
         """One pass over `task`; items have the device batch in `features`."""
-        from vit22b_transfer.data import batches
+        from vit22b_transfer.data import batches, objectives
         from vit22b_transfer.data import tasks as registered
 
+        objectives.check(task, model)
         registered.check_vocabularies(task, model)
         registered.check_classes(task, model)
         read_as = batch_arguments(

@@ -19,9 +19,10 @@ def check(model: Any, num_microbatches: int) -> None:
     if num_microbatches > 1 and getattr(model, "loss_spans_batch", False):
         raise UserError(
             f"num_microbatches={num_microbatches}, but the loss of "
-            f"{type(model).__name__} compares all examples of a batch, so that it is "
-            "another in parts of a batch. Set num_microbatches=1; a smaller batch, a "
-            "larger mesh or remat='block' save memory."
+            f"{type(model).__name__} compares all examples of a batch, or is a mean "
+            "over them, so that it is another in parts of a batch. Set "
+            "num_microbatches=1; a smaller batch, a larger mesh or remat='block' save "
+            "memory."
         )
 
 

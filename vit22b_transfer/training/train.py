@@ -24,7 +24,7 @@ from vit22b_transfer.training import (
     run_settings,
     steps,
 )
-from vit22b_transfer.training.eval_loss import EvaluationStopped
+from vit22b_transfer.training.eval_loss import EvaluationStopped, counted
 from vit22b_transfer.training.instruments import Instruments
 from vit22b_transfer.training.logs import RunLog, StepTimer
 from vit22b_transfer.training.measures import Measures, TaskScores
@@ -299,9 +299,9 @@ def fine_tune(
             if step % periods.log == 0 or is_last:
                 fetched = jax.device_get(window)
                 watch.tell(fetched, step)
-                counted = watch.metrics(fetched)
-                finite.check_window(counted, step, writer)
-                metrics = _computed(counted) | watch.values(fetched)
+                of_window = watch.metrics(fetched)
+                finite.check_window(of_window, step, writer)
+                metrics = _computed(of_window) | watch.values(fetched)
                 told, of_heads = train_step.told()
                 speed = timer.steps_per_second(step)
                 timing = {"timing/examples_per_second": rows * speed}
@@ -352,7 +352,8 @@ def _keys(seed, partitioning):
 
 
 def _computed(window):
-    return {f"train/{name}": float(metric.compute()) for name, metric in window.items()}
+    values = counted(window)
+    return {f"train/{name}": float(metric.compute()) for name, metric in values.items()}
 
 
 def _counted(counters):
