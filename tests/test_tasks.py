@@ -170,16 +170,11 @@ def test_the_vocabulary_comes_from_the_environment(data_dir, tmp_path, monkeypat
     )
     monkeypatch.setenv("VIT22B_VOCABULARY", str(tmp_path / "v.model"))
     monkeypatch.setenv("VIT22B_DATA_DIR", str(data_dir))
-    names = [*SCENES_TASKS, "scenes_mixture"]
 
     def forget():
-        for name in names:
-            registry = (
-                seqio.MixtureRegistry
-                if name.endswith("mixture")
-                else seqio.TaskRegistry
-            )
-            registry.remove(name)
+        for registry in (seqio.MixtureRegistry, seqio.TaskRegistry):
+            for name in [n for n in registry.names() if n.startswith("scenes_")]:
+                registry.remove(name)
 
     forget()
     importlib.reload(tasks.scenes)
