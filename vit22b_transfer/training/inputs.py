@@ -15,9 +15,6 @@ def cache_keys(
     cache: Any, model: Any, name: str, split: str, feature_lengths: Mapping[str, Any]
 ) -> list[Any]:
     """`feature_cache.CacheKey` of each task of a mixture, or of the task itself."""
-    from vit22b_transfer.data import feature_cache, image_lengths
-    from vit22b_transfer.data import tasks as registered
-
     if model.module.tower is None:
         raise UserError("the model has no tower, so there are no features to cache.")
     if not getattr(model, "reads_cached_features", True):
@@ -26,18 +23,9 @@ def cache_keys(
             "what the tower pools of them. Leave gin_configs/runs/cached_features.gin "
             "out; a frozen tower (models/frozen_tower.gin) is run in every step."
         )
-    return [
-        feature_cache.CacheKey(
-            cache=cache,
-            task=task,
-            split=split,
-            feature_lengths=feature_lengths,
-            converter_cls=image_lengths.converter_of(model),
-            weights=reading.tower_digest(cache.tower),
-            tower=model.module.tower.token_settings(),
-        )
-        for task in registered.tasks_of(name, split)
-    ]
+    digest = reading.tower_digest(cache.tower)
+    settings = model.module.tower.token_settings()
+    return _keys(cache, model, name, split, feature_lengths, digest, settings)
 
 
 def teacher_keys(
@@ -48,10 +36,16 @@ def teacher_keys(
     Raises:
       UserError: if the model does not learn from cached logits.
     """
+    check_taught(model, cache)
+    digest = reading.classifier_digest(cache.teacher)
+    settings = model.distillation.teacher_settings(model.module.num_classes)
+    return _keys(cache, model, name, split, feature_lengths, digest, settings)
+
+
+def _keys(cache, model, name, split, feature_lengths, weights, tower):
     from vit22b_transfer.data import feature_cache, image_lengths
     from vit22b_transfer.data import tasks as registered
 
-    check_taught(model, cache)
     return [
         feature_cache.CacheKey(
             cache=cache,
@@ -59,8 +53,8 @@ def teacher_keys(
             split=split,
             feature_lengths=feature_lengths,
             converter_cls=image_lengths.converter_of(model),
-            weights=reading.classifier_digest(cache.teacher),
-            tower=model.distillation.teacher_settings(model.module.num_classes),
+            weights=weights,
+            tower=tower,
         )
         for task in registered.tasks_of(name, split)
     ]
