@@ -1,7 +1,7 @@
 """Features with labels as probes read them: checked once, read a block at a time."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -78,8 +78,8 @@ class Labelled:
           UserError: if all of them do: then no image can be told from another.
         """
         low, high = (
-            reduce([find(self.features[rows], axis=0) for rows in self.blocks()])
-            for reduce, find in ((_least, np.min), (_greatest, np.max))
+            find([find(self.features[rows], axis=0) for rows in self.blocks()], axis=0)
+            for find in (np.min, np.max)
         )
         constant = np.asarray(low == high)
         if constant.all():
@@ -157,14 +157,6 @@ def held_out(
         )
     order = np.random.default_rng(seed).permutation(len(labels))
     return np.sort(order[count:]), np.sort(order[:count])
-
-
-def _least(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.min(np.stack(parts), axis=0)
-
-
-def _greatest(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.max(np.stack(parts), axis=0)
 
 
 def _listed(values: np.ndarray) -> str:

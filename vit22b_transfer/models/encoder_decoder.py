@@ -71,9 +71,7 @@ class ImageTextModule(nn.Module):
         train: bool = False,
     ) -> Float[Array, "batch targets vocab"]:
         """Logits (float32) of every next token, teacher-forced."""
-        x = self.token_embedder(tokens)
-        x = self.decoder(x, encoded.encodings, encoded.mask, train=train)
-        return self._logits(x)
+        return self._logits(self._states(encoded, tokens, train))
 
     def __call__(self, images, encoder_tokens, decoder_tokens, *, train: bool = False):
         """Logits [B, T, V] in float32 for shifted target tokens."""
@@ -91,8 +89,7 @@ class ImageTextModule(nn.Module):
     ) -> losses.TokenTerms:
         """What losses and scores of `targets` need; large vocabularies in pieces."""
         encoded = self.encode(images, encoder_tokens, train=train)
-        x = self.token_embedder(decoder_tokens)
-        x = self.decoder(x, encoded.encodings, encoded.mask, train=train)
+        x = self._states(encoded, decoder_tokens, train)
         if self.text.vocab_size <= vocabulary_pieces.PIECE:
             return losses.terms_of_logits(self._logits(x), targets)
         if self.text.tied_logits:
@@ -102,6 +99,10 @@ class ImageTextModule(nn.Module):
             head = vocabulary_pieces.Head(self.decoder.logits_dense.kernel, 1)
         piece = vocabulary_pieces.PIECE
         return vocabulary_pieces.token_terms(x, head, targets, piece=piece)
+
+    def _states(self, encoded, tokens, train):
+        x = self.token_embedder(tokens)
+        return self.decoder(x, encoded.encodings, encoded.mask, train=train)
 
     def cross_key_values(self, encoded: Encoded):
         """Cross-attention keys and values of every decoder layer."""
