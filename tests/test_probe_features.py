@@ -325,7 +325,7 @@ def test_the_command_writes_each_number_with_its_protocol_and_data(
 
 def test_names_of_classes_are_probed_on_the_same_features(shared, tmp_path):
     names = zero_shot.ZeroShot(pairs_model(), ("a {}", "{}"))
-    where = {"source": shared, "test": probe.Split("stripes", "train")}
+    where = {"source": shared, "test": features.Split("stripes", "train")}
     where["output_dir"] = str(tmp_path)
     with pytest.raises(UserError, match="ZeroShot learns nothing"):
         probe.run_probe(names, train=where["test"], **where)
@@ -338,7 +338,7 @@ def test_names_of_classes_are_probed_on_the_same_features(shared, tmp_path):
 
 
 def test_an_attentive_probe_is_given_the_tokens_on_disk(shared, tmp_path):
-    train = probe.Split("stripes", "train")
+    train = features.Split("stripes", "train")
     attention = attentive.AttentiveProbe((1e-3,), 0.0, 1, 8, held_out=0.01)
     with pytest.raises(UserError, match="held_out=0.01 of the 19 images of stripes"):
         probe.run_probe(

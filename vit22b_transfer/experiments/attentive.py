@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Float, Int
 
 from vit22b_transfer import UserError
+from vit22b_transfer.experiments import heads as kept
 from vit22b_transfer.experiments import linear
 from vit22b_transfer.experiments.features import SplitFeatures
 from vit22b_transfer.experiments.labelled import check_labels, held_out
@@ -55,8 +56,13 @@ class AttentiveProbe:
           UserError: if every rate diverges, a label is out of range or a token not
             finite.
         """
-        for split in (train, test):
-            check_labels(split.labels, split.num_classes, split.what)
+        check_labels(test.labels, test.num_classes, test.what)
+        head = self.learned(train)
+        return [head.outcome(head.logits(test.vectors, test.what), test.labels)]
+
+    def learned(self, train: SplitFeatures) -> kept.Head:
+        """The head of the chosen rate; errors as of `run`."""
+        check_labels(train.labels, train.num_classes, train.what)
         fitted, held = held_out(train.labels, self.held_out, self.seed, train.what)
         heads = self._learned(train, fitted, self.rates)
         tried = {}
@@ -72,7 +78,6 @@ class AttentiveProbe:
             )
         best = max(known, key=lambda rate: known[rate])
         heads = self._learned(train, np.arange(len(train.labels)), (float(best),))
-        scores = np.nan_to_num(self._hits(heads, test)[:, 0])
         settings = {
             "rate": float(best),
             "held_out_accuracy": known[best],
@@ -80,7 +85,10 @@ class AttentiveProbe:
         }
         diverged = len(tried) - len(known)
         notes = {"diverged_rates": diverged} if diverged else {}
-        return [Outcome(settings, scores, notes)]
+        arrays = kept.of_params(jax.tree.map(lambda x: x[0], heads))
+        arrays["train_counts"] = np.bincount(train.labels, minlength=train.num_classes)
+        facts = {"settings": settings, "notes": notes}
+        return kept.Head(kept.ATTENTIVE, arrays, train.num_classes, (), None, facts)
 
     def _learned(
         self,
@@ -141,10 +149,9 @@ class AttentiveProbe:
         return params
 
     def _hits(
-        self, params: Any, data: SplitFeatures, rows: np.ndarray | None = None
+        self, params: Any, data: SplitFeatures, rows: np.ndarray
     ) -> Float[np.ndarray, "images rates"]:
         """1 where a head is right, NaN where its logits are not finite."""
-        rows = np.arange(len(data.labels)) if rows is None else rows
         size = min(self.batch_size, len(rows))
         head = head_of(data)
 

@@ -30,6 +30,16 @@ from vit22b_transfer.partitioning.rules import Partitioning
 
 # Rows that are read between two looks at the progress bar.
 _ROWS_SHOWN = 1000
+# Of images whose labels nobody asks for: any id is one.
+_ANY_CLASSES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split of a task."""
+
+    task: str
+    split: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +63,23 @@ class FeatureSource:
     examples_per_shard: int = 1024
 
     def read(
-        self, task: str, split: str, vectors: Sequence[str] | None
+        self,
+        task: str,
+        split: str,
+        vectors: Sequence[str] | None,
+        *,
+        labelled: bool = True,
+        change: Any = None,
+        towers: dict[Any, Any] | None = None,
     ) -> "SplitFeatures":
         """The features of a split: those that are there, else made and kept.
 
         vectors: names as `vectors.VECTORS`; None for all tokens, which stay on disk.
+        labelled: False takes every image that can be read, whatever its labels, and
+          tells none of them (-1).
+        change: a `data.changed_images.Change` of the pictures before the tower.
+        towers: where a tower that was read is kept for further calls; by default it is
+          read anew for each split that is made.
 
         Raises:
           UserError: for an unknown name, a wrong class list, an image with several
@@ -71,11 +93,12 @@ class FeatureSource:
                 f"examples_per_shard={self.examples_per_shard} must be positive."
             )
         registered.task_names(task, split)
-        num_classes = self.number_of_classes(task)
-        key, stored = self._made(task, split, vectors, num_classes)
+        num_classes = self.number_of_classes(task) if labelled else _ANY_CLASSES
+        data = (task, split, change)
+        key, stored = self._made(data, vectors, num_classes, labelled, towers)
         layout, source = feature_cache.open_source(key)
-        what = f"{task} {split}"
-        rows, labels, notes = _labels(source, what)
+        what = _named(*data)
+        ids, rows, labels, notes = _labels(source, what, labelled)
         if left_out := registered.skipped_text(task, split):
             notes["left_out_of_the_split"] = left_out
         console = progress.console()
@@ -92,24 +115,58 @@ class FeatureSource:
                     if place % _ROWS_SHOWN == 0 or place + 1 == len(rows):
                         bar.show(place + 1)
         return SplitFeatures(
-            found, tuple(vectors or ()), labels, num_classes, what, notes
+            found,
+            tuple(vectors or ()),
+            labels,
+            num_classes,
+            what,
+            notes,
+            tuple(ids[row] for row in rows),
+            tuple(ids),
         )
 
-    def _made(self, task, split, vectors, num_classes) -> tuple[Any, list[str]]:
+    def _made(
+        self, data, vectors, num_classes, labelled, towers
+    ) -> tuple[Any, list[str]]:
         """The key of features that are there, now at the latest; their vectors."""
-        key = self._key(task, split, vectors, num_classes)
+        task, split, change = data
+        key = self._key(task, split, vectors, num_classes, change)
         names: list[str] = list(vectors or ())
         if _is_whole(key):
             return key, names
         for stored in _with_more(key, names):  # another probe's, these among them
-            other = self._key(task, split, stored, num_classes)
+            other = self._key(task, split, stored, num_classes, change)
             if _is_whole(other):
                 return other, stored
-        _check_single_labels(key.task.source, split, f"{task} {split}")
+        if labelled:
+            _check_single_labels(key.task.source, split, _named(*data))
         key.check_repeatable(by_reading=True)
-        tower = self._restored(key, vectors)
-        cache_features.write_split(key, tower, self.examples_per_shard)
+        towers = {} if towers is None else towers
+        kind = (tuple(key.fingerprint["feature_lengths"]["images"]), *names)
+        if kind not in towers:
+            towers[kind] = self._restored(key, vectors)
+        cache_features.write_split(key, towers[kind], self.examples_per_shard)
         return key, names
+
+    def identity(
+        self,
+        task: str,
+        split: str,
+        vectors: Sequence[str] | None,
+        *,
+        labelled: bool = True,
+        change: Any = None,
+    ) -> str:
+        """16 hexadecimal digits of all that decides what `read` gives."""
+        from vit22b_transfer.data import task_fingerprints
+        from vit22b_transfer.data import tasks as registered
+
+        registered.task_names(task, split)
+        num_classes = self.number_of_classes(task) if labelled else _ANY_CLASSES
+        key = self._key(task, split, vectors, num_classes, change)
+        names = self.class_names(task) if labelled else None
+        facts = [sorted(key.fingerprint.items()), num_classes, names]
+        return task_fingerprints.digest(repr(facts))
 
     def facts(self) -> dict[str, Any]:
         """What decides the features beside the data, as JSON values for a result."""
@@ -156,8 +213,8 @@ class FeatureSource:
             )
         return listed
 
-    def _key(self, task, split, vectors, num_classes) -> Any:
-        from vit22b_transfer.data import feature_cache, label_converters
+    def _key(self, task, split, vectors, num_classes, change=None) -> Any:
+        from vit22b_transfer.data import changed_images, feature_cache, label_converters
         from vit22b_transfer.data import tasks as registered
 
         settings = self.tower.token_settings()
@@ -167,7 +224,7 @@ class FeatureSource:
         how = getattr(self.tower, "preparation", None)
         return feature_cache.CacheKey(
             cache=feature_cache.FeatureCache(self.directory, self.checkpoint),
-            task=registered.task_named(task),
+            task=changed_images.changed(registered.task_named(task), change),
             split=split,
             # Several labels are an error of ours, which says what to do.
             feature_lengths={"images": tuple(self.image_size), "labels": 1 << 16},
@@ -244,8 +301,9 @@ class Tokens:
 class SplitFeatures:
     """Features and labels of the images of a split that have both.
 
-    vectors: [images, names, width], or all tokens on disk. notes: images that were left
-    out, by reason.
+    vectors: [images, names, width], or all tokens on disk. labels: -1 where nothing is
+    told of them. notes: images that were left out, by reason. ids: names of the images,
+    in their order; every_id: of those that were left out as well.
     """
 
     vectors: Float[np.ndarray, "images names width"] | Tokens
@@ -254,8 +312,14 @@ class SplitFeatures:
     num_classes: int
     what: str
     notes: Mapping[str, Any]
+    ids: tuple[str, ...] = ()
+    every_id: tuple[str, ...] = ()
 
     def joined(self, names: Sequence[str]) -> Labelled:
+        """The vectors of those names, one behind the other, with the labels."""
+        return Labelled(self.flat(names), self.labels, self.num_classes, self.what)
+
+    def flat(self, names: Sequence[str]) -> Float[np.ndarray, "images width"]:
         """The vectors of those names, one behind the other, in memory once more."""
         assert not isinstance(self.vectors, Tokens)
         places = [self.names.index(name) for name in names]
@@ -263,8 +327,12 @@ class SplitFeatures:
             chosen = self.vectors  # all of them, in order: no copy
         else:
             chosen = self.vectors[:, places]
-        flat = chosen.reshape(len(chosen), -1)
-        return Labelled(flat, self.labels, self.num_classes, self.what)
+        return chosen.reshape(len(chosen), -1)
+
+
+def _named(task: str, split: str, change: Any) -> str:
+    """What messages call the images of a split, changed or not."""
+    return f"{task} {split}" + ("" if change is None else f" under {change.name}")
 
 
 def _with_more(key: Any, names: Sequence[str]) -> Iterator[list[str]]:
@@ -318,28 +386,34 @@ def _several_labels(name: str, what: str, count: int) -> UserError:
     )
 
 
-def _labels(source: Any, what: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Numbers of the examples that have an image and a label, the labels, the rest.
+def _labels(
+    source: Any, what: str, labelled: bool
+) -> tuple[list[str], np.ndarray, np.ndarray, dict[str, Any]]:
+    """Names of all examples, numbers of those that are used, their labels, the rest.
+
+    Used are those with an image and, if `labelled`, with a label; else all of them have
+    the label -1.
 
     Raises:
-      UserError: for an image with several labels.
+      UserError: for an image with several labels, if `labelled`.
     """
     from vit22b_transfer.data import streams
 
-    rows, labels = [], []
+    ids, rows, labels = [], [], []
     unreadable = unlabelled = 0
     for number, example in enumerate(streams.as_numpy(source.without_tokens())):
-        found = np.unique(example["labels"])
+        name = bytes(example.get("image_id", b"")).decode(errors="backslashreplace")
+        ids.append(name)
+        found = np.unique(example["labels"]) if labelled else np.array([-1])
         if example.get("image_error", b""):
             unreadable += 1
         elif not len(found):
             unlabelled += 1
         elif len(found) > 1:
-            name = bytes(example.get("image_id", b"")).decode(errors="backslashreplace")
             raise _several_labels(name, what, len(found))
         else:
             rows.append(number)
             labels.append(int(found[0]))
     notes = {"unreadable_images": unreadable, "images_without_label": unlabelled}
     notes = {f"{what}: {name}": count for name, count in notes.items() if count}
-    return np.asarray(rows, np.int64), np.asarray(labels, np.int64), notes
+    return ids, np.asarray(rows, np.int64), np.asarray(labels, np.int64), notes

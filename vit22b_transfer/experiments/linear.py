@@ -18,13 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vit22b_transfer import UserError
-from vit22b_transfer.experiments.labelled import (
-    Labelled,
-    Sets,
-    check_alike,
-    held_out,
-    unseen,
-)
+from vit22b_transfer.experiments import heads
+from vit22b_transfer.experiments.labelled import Labelled, Sets, check_alike, held_out
 from vit22b_transfer.experiments.outcomes import Outcome
 
 # Deviation of the weights before training; biases start at zero.
@@ -100,15 +95,22 @@ class LinearProbe:
         Raises:
           UserError: if every rate diverges.
         """
-        best, tried, diverged = (-1.0, (), 0.0), {}, 0
         for name, data in train.items():
             check_alike(data, test[name])
+        head = self.learned(train)
+        data = test[head.features]
+        return [head.outcome(head.logits(data.features, data.what), data.labels)]
+
+    def learned(self, train: Sets) -> heads.Head:
+        """The head of the chosen rate and set; UserError if every rate diverges."""
+        best, tried, diverged = (-1.0, (), 0.0), {}, 0
+        for name, data in train.items():
             data.constant()  # which says if nothing can be told
             fitted, held = held_out(
                 data.labels, self.held_out, self.sgd.seed, data.what
             )
-            heads = learn(data, self.sgd, rows=fitted)
-            found = accuracies(heads, data, held)
+            some = learn(data, self.sgd, rows=fitted)
+            found = accuracies(some, data, held)
             tried["+".join(name)] = dict(
                 zip(map(str, self.sgd.rates), found, strict=True)
             )
@@ -122,18 +124,16 @@ class LinearProbe:
                 f"every one of the learning rates {tuple(self.sgd.rates)} diverges on "
                 "these features. Take smaller ones."
             )
-        chosen = dataclasses.replace(self.sgd, rates=(rate,))
-        heads = learn(train[name], chosen)
-        predicted = np.argmax(logits(heads, test[name])[:, 0], axis=1)
-        scores = (predicted == test[name].labels).astype(np.float64)
+        data = train[name]
+        found = learn(data, dataclasses.replace(self.sgd, rates=(rate,)))
         settings = {"rate": rate, "held_out_accuracy": value, "tried": tried}
         notes: dict[str, Any] = {"diverged_rates": diverged} if diverged else {}
-        batch, steps = self.sgd.steps(len(train[name]))
+        batch, steps = self.sgd.steps(len(data))
         settings |= {"batch_size": batch, "steps": steps}
         if rate == max(self.sgd.rates) and len(self.sgd.rates) > 1:
             notes["chosen_rate"] = "the largest: a larger one may do better"
-        notes |= unseen(train[name], test[name])
-        return [Outcome(settings, scores, notes).with_features(name)]
+        kernel, bias = found.kernel[:, 0], found.bias[0]
+        return heads.linear(data, name, kernel, bias, settings, notes)
 
 
 @dataclasses.dataclass(frozen=True)

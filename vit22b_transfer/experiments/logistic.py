@@ -15,13 +15,8 @@ import scipy.special
 from jaxtyping import Float, Int
 
 from vit22b_transfer import UserError
-from vit22b_transfer.experiments.labelled import (
-    Labelled,
-    Sets,
-    check_alike,
-    held_out,
-    unseen,
-)
+from vit22b_transfer.experiments import heads
+from vit22b_transfer.experiments.labelled import Labelled, Sets, check_alike, held_out
 from vit22b_transfer.experiments.outcomes import Outcome
 
 # Largest slope of the mean loss at which L-BFGS stops.
@@ -69,13 +64,20 @@ class LogisticProbe:
             )
 
     def run(self, train: Sets, test: Sets) -> list[Outcome]:
-        """One result, that of the chosen set and strength; of equals the first.
+        """One result, that of the chosen set and strength; of equals the first."""
+        for name, data in train.items():
+            check_alike(data, test[name])
+        head = self.learned(train)
+        data = test[head.features]
+        return [head.outcome(head.logits(data.features, data.what), data.labels)]
+
+    def learned(self, train: Sets) -> heads.Head:
+        """The fit of the chosen set and strength.
 
         Fits that stop at max_iterations are counted.
         """
         tried, stopped, best = {}, 0, (-1.0, (), 0.0)
         for name, data in train.items():
-            check_alike(data, test[name])
             data.constant()  # which says if nothing can be told
             fit, of_set = None, {}
             part, rest = (
@@ -92,13 +94,12 @@ class LogisticProbe:
                     best = (found, name, strength)
             tried["+".join(name)] = of_set
         value, name, strength = best
-        fit = fit_logistic(train[name], strength, self.max_iterations)
+        data = train[name]
+        fit = fit_logistic(data, strength, self.max_iterations)
         stopped += not fit.converged
-        scores = (fit.predict(test[name]) == test[name].labels).astype(np.float64)
         settings = {"strength": strength, "held_out_accuracy": value, "tried": tried}
         notes: dict[str, Any] = {"fits_not_converged": stopped} if stopped else {}
-        notes |= unseen(train[name], test[name])
-        return [Outcome(settings, scores, notes).with_features(name)]
+        return heads.linear(data, name, fit.weights, fit.bias, settings, notes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ class NearestNeighbours:
             notes["left_out_neighbours"] = left_out
         if zero := int(np.sum(~train.features.any(1)) + np.sum(~test.features.any(1))):
             notes["vectors_of_length_zero"] = zero
-        notes |= unseen(train, test)
+        notes |= unseen(train.counts(), test.labels)
         similarity, places = nearest(train, test, max(counts))
         outcomes = []
         for count in counts:

@@ -1,6 +1,7 @@
 """A probe run on a tower's frozen features: its numbers, with the protocol beside."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import rich.console
 
 from vit22b_transfer import UserError
-from vit22b_transfer.experiments import features, outcomes
+from vit22b_transfer.experiments import features, heads, judged, outcomes
 from vit22b_transfer.experiments import vectors as named
 from vit22b_transfer.experiments.attentive import AttentiveProbe
 from vit22b_transfer.experiments.labelled import Sets
@@ -36,20 +37,12 @@ class Probe(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """A labelled split of a task."""
-
-    task: str
-    split: str
-
-
 def run_probe(
     probe: Probe | AttentiveProbe | ZeroShot,
     *,
     source: features.FeatureSource,
-    train: Split | None,
-    test: Split,
+    train: features.Split | None,
+    test: features.Split,
     output_dir: str,
 ) -> list[outcomes.Outcome]:
     """The results of a probe that learns from one split and is judged on another.
@@ -58,6 +51,10 @@ def run_probe(
     of the numbers, with 95 % intervals over the test images, and appends a JSON line
     for each to `output_dir/probes.jsonl`: value, interval, protocol, tower, data, and
     what was counted on the way.
+
+    A head that is learned (all but few-shot and nearest neighbours) is kept, as
+    `kept_head` says, and so are its logits of the test images: the next test split
+    costs no learning.
 
     train: None for the zero-shot probe, which learns nothing.
 
@@ -74,19 +71,19 @@ def run_probe(
         whole_files.writable_directory(output_dir, "output directory"), RESULTS_FILE
     )
     parts = {"test": test} if train is None else {"train": train, "test": test}
-    found, splits = _results(probe, source, parts)
-    facts = {
-        "classes": splits["test"].num_classes,
-        "protocol": _protocol(probe),
-        "features": source.facts(),
-    }
-    for name, split in splits.items():
-        images = {"images": len(split.labels)}
-        facts[name] = dataclasses.asdict(parts[name]) | images
-    left_out = {
-        name: count for split in splits.values() for name, count in split.notes.items()
-    }
-    name = type(probe).__name__
+    name, facts = type(probe).__name__, {}
+    if hasattr(probe, "learned") or isinstance(probe, ZeroShot):
+        learn_on = test if train is None else train
+        file = kept_head(probe, source=source, split=learn_on, directory=output_dir)
+        found, facts, left_out = _judged(probe, file, source, test, output_dir)
+    else:
+        found, splits = _results(probe, source, parts)
+        left_out = {k: n for split in splits.values() for k, n in split.notes.items()}
+        facts = {"classes": splits["test"].num_classes, "protocol": _protocol(probe)}
+        facts["features"] = source.facts()
+        for part, split in splits.items():
+            images = {"images": len(split.labels)}
+            facts[part] = dataclasses.asdict(parts[part]) | images
     lines = [_line(name, outcome, facts, left_out) for outcome in found]
     append_lines(path, lines)
     show(lines)
@@ -94,32 +91,106 @@ def run_probe(
     return found
 
 
+def kept_head(
+    probe: Any, *, source: features.FeatureSource, split: features.Split, directory: str
+) -> str:
+    """The file of the head that a probe learns from a split, learned now at the latest.
+
+    It lies in `directory/heads`, under a name of all that decides it: protocol, tower,
+    images, labels. A file that is there is not learned anew.
+
+    probe: one that has a head: linear, logistic, attentive, zero-shot. split: what it
+      learns from; of the zero-shot probe one whose classes are named.
+
+    Raises:
+      UserError: as the probe.
+    """
+    names = source.class_names(split.task)
+    vectors = _vectors(probe, source)
+    facts = {
+        "probe": type(probe).__name__,
+        "protocol": _protocol(probe),
+        "features": source.facts(),
+    }
+    if isinstance(probe, ZeroShot):
+        classes = source.number_of_classes(split.task)
+        names = probe.names(names, classes)
+        mesh = source.partitioning
+        head = probe.head(names, source.checkpoint, mesh, source.batch_size)
+        head = dataclasses.replace(head, facts={**head.facts, **facts})
+        decided = [names, head.facts["settings"]]
+    else:
+        head, decided = None, [source.identity(split.task, split.split, vectors)]
+    told = {**facts, "features": {**facts["features"], "checkpoint": ""}}
+    digest = hashlib.sha256(json.dumps([told, decided], sort_keys=True).encode())
+    path = os.path.join(
+        whole_files.writable_directory(directory, "output directory"),
+        "heads",
+        f"{facts['probe']}-{digest.hexdigest()[:16]}.npz",
+    )
+    if os.path.exists(path):
+        heads.read(path)  # which says if it is none
+        progress.console().print(f"{path} is there: nothing is learned", markup=False)
+        return path
+    if head is None:
+        data = source.read(split.task, split.split, vectors)
+        sets = _sets(probe)
+        of_sets = {some: data.joined(some) for some in sets} if sets else data
+        head = probe.learned(of_sets)
+        train = dataclasses.asdict(split) | {"images": len(data.labels)}
+        facts |= {"train": train, "left_out": dict(data.notes)}
+        names = None if names is None else tuple(names)
+        head = dataclasses.replace(
+            head, class_names=names, facts={**head.facts, **facts}
+        )
+    head.write(path)
+    return path
+
+
+def _judged(
+    probe: Any, file: str, source: features.FeatureSource, test: features.Split, where
+) -> tuple[list[outcomes.Outcome], dict[str, Any], dict[str, Any]]:
+    """The outcomes of a kept head, the facts of their lines, what was left out."""
+    found = judged.Judge(file, source, where).of(test)
+    head, labels = found.head, found.labels_of_head()
+    if isinstance(probe, ZeroShot):
+        told = probe.outcomes(head, found.logits, labels)
+    else:
+        told = [head.outcome(found.logits, labels)]
+    facts = {"classes": head.classes, "protocol": head.facts["protocol"]}
+    facts["features"] = source.facts()
+    if "train" in head.facts:
+        facts["train"] = head.facts["train"]
+    facts["test"] = dataclasses.asdict(test) | {"images": len(labels)}
+    facts |= {"head": file, "logits": found.path}
+    return told, facts, {**head.facts.get("left_out", {}), **found.notes}
+
+
+def _sets(probe: Any) -> list[tuple[str, ...]]:
+    return [tuple(names) for names in getattr(probe, "features", ())]
+
+
+def _vectors(probe: Any, source: features.FeatureSource) -> list[str] | None:
+    """The names of all vectors that a probe reads; None for all tokens."""
+    if isinstance(probe, AttentiveProbe):
+        return None
+    vectors = list(dict.fromkeys(name for names in _sets(probe) for name in names))
+    named.check(vectors, source.tower)
+    return vectors
+
+
 def _results(
-    probe: Any, source: features.FeatureSource, parts: Mapping[str, Split]
+    probe: Any, source: features.FeatureSource, parts: Mapping[str, features.Split]
 ) -> tuple[list[outcomes.Outcome], dict[str, features.SplitFeatures]]:
-    """The outcomes of a probe, and the features of the splits by name."""
-    sets = [tuple(names) for names in getattr(probe, "features", ())]
-    vectors: list[str] | None = None
-    if not isinstance(probe, AttentiveProbe):
-        vectors = list(dict.fromkeys(name for names in sets for name in names))
-        named.check(vectors, source.tower)
-    names: Sequence[str] = ()
-    if isinstance(probe, ZeroShot):  # asked before hours of work
-        task = parts["test"].task
-        names = probe.names(source.class_names(task), source.number_of_classes(task))
+    """The outcomes of a probe without a head, and the features of the splits."""
+    vectors = _vectors(probe, source)
     splits = {
         name: source.read(part.task, part.split, vectors)
         for name, part in parts.items()
     }
-    if isinstance(probe, AttentiveProbe):
-        return probe.run(splits["train"], splits["test"]), splits
-    if isinstance(probe, ZeroShot):
-        pooled = splits["test"].joined(*probe.features)
-        mesh = source.partitioning
-        found = probe.run(pooled, names, source.checkpoint, mesh, source.batch_size)
-        return found, splits
     joined = [
-        {names: split.joined(names) for names in sets} for split in splits.values()
+        {names: split.joined(names) for names in _sets(probe)}
+        for split in splits.values()
     ]
     return probe.run(*joined), splits
 

@@ -16,9 +16,10 @@ from jaxtyping import Float, Int
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import fingerprints, reading, restoring
 from vit22b_transfer.evaluation import zero_shot
+from vit22b_transfer.experiments import heads
 from vit22b_transfer.experiments.labelled import Labelled
 from vit22b_transfer.experiments.outcomes import Outcome
-from vit22b_transfer.models import contrastive, contrastive_losses
+from vit22b_transfer.models import contrastive
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training.state import abstract_variables
 
@@ -74,10 +75,42 @@ class ZeroShot:
     ) -> list[Outcome]:
         """Accuracy, and with more than five classes the share among the best five.
 
+        Of equally near classes the first stands first.
         test: pooled vectors. checkpoint: of the whole model.
 
         Raises:
           UserError: for a prompt of more tokens than the text tower has positions.
+        """
+        head = self.head(names, checkpoint, partitioning, batch_size)
+        return self.outcomes(head, head.logits(test.features, test.what), test.labels)
+
+    def outcomes(
+        self,
+        head: heads.Head,
+        logits: Float[np.ndarray, "images classes"],
+        labels: Int[np.ndarray, " images"],
+    ) -> list[Outcome]:
+        """Those of `run`, of logits that the head gave."""
+        order = np.argsort(-logits, axis=1, kind="stable")
+        found = []
+        for k in zero_shot.AT:
+            if k == 1 or k < head.classes:
+                hits = (order[:, :k] == labels[:, None]).any(axis=1)
+                metric = "accuracy" if k == 1 else f"accuracy_top_{k}"
+                settings = head.facts["settings"]
+                found.append(Outcome(settings, hits.astype(float), {}, metric))
+        return found
+
+    def head(
+        self,
+        names: Sequence[str],
+        checkpoint: str,
+        partitioning: Partitioning,
+        batch_size: int,
+    ) -> heads.Head:
+        """The texts of the classes as a head on pooled vectors; errors as of `run`.
+
+        Logits are the cosines times the scale that the model has learned.
         """
         from vit22b_transfer.data import class_prompts
 
@@ -85,23 +118,24 @@ class ZeroShot:
         params = self._restored(checkpoint, partitioning, batch_size)
         texts = self._embedded(params, sum(prompts, []), partitioning, batch_size)
         owners = np.repeat(np.arange(len(prompts)), [len(some) for some in prompts])
-        classes = zero_shot.class_embeddings(texts, owners, len(prompts))
-        best = [
-            nearest_classes(self._images(params, test.features[rows]), classes)
-            for rows in test.blocks()
-        ]
-        order = np.concatenate(best)
+        (log_scale,) = jax.tree.leaves(params["logit_scale"])
+        arrays = {
+            "classes": zero_shot.class_embeddings(texts, owners, len(prompts)),
+            "scale": np.exp(np.asarray(log_scale, np.float64)),
+        }
+        if self.model.module.image_projection:
+            kernel = params["encoder"]["projection"]["kernel"]
+            arrays["projection"] = np.asarray(kernel, np.float32)
         settings = {
             "prompts": len(texts),
             "text_weights": fingerprints.parameters_digest(params["text"]),
         }
-        found = []
-        for k in zero_shot.AT:
-            if k == 1 or k < len(classes):
-                hits = (order[:, :k] == test.labels[:, None]).any(axis=1)
-                metric = "accuracy" if k == 1 else f"accuracy_top_{k}"
-                found.append(Outcome(settings, hits.astype(float), {}, metric))
-        return found
+        dtype = jnp.dtype(self.model.module.tower.dtype).name
+        facts = {"settings": settings, "dtype": dtype}
+        features = self.features[0]
+        return heads.Head(
+            heads.TEXTS, arrays, len(names), tuple(features), tuple(names), facts
+        )
 
     def _restored(self, checkpoint, partitioning, batch_size) -> Any:
         """The text tower and what projects images; not the image tower."""
@@ -116,7 +150,7 @@ class ZeroShot:
             ),
         }
         abstract = abstract_variables(self.model, partitioning, batch)
-        wanted = {"text": abstract["text"]}
+        wanted = {name: abstract[name] for name in ("text", "logit_scale")}
         if module.image_projection:
             wanted["encoder"] = {"projection": abstract["encoder"]["projection"]}
         path = reading.resolve(checkpoint)
@@ -151,23 +185,3 @@ class ZeroShot:
                 )
             row[: len(ids)] = ids
         return tokens
-
-    def _images(self, params, pooled) -> Float[np.ndarray, "images embed"]:
-        tower = self.model.module.tower
-        embeddings = jnp.asarray(pooled, tower.dtype)
-        if self.model.module.image_projection:
-            kernel = params["encoder"]["projection"]["kernel"].astype(tower.dtype)
-            embeddings = jnp.matmul(embeddings, kernel)
-        return np.asarray(contrastive_losses.normalized(embeddings))
-
-
-def nearest_classes(
-    images: Float[np.ndarray, "images embed"],
-    classes: Float[np.ndarray, "classes embed"],
-) -> Int[np.ndarray, "images best"]:
-    """The nearest five classes of each image, or all of fewer; of equal ones the first.
-
-    Both have length one; nearest is the largest product.
-    """
-    order = np.argsort(-(images @ classes.T), axis=1, kind="stable")
-    return order[:, : max(zero_shot.AT)]
