@@ -22,10 +22,12 @@ RECIPES = files("recipes")
 T5X_RUNS = sorted((CONFIGS / "runs").glob("t5x_*.gin"))
 WHOLE_RUNS = [
     CONFIGS / f"runs/{name}.gin"
-    for name in ("train", "eval", "infer", "bench", "probe")
+    for name in ("train", "eval", "infer", "bench", "probe", "features", "judge")
 ]
 # Each the first file of a `vit22b probe`.
 PROBES = files("probes")
+# And of a `vit22b measure`.
+MEASURES = files("measures")
 # What may stand behind a recipe.
 BEHIND = [
     path
@@ -55,6 +57,12 @@ OPEN = {
     "CLASSES": "'/classes.txt'",
     "EMBED_DIM": "192",
     "TEXT_LENGTH": "8",
+    "HEAD": "'/head.npz'",
+    "JUDGEMENTS": "'/real.json'",
+    "TABLE": "'/attributes.csv'",
+    "TARGET": "'Smiling'",
+    "GROUPS": "('Male',)",
+    "RESULTS": "('/measures.jsonl',)",
 }
 
 

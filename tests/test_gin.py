@@ -1,5 +1,6 @@
 """Every shipped gin file parses, finalizes, and builds what it describes."""
 
+import argparse
 import ast
 import importlib
 import re
@@ -10,6 +11,7 @@ import pytest
 from gin_files import (
     BEHIND,
     CONFIGS,
+    MEASURES,
     PROBES,
     RECIPES,
     ROOT,
@@ -180,7 +182,20 @@ def test_every_probe_is_complete_and_of_a_kind_that_the_command_knows(path):
     assert f"vit22b probe {path.stem} " in path.read_text()
 
 
-@pytest.mark.parametrize("path", [*RECIPES, *PROBES], ids=stem)
+@pytest.mark.parametrize("path", MEASURES, ids=stem)
+def test_every_measure_is_complete_and_of_a_kind_that_the_command_knows(path):
+    args = argparse.Namespace(command="measure", kind=path.stem)
+    module, _, function = runs.root_of(args).rpartition(".")
+    root = getattr(importlib.import_module(module), function)
+    loading.check_complete(read_recipe(path), root)
+    assert f"vit22b measure {path.stem} " in path.read_text()
+
+
+def test_every_kind_of_measure_has_a_recipe():
+    assert {path.stem for path in MEASURES} == {*runs.MEASURES}
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *PROBES, *MEASURES], ids=stem)
 def test_every_recipe_requires_exactly_what_its_header_says(path):
     name = path.relative_to(ROOT).as_posix()
     unset = loading.read([name], [], [str(ROOT)]).required()
@@ -274,6 +289,7 @@ def test_every_gin_file_is_built_by_a_test():
     """Those behind a recipe in test_gin_behind.py, bench.gin in test_bench.py."""
     assert {*CONFIGS.rglob("*.gin")} == {
         *BEHIND,
+        *MEASURES,
         *PROBES,
         *RECIPES,
         *T5X_RUNS,

@@ -110,7 +110,7 @@ def test_what_is_only_read_has_a_complete_recipe(mark, commands, tmp_path):
         with no_tasks():
             shipped.offer_tasks()
             recipe = loading.read(args.gin_file, overrides, shipped.search_paths())
-        module, _, function = runs.FUNCTIONS[args.command].rpartition(".")
+        module, _, function = runs.root_of(args).rpartition(".")
         root = getattr(importlib.import_module(module), function)
         loading.check_complete(recipe, root)
 

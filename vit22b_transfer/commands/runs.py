@@ -33,6 +33,29 @@ PROBES = {
     "attentive": "attention pooling of all tokens, learned",
     "zero_shot": "names of classes, by a model of image-text pairs",
 }
+# Of `measure`: the function that a recipe configures, and what each kind is;
+# gin_configs/measures has a recipe of that name.
+MEASURES = {
+    "accuracy": ("variants.accuracy", "of another split, or of a variant of ImageNet"),
+    "several_labels": ("variants.several_labels", "of images that were judged again"),
+    "calibration": ("reliability.calibrated", "before and after a temperature"),
+    "selective": ("reliability.selected", "the least sure refused, or asked about"),
+    "open_set": ("reliability.strangers", "images of no known class told from others"),
+    "active_learning": ("reliability.to_label", "which images to label next"),
+    "reliability_score": ("reliability.score", "one number of those before it"),
+    "corruptions": ("corrupted.robustness", "error under ImageNet-C's corruptions"),
+    "fairness": ("fair.parity", "accuracy of subgroups, and by parity"),
+    "human_alignment": ("humans.alignment", "shape bias, errors beside people's"),
+    "perceptual_similarity": ("perceptual.similarity", "which picture is nearer"),
+    "saliency": ("saliency.overlays", "where the tower looks, drawn on images"),
+}
+
+
+def root_of(args: argparse.Namespace) -> str:
+    """The function that the recipe of a command configures, with its module."""
+    if args.command == "measure":
+        return f"vit22b_transfer.experiments.{MEASURES[args.kind][0]}"
+    return FUNCTIONS[args.command]
 
 
 def add_to(add: Add) -> None:
@@ -62,27 +85,38 @@ def add_to(add: Add) -> None:
         help="gin file of another tower, text model or mesh; may be repeated",
     )
 
-    command = add(
-        "probe",
-        _run,
-        "Judge a frozen tower by a probe on its features, which are computed once.",
-        GIN_EPILOG,
-    )
-    command.add_argument(
-        "kind",
-        choices=PROBES,
-        action=_Kind,
-        help="; ".join(f"{kind}: {what}" for kind, what in PROBES.items()),
-    )
-    add_gin_file(command, required=False)
+    measures = {kind: what for kind, (_, what) in MEASURES.items()}
+    for name, text, kinds in (
+        (
+            "probe",
+            "Judge a frozen tower by a probe on its features, which are computed once.",
+            PROBES,
+        ),
+        (
+            "measure",
+            "Measure how far a frozen tower, and a head that a probe kept, can be "
+            "relied on.",
+            measures,
+        ),
+    ):
+        command = add(name, _run, text, GIN_EPILOG)
+        command.add_argument(
+            "kind",
+            choices=kinds,
+            action=_Kind,
+            const=f"{name}s",
+            help="; ".join(f"{kind}: {what}" for kind, what in kinds.items()),
+        )
+        add_gin_file(command, required=False)
 
 
 class _Kind(argparse.Action):
-    """Puts the recipe of a kind of probe before the other gin files."""
+    """Puts the recipe of a kind, in the folder `const`, before the other gin files."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        recipe = f"gin_configs/probes/{values}.gin"
+        recipe = f"gin_configs/{self.const}/{values}.gin"
         namespace.gin_file = [recipe, *namespace.gin_file]
+        namespace.kind = values
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -99,7 +133,7 @@ def _run(args: argparse.Namespace) -> None:
             from vit22b_transfer.data import streams
 
             streams.keep_tensorflow_off_accelerators()
-    module, _, function = FUNCTIONS[args.command].rpartition(".")
+    module, _, function = root_of(args).rpartition(".")
     root = getattr(importlib.import_module(module), function)
     call = loading.install(recipe, root, paths)
     if args.command == "train" and (said := loading.trial(recipe, paths)):

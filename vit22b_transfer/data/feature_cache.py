@@ -147,6 +147,12 @@ class CacheKey:
         """The elements of `dataset`."""
         return streams.as_numpy(self.dataset(ranges).prefetch(tf.data.AUTOTUNE))
 
+    def unpacked(self, count: int) -> Iterator[dict[str, np.ndarray]]:
+        """The first examples as the task gives them, `images` among their features."""
+        ranges = [range(count)]
+        examples = numbered_examples(self.task, self.split, self._lengths, ranges)
+        return streams.as_numpy(examples)
+
     def stored_features(self) -> dict[str, tuple[str, list[int | None]]]:
         """dtype and shape of each feature in a packed example, if it holds some."""
         if not self.cache.holds_examples:

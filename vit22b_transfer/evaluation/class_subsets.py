@@ -196,14 +196,16 @@ def without_frame(
     return image[frame:-frame, frame:-frame]
 
 
-def read_judgements(path: PathLike, images: int = 50_000) -> list[tuple[int, ...]]:
+def read_judgements(
+    path: PathLike, images: int = 50_000, classes: int = CLASSES
+) -> list[tuple[int, ...]]:
     """The classes of each validation image, in the order of file names (ReaL).
 
     Beyer et al. 2020 (arXiv 2006.07159) asked people anew; their `real.json` is a list
     of lists of class ids. Images for which none was agreed on have none.
 
     Raises:
-      UserError: if the file is no list of `images` lists of ids from 0 to 999.
+      UserError: if the file is no list of `images` lists of ids below `classes`.
     """
     content = json_files.read(path, limit=_MOST_BYTES)
     if not isinstance(content, list) or len(content) != images:
@@ -211,10 +213,10 @@ def read_judgements(path: PathLike, images: int = 50_000) -> list[tuple[int, ...
         raise UserError(f"{path} is to have a list of {images} lists, but has {found}.")
     for number, own in enumerate(content):
         if not isinstance(own, list) or not all(
-            type(one) is int and 0 <= one < CLASSES for one in own
+            type(one) is int and 0 <= one < classes for one in own
         ):
             raise UserError(
-                f"{path}, entry {number}: class ids from 0 to {CLASSES - 1} are "
+                f"{path}, entry {number}: class ids from 0 to {classes - 1} are "
                 f"expected, but there is {str(own)[:80]!r}."
             )
     return [tuple(own) for own in content]

@@ -164,7 +164,7 @@ def compared(model: Responses, human: Responses, data_set: str) -> dict[str, flo
       UserError: as `kept`; if one has several observers, or conditions or pictures that
         the other has not, or a picture twice in a condition.
     """
-    sides = [_by_condition(one, data_set) for one in (model, human)]
+    sides = [by_condition(one, data_set) for one in (model, human)]
     if set(sides[0]) != set(sides[1]):
         raise UserError(
             f"{data_set}: the observers saw other conditions, {sorted(sides[0])[:8]} "
@@ -274,8 +274,14 @@ def _excluded(data_set):
     return {condition_key(c) for c in EXCLUDED[data_set]}
 
 
-def _by_condition(responses, data_set):
-    """condition -> image id -> whether one observer was right."""
+def by_condition(responses: Responses, data_set: str) -> dict[str, dict[str, bool]]:
+    """Of one observer's trials that count: condition -> image id -> whether right.
+
+    A data set without excluded conditions has one, "".
+
+    Raises:
+      UserError: as `kept`; for several observers, or a picture twice in a condition.
+    """
     if len(observers := set(responses.observers)) != 1:
         raise UserError(
             f"{data_set}: {len(observers)} observers stand where one is compared; take "

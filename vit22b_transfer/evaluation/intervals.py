@@ -7,6 +7,7 @@ CIDEr, is resampled with what it is made of kept: with the document frequencies 
 references.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +27,8 @@ _AT_A_TIME = 2_000_000
 class Interval(NamedTuple):
     """A score, its interval and standard error, and by which method it was found.
 
-    method: "BCa"; or "percentile" if that is undefined, as all resamples are equal or
-    on one side.
+    method: "BCa", or "BC" of `resampled`; "percentile" if that is undefined, as all
+    resamples are equal or on one side.
     """
 
     value: float
@@ -92,6 +93,61 @@ def bootstrap(
     total, number = sums.sum(), counts.sum()
     one_out = (total - sums) / (number - counts)
     return _interval(total / number, found, one_out, confidence)
+
+
+def resampled(
+    measure: Callable[..., Mapping[str, float]],
+    images: Sequence[int],
+    *,
+    seed: int = 0,
+    resamples: int = 1_000,
+    confidence: float = CONFIDENCE,
+) -> dict[str, Interval]:
+    """Intervals of numbers that are no mean over images, such as an AUROC.
+
+    Bias-corrected percentiles (Efron 1981): as `bootstrap` without its acceleration,
+    which would take a pass for each image. A number that is biased in small samples
+    (a calibration error is too large) has an interval that is corrected for it.
+
+    measure: of numbers of images, drawn with repetition, of each group; gives names and
+      values. images: how many each group has; groups are resampled apart.
+
+    Resamples in which a value is not defined (it raises a UserError, or is no number)
+    are left out of its interval, and `method` says how many.
+
+    Raises:
+      UserError: for a group of fewer than two images, too few resamples, or as
+        `measure` of all images.
+    """
+    _check_resamples(resamples, confidence)
+    if min(images) < 2:
+        raise UserError(
+            f"an interval needs two images or more, but there are {min(images)}."
+        )
+    whole = measure(*map(np.arange, images))
+    rng = np.random.default_rng(seed)
+    drawn: dict[str, list[float]] = {name: [] for name in whole}
+    for _ in range(resamples):
+        rows = [rng.integers(0, count, count) for count in images]
+        try:
+            found = measure(*rows)
+        except UserError:
+            continue
+        for name in whole:
+            if name in found and np.isfinite(found[name]):
+                drawn[name].append(found[name])
+    result = {}
+    for name, value in whole.items():
+        if len(drawn[name]) < 2:
+            nan = float("nan")
+            result[name] = Interval(float(value), nan, nan, nan, "undefined")
+            continue
+        interval = _interval(value, np.array(drawn[name]), None, confidence)
+        if lost := resamples - len(drawn[name]):
+            said = f"{interval.method}, {lost} of {resamples} resamples undefined"
+            interval = interval._replace(method=said)
+        result[name] = interval
+    return result
 
 
 def paired_difference(
@@ -220,6 +276,10 @@ def _check(sums, counts, resamples, confidence):
             f"{len(sums)} and counts of {len(counts)} images, the least "
             f"{counts.min() if len(counts) else 0}."
         )
+    _check_resamples(resamples, confidence)
+
+
+def _check_resamples(resamples, confidence):
     if not 0 < confidence < 1 or resamples * (1 - confidence) / 2 < 1:
         raise UserError(
             f"{resamples} resamples are too few for a confidence of {confidence}, "
@@ -243,12 +303,16 @@ def _drawn(columns, seed, resamples):
 def _interval(value, found, one_out, confidence):
     tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     below = (np.mean(found < value) + np.mean(found <= value)) / 2
-    apart = one_out.mean() - one_out
-    method, spread = "percentile", np.sum(apart**2)
+    method, acceleration, spread = "percentile", 0.0, 1.0
+    if one_out is not None:
+        apart = one_out.mean() - one_out
+        spread = np.sum(apart**2)
     if 0 < below < 1 and spread > 0 and np.ptp(found) > 0:
-        method = "BCa"
+        method = "BC"
+        if one_out is not None:
+            method = "BCa"
+            acceleration = np.sum(apart**3) / (6 * spread**1.5)
         bias = scipy.special.ndtri(below)
-        acceleration = np.sum(apart**3) / (6 * spread**1.5)
         moved = bias + scipy.special.ndtri(tails)
         tails = scipy.special.ndtr(bias + moved / (1 - acceleration * moved))
     low, high = np.percentile(found, 100 * tails)

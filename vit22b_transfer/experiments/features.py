@@ -18,10 +18,11 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading, restoring
+from vit22b_transfer.experiments import split_labels
 from vit22b_transfer.experiments import vectors as named
 from vit22b_transfer.experiments.labelled import Labelled
 from vit22b_transfer.host import progress
@@ -98,7 +99,7 @@ class FeatureSource:
         key, stored = self._made(data, vectors, num_classes, labelled, towers)
         layout, source = feature_cache.open_source(key)
         what = _named(*data)
-        ids, rows, labels, notes = _labels(source, what, labelled)
+        ids, rows, labels, notes = split_labels.read(source, what, labelled)
         if left_out := registered.skipped_text(task, split):
             notes["left_out_of_the_split"] = left_out
         console = progress.console()
@@ -139,7 +140,7 @@ class FeatureSource:
             if _is_whole(other):
                 return other, stored
         if labelled:
-            _check_single_labels(key.task.source, split, _named(*data))
+            split_labels.check_single(key.task.source, split, _named(*data))
         key.check_repeatable(by_reading=True)
         towers = {} if towers is None else towers
         kind = (tuple(key.fingerprint["feature_lengths"]["images"]), *names)
@@ -237,11 +238,11 @@ class FeatureSource:
             tower=settings,
         )
 
-    def _restored(self, key, vectors) -> cache_features.Encoder:
-        """The tower, read into its shardings."""
-        config = self.tower if vectors is not None else self.tower.without_pooling()
-        shape = tuple(key.fingerprint["feature_lengths"]["images"])
-        patches = config.num_tokens(*shape[:2])
+    def parameters(self, config: Any, shape: tuple[int, ...]) -> Any:
+        """The tower's parameters, read into its shardings.
+
+        config: the tower, pooling or not. shape: of an image.
+        """
         images = jax.ShapeDtypeStruct((self.batch_size, *shape), jnp.uint8)
         with self.partitioning.activate():
             variables = flax.core.unfreeze(
@@ -260,6 +261,14 @@ class FeatureSource:
         tree = {"encoder": {"tower": params}}
         path = reading.resolve(self.checkpoint)
         read = restoring.restore_partial(path, tree, cast=True).params
+        return read["encoder"]["tower"]
+
+    def _restored(self, key, vectors) -> cache_features.Encoder:
+        """The tower, read into its shardings."""
+        config = self.tower if vectors is not None else self.tower.without_pooling()
+        shape = tuple(key.fingerprint["feature_lengths"]["images"])
+        patches = config.num_tokens(*shape[:2])
+        params = self.parameters(config, shape)
         tower, asked = config.build(), {}
         if vectors is not None and (blocks := named.blocks_of(vectors)):
             asked["intermediates"] = blocks
@@ -270,14 +279,33 @@ class FeatureSource:
                 return (output.tokens,)
             return (named.stacked(output, names=tuple(vectors), patches=patches),)
 
+        mesh = self.partitioning
         return cache_features.Encoder(
-            encode,
-            config.dtype,
-            self.partitioning,
-            read["encoder"]["tower"],
-            shape,
-            self.batch_size,
+            encode, config.dtype, mesh, params, shape, self.batch_size
         )
+
+    def pictures(
+        self, task: str, split: str, count: int
+    ) -> tuple[UInt8[np.ndarray, "images height width 3"], list[str]]:
+        """The first images of a split that can be read, as the tower sees them; names.
+
+        count: examples that are looked at.
+        """
+        from vit22b_transfer.data import tasks as registered
+
+        registered.task_names(task, split)
+        key = self._key(task, split, None, _ANY_CLASSES)
+        found, names = [], []
+        for example in key.unpacked(count):
+            if not example.get("image_error", b""):
+                found.append(example["images"])
+                name = bytes(example.get("image_id", b""))
+                names.append(name.decode(errors="backslashreplace"))
+        if not found:
+            raise UserError(
+                f"none of the first {count} images of {task} {split} can be read."
+            )
+        return np.stack(found), names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,55 +393,3 @@ def _is_whole(key: Any) -> bool:
     except UserError:  # `write_split` makes it anew
         return False
     return True
-
-
-def _check_single_labels(source: Any, split: str, what: str) -> None:
-    """Raises UserError, before the tower is run, for an image with several labels."""
-    from vit22b_transfer.data.labelled_sources import LabelledSource
-
-    if isinstance(source, LabelledSource):
-        for number in range(source.num_records(split)):
-            record = source.record(split, number)
-            if len(record.labels) > 1:
-                raise _several_labels(record.image_id, what, len(record.labels))
-
-
-def _several_labels(name: str, what: str, count: int) -> UserError:
-    return UserError(
-        f"image {name[:200]!r} of {what} has {count} labels; a probe tells one class "
-        "of each image from the others. Take a task with one label per image (without "
-        "a hierarchy)."
-    )
-
-
-def _labels(
-    source: Any, what: str, labelled: bool
-) -> tuple[list[str], np.ndarray, np.ndarray, dict[str, Any]]:
-    """Names of all examples, numbers of those that are used, their labels, the rest.
-
-    Used are those with an image and, if `labelled`, with a label; else all of them have
-    the label -1.
-
-    Raises:
-      UserError: for an image with several labels, if `labelled`.
-    """
-    from vit22b_transfer.data import streams
-
-    ids, rows, labels = [], [], []
-    unreadable = unlabelled = 0
-    for number, example in enumerate(streams.as_numpy(source.without_tokens())):
-        name = bytes(example.get("image_id", b"")).decode(errors="backslashreplace")
-        ids.append(name)
-        found = np.unique(example["labels"]) if labelled else np.array([-1])
-        if example.get("image_error", b""):
-            unreadable += 1
-        elif not len(found):
-            unlabelled += 1
-        elif len(found) > 1:
-            raise _several_labels(name, what, len(found))
-        else:
-            rows.append(number)
-            labels.append(int(found[0]))
-    notes = {"unreadable_images": unreadable, "images_without_label": unlabelled}
-    notes = {f"{what}: {name}": count for name, count in notes.items() if count}
-    return ids, np.asarray(rows, np.int64), np.asarray(labels, np.int64), notes

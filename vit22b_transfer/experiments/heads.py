@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from vit22b_transfer import UserError
 from vit22b_transfer.experiments.features import Tokens
@@ -75,7 +75,7 @@ class Head:
                 "that it was learned on."
             )
         found = []
-        function = jax.jit(self._function())
+        function = jax.jit(self.function())
         step = max(1, min(count, _BLOCK_BYTES // (4 * int(np.prod(shape)))))
         for start in range(0, count, step):
             rows = np.arange(start, min(start + step, count))
@@ -109,8 +109,8 @@ class Head:
             return self.arrays["classes"].shape[1]
         return self.arrays[_WIDTH_OF[self.kind]].shape[-2]
 
-    def _function(self) -> Any:
-        """Features to logits, both in float32."""
+    def function(self) -> Callable[[Float[Array, "batch *shape"]], Any]:
+        """Features of a batch to logits, both in float32; for use under `jax.jit`."""
         arrays = {name: jnp.asarray(x, jnp.float32) for name, x in self.arrays.items()}
         if self.kind == LINEAR:
             kernel, bias = arrays["kernel"], arrays["bias"]
@@ -152,7 +152,8 @@ class Head:
         """Writes it, whole or not at all."""
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with whole_files.replacing(path, "wb") as file:
-            np.savez(file, **{_FACTS: np.array(self._told())}, **self.arrays)
+            arrays: Any = {_FACTS: np.array(self._told()), **self.arrays}
+            np.savez(file, **arrays)
 
 
 # The array of a kind whose last but one size is the width of its input.

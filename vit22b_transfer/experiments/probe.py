@@ -21,6 +21,15 @@ RESULTS_FILE = "probes.jsonl"
 
 
 @runtime_checkable
+class Learner(Protocol):
+    """A probe with a head that is learned once and kept."""
+
+    def learned(self, train: Any) -> heads.Head:
+        """The head, of sets of vectors or of tokens."""
+        ...
+
+
+@runtime_checkable
 class Probe(Protocol):
     """A probe of vectors: a frozen dataclass whose fields are its whole protocol.
 
@@ -72,7 +81,7 @@ def run_probe(
     )
     parts = {"test": test} if train is None else {"train": train, "test": test}
     name, facts = type(probe).__name__, {}
-    if hasattr(probe, "learned") or isinstance(probe, ZeroShot):
+    if isinstance(probe, Learner | ZeroShot):
         learn_on = test if train is None else train
         file = kept_head(probe, source=source, split=learn_on, directory=output_dir)
         found, facts, left_out = _judged(probe, file, source, test, output_dir)
@@ -92,7 +101,11 @@ def run_probe(
 
 
 def kept_head(
-    probe: Any, *, source: features.FeatureSource, split: features.Split, directory: str
+    probe: Learner | ZeroShot,
+    *,
+    source: features.FeatureSource,
+    split: features.Split,
+    directory: str,
 ) -> str:
     """The file of the head that a probe learns from a split, learned now at the latest.
 
@@ -132,7 +145,7 @@ def kept_head(
         heads.read(path)  # which says if it is none
         progress.console().print(f"{path} is there: nothing is learned", markup=False)
         return path
-    if head is None:
+    if head is None and not isinstance(probe, ZeroShot):
         data = source.read(split.task, split.split, vectors)
         sets = _sets(probe)
         of_sets = {some: data.joined(some) for some in sets} if sets else data
@@ -143,6 +156,7 @@ def kept_head(
         head = dataclasses.replace(
             head, class_names=names, facts={**head.facts, **facts}
         )
+    assert head is not None
     head.write(path)
     return path
 

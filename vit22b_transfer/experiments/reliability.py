@@ -1,0 +1,392 @@
+"""How far a kept head's answers can be relied on: calibration, refusal, strangers.
+
+Plex's measures (Tran et al. 2022), as row 26 of the ViT-22B paper's experiments has
+them. Each function reads the head's logits of a split, prints numbers with intervals,
+and adds them to `measures.jsonl`.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from vit22b_transfer import UserError
+from vit22b_transfer.evaluation import (
+    calibration,
+    class_probabilities,
+    intervals,
+    out_of_distribution,
+    selective,
+)
+from vit22b_transfer.experiments import measure_pictures, measured
+from vit22b_transfer.experiments.features import Split
+from vit22b_transfer.experiments.judged import Judge, Judged
+from vit22b_transfer.host import json_files, whole_files
+
+
+def calibrated(
+    judge: Judge,
+    test: Split,
+    *,
+    fit_share: float = 0.2,
+    bins: int = calibration.BINS,
+    resamples: int = 1_000,
+) -> list[dict]:
+    """Calibration before a temperature and after, and a reliability diagram of both.
+
+    The temperature is fitted on the first `fit_share` of the images (in the split's
+    order) and everything is measured on the rest, as `calibration.scaled_metrics`. A
+    split whose order is that of its classes would be fitted on some classes alone:
+    images are first put in an order drawn by seed 0.
+
+    Raises:
+      UserError: as `calibration.scaled_metrics`; if class lists do not fit together.
+    """
+    found = judge.of(test)
+    order = np.random.default_rng(0).permutation(len(found.labels))
+    logits = found.logits[order].astype(np.float64)
+    labels = found.labels_of_head()[order]
+    told = calibration.scaled_metrics(logits, labels, fit_share=fit_share, bins=bins)
+    cut, temperature = int(told["fitted_on"]), told["temperature"]
+    findings, diagram, names = [], {}, {}
+    for name, scale in (("before", 1.0), ("after", temperature)):
+        settings = {"temperature": scale if name == "after" else None, "when": name}
+        settings = {key: value for key, value in settings.items() if value is not None}
+        rest, own = logits[cut:] / scale, labels[cut:]
+        probabilities = class_probabilities.softmax(rest)
+        confidence, correct = class_probabilities.answers(probabilities, own)
+        rows = np.arange(len(own))
+        losses = -class_probabilities.log_softmax(rest)[rows, own]
+        squares = np.sum(probabilities**2, axis=1) - 2 * probabilities[rows, own] + 1
+        errors = intervals.resampled(
+            _errors_of(confidence, correct, bins), (len(own),), resamples=resamples
+        )
+        findings += [
+            measured.share("accuracy", correct, settings),
+            *(
+                measured.resampled(metric, interval, len(own), settings)
+                for metric, interval in errors.items()
+            ),
+            measured.mean("nll", losses, settings),
+            measured.mean("brier", squares, settings),
+        ]
+        diagram[name] = calibration.equal_width_bins(confidence, correct, bins)
+        error = calibration.expected_error(diagram[name])
+        names[name] = f"ECE {error:.4f}, temperature {scale:.3g}"
+    picture = _place(judge, f"reliability-{_stem(found)}.png")
+    measure_pictures.reliability_diagram(picture, diagram, names)
+    return measured.report(
+        "calibration",
+        findings,
+        protocol={"fit_share": fit_share, "bins": bins, "resamples": resamples},
+        facts=judge.facts(test=test) | {"classes": found.head.classes},
+        notes={"fitted_on": cut, "measured_on": len(labels) - cut, **found.notes},
+        output_dir=judge.output_dir,
+        pictures=[picture],
+    )
+
+
+def selected(
+    judge: Judge,
+    test: Split,
+    *,
+    fractions: Sequence[float] = selective.ORACLE_FRACTIONS,
+    resamples: int = 1_000,
+) -> list[dict]:
+    """What is gained if the least sure answers are refused, or given by an oracle.
+
+    Accuracy by coverage (a picture) and its area, calibration AUC, and for each of the
+    `fractions` that an oracle answers the collaborative accuracy and the collaborative
+    AUC of being right by confidence. A number that is not defined, as the calibration
+    AUC of a head without errors, is an error.
+
+    Raises:
+      UserError: as the functions of `evaluation.selective`.
+    """
+    found = judge.of(test)
+    probabilities = class_probabilities.softmax(found.logits)
+    confidence, correct = class_probabilities.answers(
+        probabilities, found.labels_of_head()
+    )
+
+    def measure(rows):
+        sure, right = confidence[rows], correct[rows]
+        result = {
+            "aurra": selective.area_under_response_rate_accuracy(sure, right),
+            "calibration_auc": selective.calibration_auc(sure, right),
+        }
+        for share in fractions:
+            accuracy = selective.collaborative_accuracy(sure, right, share)
+            result[f"collaborative_accuracy/{share:g}"] = accuracy
+        return result
+
+    told = intervals.resampled(measure, (len(correct),), resamples=resamples)
+    findings = [measured.share("accuracy", correct)]
+    for name, interval in told.items():
+        metric, _, share = name.partition("/")
+        settings = {"fraction": float(share)} if share else {}
+        findings.append(measured.resampled(metric, interval, len(correct), settings))
+    for share in fractions:
+        # 200 thresholds each time: too slow to resample.
+        area = selective.collaborative_auc(confidence, correct, share)
+        settings = {"fraction": float(share)}
+        findings.append(measured.Finding("collaborative_auc", area, settings=settings))
+    covered = selective.accuracy_by_coverage(confidence, correct)
+    places = np.unique(np.linspace(0, len(covered) - 1, 400).astype(int))
+    lines = {"head": ((places + 1) / len(covered), covered[places].tolist())}
+    picture = _place(judge, f"coverage-{_stem(found)}.png")
+    measure_pictures.curve(picture, ("accuracy by coverage", found.what), lines)
+    return measured.report(
+        "selective",
+        findings,
+        protocol={"fractions": list(fractions), "resamples": resamples},
+        facts=judge.facts(test=test) | {"classes": found.head.classes},
+        notes={"images": len(correct), **found.notes},
+        output_dir=judge.output_dir,
+        pictures=[picture],
+    )
+
+
+def strangers(
+    judge: Judge,
+    test: Split,
+    outside: Split,
+    *,
+    train: Split | None = None,
+    ridge: float = 0.0,
+    resamples: int = 1_000,
+) -> list[dict]:
+    """How well scores tell images of no known class from those of a known one.
+
+    Open-set recognition if `outside` has other classes, detection of what is out of
+    distribution if it is another data set; its labels are not read. `auroc`,
+    `average_precision` and `fpr95` of the scores `msp`, `entropy`, `max_logit`, and,
+    with `train`, of `mahalanobis` and `relative_mahalanobis` on the head's features.
+
+    train: the split that the Gaussians of classes are fitted on, with the head's
+      classes. ridge: as `out_of_distribution.fitted_gaussians`.
+
+    Raises:
+      UserError: as the functions of `evaluation.out_of_distribution`, such as for a
+        covariance that is singular; if the head reads tokens and `train` is given.
+    """
+    inside, other = judge.of(test), judge.of(outside, labelled=False)
+    inside.labels_of_head()  # they are to be of known classes
+    scores = {name: [] for name in ("msp", "entropy", "max_logit")}
+    for split in (inside, other):
+        probabilities = class_probabilities.softmax(split.logits)
+        scores["msp"].append(out_of_distribution.improbabilities(probabilities))
+        scores["entropy"].append(class_probabilities.entropies(probabilities))
+        scores["max_logit"].append(
+            out_of_distribution.negative_max_logits(split.logits)
+        )
+    if train is not None:
+        scores |= _distances(judge, inside, train, (test, outside), ridge)
+    counts = (len(inside.logits), len(other.logits))
+    findings = []
+    for name, (known, strange) in scores.items():
+
+        def measure(first, second, known=known, strange=strange):
+            return out_of_distribution.detection(known[first], strange[second])
+
+        told = intervals.resampled(measure, counts, resamples=resamples)
+        findings += [
+            measured.resampled(metric, interval, sum(counts), {"score": name})
+            for metric, interval in told.items()
+        ]
+    splits = {"test": test, "outside": outside}
+    splits |= {} if train is None else {"gaussians_of": train}
+    return measured.report(
+        "open_set",
+        findings,
+        protocol={"ridge": ridge, "resamples": resamples},
+        facts=judge.facts(**splits) | {"classes": inside.head.classes},
+        notes={
+            "images": counts[0],
+            "images_outside": counts[1],
+            **inside.notes,
+            **other.notes,
+        },
+        output_dir=judge.output_dir,
+    )
+
+
+def to_label(
+    judge: Judge, pool: Split, *, score: str, count: int, seed: int = 0
+) -> list[dict]:
+    """Which images of a pool to label next: the `count` that score highest.
+
+    Writes their names, one per line, best first, to `OUTPUT_DIR/to_label-POOL.txt`.
+    Told are the mean score of the pool and of what was chosen. No image of the pool is
+    taken for labelled; to go on, leave the labelled ones out of it.
+
+    score: `entropy`, `margin`, `msp` or `chance` (by seed).
+
+    Raises:
+      UserError: for an unknown score, or a pool of fewer images.
+    """
+    found = judge.of(pool, labelled=False)
+    probabilities = class_probabilities.softmax(found.logits)
+    scores = {
+        "entropy": lambda: class_probabilities.entropies(probabilities),
+        "margin": lambda: selective.small_margins(probabilities),
+        "msp": lambda: out_of_distribution.improbabilities(probabilities),
+        "chance": lambda: selective.chances(len(found.logits), seed),
+    }
+    if score not in scores:
+        raise UserError(f"score={score!r} is none of {', '.join(scores)}.")
+    values = scores[score]()
+    rows = selective.chosen(values, count, np.zeros(len(values), bool))
+    path = _place(judge, f"to_label-{_stem(found)}.txt")
+    with whole_files.replacing(path) as file:
+        file.writelines(f"{json.dumps(found.ids[row])}\n" for row in rows)
+    findings = [
+        measured.mean("mean_score", values, {"of": "pool"}),
+        measured.mean("mean_score", values[rows], {"of": "chosen"}),
+    ]
+    return measured.report(
+        "active_learning",
+        findings,
+        protocol={"score": score, "count": count, "seed": seed},
+        facts=judge.facts(pool=pool) | {"classes": found.head.classes, "names": path},
+        notes={"images": len(values), **found.notes},
+        output_dir=judge.output_dir,
+    )
+
+
+# The metrics of a score, by Plex's category; of a line of `measures.jsonl`, or of
+# `probes.jsonl`, which has shots among its settings.
+CATEGORIES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "prediction": (("calibration", "accuracy"), ("calibration", "nll")),
+    "uncertainty": (
+        ("calibration", "ece"),
+        ("selective", "calibration_auc"),
+        ("selective", "collaborative_accuracy"),
+        ("open_set", "auroc"),
+    ),
+    "adaptation": (("FewShot", "few_shot_accuracy"),),
+}
+
+
+def score(results: Sequence[str], *, output_dir: str) -> list[dict]:
+    """Plex's score: the mean over categories of the mean of normalised metrics.
+
+    results: files of lines that the measures and probes wrote, of one tower. Of a
+      metric that was measured several times (splits, shots, fractions) each counts; of
+      the same thing measured again the last. Calibration counts before any
+      temperature, open-set recognition by its score `msp`. A category without a metric
+      is left out, and told.
+
+    Raises:
+      UserError: for a file that holds no such lines, none that counts, or lines of
+        several towers.
+    """
+    metrics: dict[str, dict[str, tuple[float, int]]] = {name: {} for name in CATEGORIES}
+    towers = set()
+    for line in _lines(results):
+        kind = line.get("measure", line.get("probe"))
+        settings, value = line.get("settings"), line.get("value")
+        if not isinstance(settings, dict) or not isinstance(value, float | int):
+            continue
+        metric = "few_shot_accuracy" if kind == "FewShot" else line.get("metric")
+        if settings.get("when") == "after" or settings.get("score", "msp") != "msp":
+            continue
+        for category, wanted in CATEGORIES.items():
+            if (kind, metric) in wanted:
+                told = {k: settings.get(k) for k in ("fraction", "shots", "features")}
+                data = [line.get(name) for name in ("test", "outside")]
+                name = f"{json.dumps([data, told])}/{metric}"
+                metrics[category][name] = (float(value), int(line.get("classes", 0)))
+                towers.add(json.dumps(line.get("features"), sort_keys=True))
+    if len(towers) > 1:
+        raise UserError(
+            f"the {len(results)} files of results have lines of {len(towers)} towers "
+            "or image sizes; give those of one."
+        )
+    left_out = [name for name, own in metrics.items() if not own]
+    found = selective.reliability_scores({k: own for k, own in metrics.items() if own})
+    findings = [measured.Finding(name, value) for name, value in found.items()]
+    counts = {name: len(own) for name, own in metrics.items()}
+    return measured.report(
+        "reliability_score",
+        findings,
+        protocol={"results": list(results), "metrics": counts},
+        facts={"features": json.loads(towers.pop())},
+        notes={"categories_without_a_metric": left_out} if left_out else {},
+        output_dir=output_dir,
+    )
+
+
+def _lines(results: Sequence[str]) -> list[Mapping[str, Any]]:
+    found = []
+    for path in results:
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                lines = list(file)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        for number, text in enumerate(lines, 1):
+            line = json_files.parse(text, path, line=number)
+            if not isinstance(line, dict):
+                raise UserError(f"{path}, line {number} is no result of a measure.")
+            found.append(line)
+    return found
+
+
+def _errors_of(
+    confidence: Float[np.ndarray, " images"],
+    correct: Bool[np.ndarray, " images"],
+    bins: int,
+):
+    """The calibration errors of some of the images."""
+
+    def measure(rows):
+        sure, right = confidence[rows], correct[rows]
+        mass = calibration.equal_mass_bins(sure, right, bins)
+        width = calibration.equal_width_bins(sure, right, bins)
+        return {
+            "ece": calibration.expected_error(width),
+            "ece_equal_mass": calibration.expected_error(mass),
+            "rms_calibration_error": calibration.root_mean_square_error(mass),
+        }
+
+    return measure
+
+
+def _distances(
+    judge: Judge, inside: Judged, train: Split, splits: tuple[Split, Split], ridge
+) -> dict[str, list[Float[np.ndarray, " images"]]]:
+    """Mahalanobis distances of both splits' features."""
+    names = list(inside.head.features)
+    if not names:
+        raise UserError(
+            "Mahalanobis distances are of vectors, but this head reads all tokens. "
+            "Take a head of another probe, or leave train out."
+        )
+    data = judge.source.read(train.task, train.split, names).joined(names)
+    fitted = out_of_distribution.fitted_gaussians(
+        data.features.astype(np.float64), data.labels, data.num_classes, ridge=ridge
+    )
+    found: dict[str, list] = {"mahalanobis": [], "relative_mahalanobis": []}
+    for number, split in enumerate(splits):
+        part = judge.source.read(split.task, split.split, names, labelled=not number)
+        vectors = part.flat(names).astype(np.float64)
+        found["mahalanobis"].append(
+            out_of_distribution.mahalanobis_distances(vectors, fitted)
+        )
+        found["relative_mahalanobis"].append(
+            out_of_distribution.relative_mahalanobis_distances(vectors, fitted)
+        )
+    return found
+
+
+def _stem(found: Judged) -> str:
+    return os.path.basename(found.path).removesuffix(".npz")
+
+
+def _place(judge: Judge, name: str) -> str:
+    folder = whole_files.writable_directory(judge.output_dir, "output directory")
+    return os.path.join(folder, name)
