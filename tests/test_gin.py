@@ -185,9 +185,7 @@ def test_every_probe_is_complete_and_of_a_kind_that_the_command_knows(path):
 @pytest.mark.parametrize("path", MEASURES, ids=stem)
 def test_every_measure_is_complete_and_of_a_kind_that_the_command_knows(path):
     args = argparse.Namespace(command="measure", kind=path.stem)
-    module, _, function = runs.root_of(args).rpartition(".")
-    root = getattr(importlib.import_module(module), function)
-    loading.check_complete(read_recipe(path), root)
+    loading.check_complete(read_recipe(path), runs.root_of(args))
     assert f"vit22b measure {path.stem} " in path.read_text()
 
 

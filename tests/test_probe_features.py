@@ -7,19 +7,15 @@ import os
 import shutil
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import seqio
 import tiny_classifier
 import tiny_models
-import tiny_pairs
+from frozen_towers import GIN, SIZE, TOWER, pairs_model, write_tower
 from shell_commands import no_tasks, use_one_device
 from tiny_runs import ONE_DEVICE
 
 from vit22b_transfer import UserError, cli
-from vit22b_transfer.checkpoints.writing import CheckpointWriter
 from vit22b_transfer.data.labelled_sources import (
     ClassFolderSource,
     LabelFiles,
@@ -32,30 +28,7 @@ from vit22b_transfer.inference import cache_features
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.recipes import shipped
 
-SIZE = tiny_models.IMAGE_SIZE
-TOWER = tiny_models.tower_config(depth=1)
 VECTORS = ("pooled", "mean", "block_0_mean")
-
-
-def pairs_model():
-    """A model of pairs over the tower, its texts bytes."""
-    text = tiny_pairs.text_config(depth=1, vocab_size=300, max_length=16)
-    module = tiny_pairs.module(TOWER, text)
-    return tiny_pairs.model(module_of=module, vocabulary=seqio.ByteVocabulary())
-
-
-def write_tower(folder, seed=0):
-    """A checkpoint of a model of pairs with random parameters; those of its tower."""
-    images = jnp.asarray(tiny_models.images(1, *SIZE, 3))
-    tokens = jnp.zeros((1, 16), jnp.int32)
-    whole = tiny_models.random_params(pairs_model().module, images, tokens, seed=seed)
-    params = whole["encoder"]["tower"]
-    folder.mkdir()
-    writer = CheckpointWriter(str(folder))
-    target = jax.tree.map(np.asarray, whole)
-    writer.save(0, {"state": {"step": np.int64(0)}, "target": target}, {})
-    writer.wait()
-    return params
 
 
 @pytest.fixture(scope="module")
@@ -282,15 +255,7 @@ def test_the_command_writes_each_number_with_its_protocol_and_data(
     folder, params, tmp_path, capsys
 ):
     gin = tmp_path / "tower.gin"
-    gin.write_text(
-        "from __gin__ import dynamic_registration\n"
-        "from vit22b_transfer.models import vit\n"
-        "TOWER = @vit.ViTConfig()\n"
-        "vit.ViTConfig:\n  width = 32\n  depth = 1\n  mlp_dim = 64\n"
-        "  num_heads = 4\n  patch_size = 8\n  image_size = %IMAGE_SIZE\n"
-        f"IMAGE_SIZE = {SIZE}\n"
-        f"INITIAL_CHECKPOINT = '{folder}/tower'\n"
-    )
+    gin.write_text(GIN.format(folder=folder))
     use_one_device(tmp_path)
     settings = ["--gin_file=tower.gin", "--gin.OUTPUT_DIR='out'"]
     settings += ["--gin.FEATURES=(('pooled',), ('mean', 'block_0_mean'))"]

@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.commands.arguments import (
@@ -51,11 +53,13 @@ MEASURES = {
 }
 
 
-def root_of(args: argparse.Namespace) -> str:
-    """The function that the recipe of a command configures, with its module."""
+def root_of(args: argparse.Namespace) -> Callable[..., Any]:
+    """The function that the recipe of a command configures, imported."""
+    path = FUNCTIONS.get(args.command)
     if args.command == "measure":
-        return f"vit22b_transfer.experiments.{MEASURES[args.kind][0]}"
-    return FUNCTIONS[args.command]
+        path = f"vit22b_transfer.experiments.{MEASURES[args.kind][0]}"
+    module, _, function = str(path).rpartition(".")
+    return getattr(importlib.import_module(module), function)
 
 
 def add_to(add: Add) -> None:
@@ -133,8 +137,7 @@ def _run(args: argparse.Namespace) -> None:
             from vit22b_transfer.data import streams
 
             streams.keep_tensorflow_off_accelerators()
-    module, _, function = root_of(args).rpartition(".")
-    root = getattr(importlib.import_module(module), function)
+    root = root_of(args)
     call = loading.install(recipe, root, paths)
     if args.command == "train" and (said := loading.trial(recipe, paths)):
         import jax

@@ -43,7 +43,7 @@ def reliability_diagram(
         points = zip(found.confidence[used], found.accuracy[used], strict=True)
         line = charts.Line([(float(x), float(y)) for x, y in points], BLUE, 2)
         labels = (f"{name}: accuracy by confidence", names.get(name, ""))
-        panels.append((labels, [charts.Line([(0, 0), (1, 1)], GREY), line]))
+        panels.append((labels, [charts.Line([(0.0, 0.0), (1.0, 1.0)], GREY), line]))
     return save_panels(path, panels)
 
 

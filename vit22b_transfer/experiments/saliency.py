@@ -132,7 +132,8 @@ class _Run:
 
         def score(added, params, images):
             def add(call, args, kwargs, context):
-                if context.module.name == "patch_embedding":
+                called = (context.module.name, context.method_name)
+                if called == ("patch_embedding", "__call__"):
                     args = (args[0] + added, *args[1:])
                 return call(*args, **kwargs)
 
