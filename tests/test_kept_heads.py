@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 
 import jax.numpy as jnp
@@ -10,12 +11,16 @@ import pytest
 import tiny_classifier
 import tiny_models
 from frozen_towers import SIZE, TOWER, write_tower
+from PIL import Image
 from shell_commands import no_tasks
 from tiny_runs import ONE_DEVICE
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data import streams
+from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.labelled_sources import ClassFolderSource
 from vit22b_transfer.data.sources import ImageFolderSource
+from vit22b_transfer.evaluation.class_subsets import OBJECTNET
 from vit22b_transfer.experiments import (
     corrupted,
     features,
@@ -216,6 +221,31 @@ def test_accuracy_of_another_split_is_a_line_with_its_interval(judge, tmp_path):
     assert line["head"]["train"]["split"] == "train"
     assert line["test"] == {"task": "stripes", "split": "some"}
     assert lines(tmp_path / measured.RESULTS_FILE) == [line]
+
+
+def test_a_frame_is_cut_off_before_a_picture_is_resized(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    inner = rng.integers(0, 255, (8, 12, 3), np.uint8)
+    framed = np.full((12, 16, 3), (255, 0, 0), np.uint8)
+    framed[2:-2, 2:-2] = inner
+    for name in ("chair", "zebra"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.fromarray(framed).save(tmp_path / "images" / name / "a.png")
+    (tmp_path / "images" / "chair" / "b.png").write_bytes(b"no picture")
+    (tmp_path / "classes.txt").write_text("".join(f"{n}\n" for n in OBJECTNET))
+    monkeypatch.setenv("OBJECTNET_FOLDER", str(tmp_path / "images"))
+    monkeypatch.setenv("OBJECTNET_CLASSES", str(tmp_path / "classes.txt"))
+    with no_tasks():
+        shipped.offer_tasks()
+        importlib.import_module("tasks.objectnet")
+        task = registered.task_named("objectnet")
+        lengths = {"images": (8, 12), "labels": 1}
+        examples = list(streams.as_numpy(streams.task_examples(task, "test", lengths)))
+        assert registered.skipped_text("objectnet", "test") == "1 x unknown class"
+    first, second = examples  # the zebra is none of the 113 folders
+    np.testing.assert_array_equal(first["images"], inner)
+    assert first["labels"] == [list(OBJECTNET).index("chair")]
+    assert b"" != second["image_error"] and not len(second["labels"])
 
 
 def test_corruptions_are_made_once_and_each_picture_by_its_own_chance(

@@ -10,6 +10,7 @@ import pytest
 import seqio
 import tiny_models
 import tiny_pairs
+from flax.traverse_util import unflatten_dict
 from tiny_runs import ONE_DEVICE
 
 from vit22b_transfer import UserError
@@ -17,6 +18,7 @@ from vit22b_transfer.checkpoints.writing import CheckpointWriter
 from vit22b_transfer.data import class_prompts
 from vit22b_transfer.evaluation import zero_shot as metrics
 from vit22b_transfer.experiments import attentive, zero_shot
+from vit22b_transfer.experiments import heads as kept
 from vit22b_transfer.experiments.features import SplitFeatures
 from vit22b_transfer.experiments.labelled import Labelled
 from vit22b_transfer.models import attentive_head
@@ -48,6 +50,22 @@ def test_attention_pooling_finds_what_the_mean_of_tokens_hides(splits):
     assert outcome.value > 0.9
     assert outcome.settings["rate"] == 1e-2  # the other one learns nothing
     assert [*outcome.settings["tried"]] == ["1e-09", "0.01"]
+
+
+def test_a_kept_attentive_head_is_the_module_that_was_learned(splits, tmp_path):
+    train, test = splits
+    head = dataclasses.replace(PROBE, rates=(1e-2,), epochs=1).learned(train)
+    head.write(str(tmp_path / "head.npz"))
+    again = kept.read(str(tmp_path / "head.npz"))
+    assert again.digest == head.digest and again.features == ()
+    arrays = {n: x for n, x in head.arrays.items() if n != "train_counts"}
+    module = attentive_head.AttentiveHead(8, 2)
+    params = unflatten_dict(arrays, sep="/")
+    expected = tiny_models.jit(module.apply)({"params": params}, test.vectors)
+    found = again.logits(test.vectors, "some")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    with pytest.raises(UserError, match="vectors of 7 numbers, but the head reads 8"):
+        again.logits(test.vectors[..., :7], "some")
 
 
 def test_tokens_that_are_not_finite_and_rates_that_all_diverge_are_said(splits):
@@ -98,7 +116,7 @@ def pairs(tmp_path_factory):
     return model, str(folder), params, jnp.asarray(images)
 
 
-def test_zero_shot_is_what_the_whole_model_says(pairs):
+def test_zero_shot_is_what_the_whole_model_says(pairs, tmp_path):
     model, folder, params, images = pairs
     module, labels = model.module, np.arange(24) % 6
     embed, embed_texts = (
@@ -125,6 +143,15 @@ def test_zero_shot_is_what_the_whole_model_says(pairs):
     assert 100 * first.value == pytest.approx(expected["top1"])
     assert 100 * fifth.value == pytest.approx(expected["top5"])
     assert fifth.metric == "accuracy_top_5" and fifth.settings["prompts"] == 12
+
+    # Kept, it gives the cosines times the scale of the model.
+    head = probe.head(NAMES, folder, ONE_DEVICE, 5)
+    path = str(tmp_path / "head.npz")
+    head.write(path)
+    scale, _ = module.apply({"params": params}, method="scale_and_bias")
+    logits = float(scale) * (np.asarray(embedded) @ classes.T)
+    found = kept.read(path).logits(np.asarray(pooled), "some")
+    np.testing.assert_allclose(found, logits, atol=1e-4)
 
 
 def test_names_that_do_not_fit_are_said(pairs, tmp_path):

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
+import PIL.Image
 import pytest
 import tiny_classifier
 from shell_commands import (
@@ -20,6 +22,7 @@ from vit22b_transfer import cli
 from vit22b_transfer.commands import runs
 from vit22b_transfer.data import vocabularies
 from vit22b_transfer.demo import scenes
+from vit22b_transfer.evaluation.sixteen_classes import NAMES
 from vit22b_transfer.recipes import loading, shipped
 
 ROOT = Path(__file__).parent.parent
@@ -254,6 +257,61 @@ def test_probes_runs_as_written(tmp_path, capsys):
         "LinearProbe",
     ]
     assert capsys.readouterr().out.count("the tower was run on") == 2
+
+
+def write_measured_data(folder):
+    """What the block on measures reads, beside classes: all that its layouts say."""
+    rng = np.random.default_rng(0)
+    names = [f"{n:03}.png" for n in range(60)]
+    signs = rng.choice([-1, 1], (60, 2))
+    rows = [f"{name},{a},{b}" for name, (a, b) in zip(names, signs, strict=True)]
+    (folder / "faces.csv").write_text("\n".join(["image_id,Smiling,Male", *rows]))
+    shapes = [f"cue-conflict/{n}/{n}1-{m}2.png" for n in NAMES for m in ("cat", "dog")]
+    sides = [f"cnn/{side}/{n}.png" for side in ("ref", "p0", "p1") for n in range(3)]
+    pictures = {"new_images": names[:9], "faces": names, "stimuli": shapes}
+    for where, files in (pictures | {"2afc": sides}).items():
+        for number, name in enumerate(files):
+            path = folder / where / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kind = list(tiny_classifier.ANGLES)[number % 4]
+            picture = tiny_classifier.stripes(kind, rng, 32)
+            PIL.Image.fromarray(picture).save(path)
+    (folder / "2afc" / "cnn" / "judge").mkdir()
+    for number in range(3):
+        np.save(folder / "2afc" / "cnn" / "judge" / f"{number}.npy", np.array([0.2]))
+    ids = {name: [number % 4] for number, name in enumerate(NAMES)}
+    (folder / "sixteen.json").write_text(json.dumps(ids))
+    (folder / "real.json").write_text(json.dumps([[0, 1]] * 30 + [[2]] * 2))
+    raw = folder / "raw-data" / "cue-conflict"
+    raw.mkdir(parents=True)
+    columns = "subj,session,trial,rt,object_response,category,condition,imagename"
+    trials = [
+        f"subject-01,1,{n},1.0,na,{name.split('/')[1]},0,{name.split('/')[2]}"
+        for n, name in enumerate(shapes)
+    ]
+    file = raw / "cue-conflict_subject-01_session_1.csv"
+    file.write_text("\n".join([columns, *trials]) + "\n")
+
+
+@pytest.mark.slow
+def test_measures_runs_as_written(tmp_path):
+    tiny_classifier.draw_folders(tmp_path, train=30, validation=8, size=32)
+    save_public_siglip(tmp_path)
+    write_measured_data(tmp_path)
+    # One file name is one image.
+    for number, path in enumerate(sorted((tmp_path / "validation").rglob("*.png"))):
+        path.rename(path.with_name(f"{number:04}.png"))
+    use_one_device(tmp_path)
+    # Of the probes before it, those whose results are read.
+    lines = block("test: probes").splitlines()
+    needed = [x for x in lines if not re.match("vit22b probe (knn|linear)", x)]
+    run_in_process("\n".join(needed), tmp_path)
+    run_in_process(block("test: measures"), tmp_path)
+    text = (tmp_path / "probes" / "measures.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert {line["measure"] for line in lines} == {*runs.MEASURES}
+    for picture in {name for line in lines for name in line["pictures"]}:
+        assert (tmp_path / "probes" / picture).is_file()
 
 
 def test_public_weights_runs_as_written(own_data, capsys):

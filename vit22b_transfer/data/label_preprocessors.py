@@ -12,15 +12,19 @@ without labels, so that it weighs nothing and keeps its place.
 """
 
 import functools
+import io
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import seqio
 import tensorflow as tf
 from seqio.utils import Feature
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data import images
 from vit22b_transfer.data.class_lists import ClassIds
 from vit22b_transfer.data.converters import feature_specs, map_examples
 from vit22b_transfer.data.preprocessors import ReadingOptions, load_images
@@ -93,6 +97,41 @@ def keep_labels(
         return kept | {"label_ids": labels, "label_names": names}
 
     return map_examples(dataset, keep)
+
+
+def without_border(dataset: tf.data.Dataset, *, pixels: int) -> tf.data.Dataset:
+    """Cuts so many pixels off each side of the files `image_path`, at their own size.
+
+    For ObjectNet, whose pictures have a frame of 2 red pixels. It stands before all
+    other steps (`before` of tasks/classification.py). A file that cannot be read, or
+    has nothing within the frame, stays as it is: `load_images` says what is wrong.
+    """
+
+    def cut(path):
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+            image = images.decode(data)
+        except OSError as error:
+            logging.getLogger(__name__).warning("%s: %s", path, error.strerror)
+            return b""
+        except UserError:
+            return data
+        if min(image.shape[:2]) <= 2 * pixels:
+            return data
+        inner = image[pixels:-pixels, pixels:-pixels]
+        # Not compressed: a PNG of a large picture takes a second.
+        written = io.BytesIO()
+        PIL.Image.fromarray(inner).save(written, "BMP")
+        return written.getvalue()
+
+    def map_example(example):
+        example = dict(example)
+        path = example.pop("image_path")
+        image = tf.numpy_function(cut, [path], tf.string, stateful=False)
+        return {**example, "image": tf.ensure_shape(image, [])}
+
+    return map_examples(dataset, map_example)
 
 
 def rekey_tfds(
