@@ -157,7 +157,7 @@ def test_logits_that_were_cut_off_are_said(judge, tmp_path):
         content = file.read()
     with open(path, "wb") as file:
         file.write(content[:-40])
-    with pytest.raises(UserError, match="cannot be read.*Remove it, and it is made"):
+    with pytest.raises(UserError, match="stripes-validation-.* no npz file, or trunc"):
         mine.of(task("validation"))
 
 
@@ -166,13 +166,14 @@ def test_logits_that_were_cut_off_are_said(judge, tmp_path):
     [
         ({"kernel": np.ones((32, 3))}, "linear of 4 classes with the arrays"),
         ({"kernel": np.full((32, 4), np.nan)}, "kernel holds no finite numbers"),
-        ({"kernel": np.array([{}])}, "cannot be read"),
-        ({"facts": np.array('{"kind": "linear"}')}, "classes is missing"),
-        ({"facts": np.array("{")}, "malformed JSON"),
+        ({"kernel": np.array([{}])}, "pickled Python objects"),
+        ({"facts": heads.as_bytes({"kind": "linear"})}, "classes is missing"),
+        ({"facts": np.frombuffer(b"{", np.uint8)}, "malformed JSON"),
         ({"facts": np.ones(3)}, "says nothing of itself"),
-        (None, "cannot be read"),
+        ({"facts": heads.as_bytes([1])}, "says of itself: "),
+        (None, "no npz file, or truncated"),
     ],
-    ids=["shape", "NaN", "pickle", "fields", "JSON", "numbers", "no zip"],
+    ids=["shape", "NaN", "pickle", "fields", "JSON", "numbers", "list", "no zip"],
 )
 def test_what_is_no_head_is_refused(kept, tmp_path, changes, message):
     path = tmp_path / "head.npz"

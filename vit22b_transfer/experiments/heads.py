@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,21 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from vit22b_transfer import UserError
 from vit22b_transfer.experiments.features import Tokens
 from vit22b_transfer.experiments.labelled import Labelled, unseen
 from vit22b_transfer.experiments.outcomes import Outcome
 from vit22b_transfer.host import json_files, whole_files
-from vit22b_transfer.host.file_errors import brief, damaged
+from vit22b_transfer.host.file_errors import brief
 from vit22b_transfer.models import attentive_head, contrastive_losses
+from vit22b_transfer.weights.files import npz_files
 
 LINEAR, ATTENTIVE, TEXTS = "linear", "attentive", "texts"
 _FACTS = "facts"
 _ADVICE = "Give a file that `vit22b probe` has kept, or run the probe again."
-# A head of 20,000 classes on 24,000 numbers takes 2 GiB in float32.
-_MOST_BYTES = 8 << 30
 # Bytes of the features whose logits are computed at a time.
 _BLOCK_BYTES = 1 << 26
 
@@ -135,24 +133,27 @@ class Head:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits of all arrays and facts."""
-        found = hashlib.sha256(self._told().encode())
+        found = hashlib.sha256(as_bytes(self._told()).tobytes())
         for name, array in sorted(self.arrays.items()):
             found.update(f"{name} {array.dtype} {array.shape}".encode())
             found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()[:16]
 
-    def _told(self) -> str:
-        fields = {"kind": self.kind, "classes": self.classes}
-        fields |= {"features": list(self.features), "facts": dict(self.facts)}
+    def _told(self) -> dict[str, Any]:
         names = self.class_names
-        fields["class_names"] = None if names is None else list(names)
-        return json.dumps(fields, sort_keys=True, allow_nan=False)
+        return {
+            "kind": self.kind,
+            "classes": self.classes,
+            "features": list(self.features),
+            "class_names": None if names is None else list(names),
+            "facts": dict(self.facts),
+        }
 
     def write(self, path: str) -> None:
         """Writes it, whole or not at all."""
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        arrays: Any = {_FACTS: as_bytes(self._told()), **self.arrays}
         with whole_files.replacing(path, "wb") as file:
-            arrays: Any = {_FACTS: np.array(self._told()), **self.arrays}
             np.savez(file, **arrays)
 
 
@@ -194,11 +195,7 @@ def read(path: str) -> Head:
     Raises:
       UserError: if it cannot be read, or holds anything else.
     """
-    content = read_arrays(path, _MOST_BYTES, _ADVICE)
-    told = content.pop(_FACTS, np.array(0))
-    if told.dtype.kind != "U" or told.ndim:
-        raise UserError(f"{path} holds no head: it says nothing of itself. {_ADVICE}")
-    fields = json_files.parse(str(told), path, advice=_ADVICE)
+    content, fields = read_arrays(path, _ADVICE)
     expected = {
         "kind": str,
         "classes": int,
@@ -207,7 +204,7 @@ def read(path: str) -> Head:
         "class_names": (list, type(None)),
     }
     for name, kind in expected.items():
-        if not isinstance(fields, dict) or not isinstance(fields.get(name), kind):
+        if not isinstance(fields.get(name), kind):
             raise UserError(f"{path} holds no head: {name} is missing. {_ADVICE}")
     kind, classes, names = (fields[n] for n in ("kind", "classes", "class_names"))
     good = kind in _NEEDED and _NEEDED[kind] <= content.keys()
@@ -229,27 +226,33 @@ def read(path: str) -> Head:
     return Head(kind, content, classes, features, listed, fields["facts"])
 
 
-def read_arrays(path: str, limit: int, advice: str) -> dict[str, np.ndarray]:
-    """The arrays of a NumPy archive that is not compressed; no pickled objects.
+def as_bytes(value: Any) -> UInt8[np.ndarray, " bytes"]:
+    """A JSON value as an array, to stand in an archive of arrays."""
+    text = json.dumps(value, sort_keys=True, allow_nan=False)
+    return np.frombuffer(text.encode(), np.uint8)
 
-    limit: of the file's size in bytes, which is what the arrays take.
+
+def read_arrays(
+    path: str, advice: str
+) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+    """The arrays of a NumPy archive, and the JSON object `facts` that is among them.
+
+    advice: a sentence for the end of a message.
 
     Raises:
-      UserError: if it cannot be read, or is larger.
+      UserError: if it cannot be read, or has no such object. Nothing is unpickled, and
+        no more memory taken than the file's size warrants.
     """
-    try:
-        size = os.path.getsize(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}. {advice}") from error
-    with damaged(path, advice), zipfile.ZipFile(path) as archive:
-        stored = sum(info.file_size for info in archive.infolist())
-    if max(size, stored) > limit or stored > size:
-        raise UserError(
-            f"{path} holds {stored} bytes in a file of {size}, of {limit} at most and "
-            f"not compressed. {advice}"
-        )
-    with damaged(path, advice), np.load(path, allow_pickle=False) as archive:
-        return {name: np.asarray(archive[name]) for name in archive.files}
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is no file. {advice}")
+    content = {name: x.read() for name, x in npz_files.open_npz(path).items()}
+    told = content.pop(_FACTS, np.zeros(0))
+    if told.dtype != np.uint8 or told.ndim != 1:
+        raise UserError(f"{path} says nothing of itself. {advice}")
+    facts = json_files.parse(told.tobytes(), path, advice=advice)
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} says of itself: {brief(facts)}. {advice}")
+    return content, facts
 
 
 def _check_finite(x: np.ndarray, start: int, what: str) -> None:

@@ -93,15 +93,18 @@ def judgement(folder: str, picture: str) -> float:
     advice = "It is to hold one number from 0 to 1, as np.save writes it."
     if not os.path.isfile(path) or os.path.getsize(path) > _MOST_BYTES:
         raise UserError(f"{path} is missing or larger than {_MOST_BYTES} bytes.")
-    with damaged(path, advice):
-        found = np.load(path, allow_pickle=False)
-    if (
-        not isinstance(found, np.ndarray)
-        or found.size != 1
-        or found.dtype.kind not in "fiu"
-    ):
-        raise UserError(f"{path} holds {brief(repr(found))}. {advice}")
-    value = float(found.reshape(()))
+    with open(path, "rb") as file, damaged(path, advice):
+        # The shape is looked at before anything of that size is made.
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"it is of version {version}")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        content = file.read()
+    if math.prod(shape) != 1 or dtype.kind not in "fiu":
+        raise UserError(f"{path} has the shape {brief(shape)} of {dtype}. {advice}")
+    if len(content) != dtype.itemsize:
+        raise UserError(f"{path} holds {len(content)} bytes of a number. {advice}")
+    value = float(np.frombuffer(content, dtype)[0])
     if not (math.isfinite(value) and 0 <= value <= 1):
         raise UserError(f"{path} holds {value}. {advice}")
     return value
