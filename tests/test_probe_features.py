@@ -22,7 +22,13 @@ from vit22b_transfer.data.labelled_sources import (
     LabelFileSource,
 )
 from vit22b_transfer.data.preprocessors import ReadingOptions
-from vit22b_transfer.experiments import attentive, features, probe, zero_shot
+from vit22b_transfer.experiments import (
+    attentive,
+    features,
+    heads,
+    probe,
+    zero_shot,
+)
 from vit22b_transfer.experiments import vectors as named
 from vit22b_transfer.inference import cache_features
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -288,7 +294,7 @@ def test_the_command_writes_each_number_with_its_protocol_and_data(
     assert facts["image_size"] == [16, 16] and facts["tower"]["pooling"] == "map"
 
 
-def test_names_of_classes_are_probed_on_the_same_features(shared, tmp_path):
+def test_names_of_classes_are_probed_on_the_same_features(shared, folder, tmp_path):
     names = zero_shot.ZeroShot(pairs_model(), ("a {}", "{}"))
     where = {"source": shared, "test": features.Split("stripes", "train")}
     where["output_dir"] = str(tmp_path)
@@ -300,6 +306,16 @@ def test_names_of_classes_are_probed_on_the_same_features(shared, tmp_path):
     assert line["protocol"]["templates"] == ["a {}", "{}"]
     assert "width=24" in line["protocol"]["text_tower"]
     assert line["settings"]["prompts"] == 8 and line["test"]["images"] == 19
+    # Other texts for the same classes: another head, of the task's own list.
+    texts = folder / "texts.txt"
+    texts.write_text("a\nb\nc\nd\n")
+    named = dataclasses.replace(names, class_list=str(texts))
+    probe.run_probe(named, train=None, **where)
+    other = lines(tmp_path / "probes.jsonl")[-1]
+    assert other["head"] != line["head"] and other["protocol"]["class_list"]
+    head = heads.read(other["head"])
+    assert head.class_names == tuple((folder / "classes.txt").read_text().split())
+    assert head.facts["texts_of"] == ["a", "b", "c", "d"]
 
 
 def test_an_attentive_probe_is_given_the_tokens_on_disk(shared, tmp_path):

@@ -41,7 +41,7 @@ from vit22b_transfer.experiments import (
 
 FACTS = {"probe": "LogisticProbe", "features": {"weights": "w", "tower": {}}}
 SPLIT = features.Split("digits", "test")
-RESAMPLES = 100
+RESAMPLES = 40
 
 
 class Given(judged.Judge):
@@ -143,6 +143,28 @@ def test_200_classes_are_judged_in_both_lists(thousand, tmp_path):
     with pytest.raises(UserError, match="1 of 2 classes .* such as 'zebra'"):
         zebra = dataclasses.replace(some, class_names=("n005", "zebra"))
         variants.accuracy(judge(tmp_path, test=zebra), SPLIT, labels="named")
+
+
+def test_probabilities_of_some_classes_are_made_to_sum_to_1(thousand):
+    labels = np.arange(60) % 2
+    for form, names, subset in (
+        ("imagenet_r", None, class_subsets.IMAGENET_R),
+        ("objectnet", ("chair", "alarm_clock"), None),
+    ):
+        ids = np.array(class_subsets.IMAGENET_R)[labels] if subset else labels
+        found = given(thousand, ids, names=names)
+        logits, own = variants.own_logits(found, form)
+        shares = class_probabilities.softmax(thousand)
+        if subset:
+            asked = shares[:, list(subset)]
+            np.testing.assert_array_equal(own, labels)
+        else:
+            groups = class_subsets.OBJECTNET.values()
+            asked = np.stack([shares[:, list(g)].sum(axis=1) for g in groups], axis=1)
+        expected = asked / asked.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(
+            class_probabilities.softmax(logits), expected, rtol=1e-5
+        )
 
 
 def test_objectnet_is_judged_by_folders(thousand, tmp_path):

@@ -127,11 +127,14 @@ def kept_head(
     }
     if isinstance(probe, ZeroShot):
         classes = source.number_of_classes(split.task)
-        names = probe.names(names, classes)
+        texts = probe.names(names, classes)
         mesh = source.partitioning
-        head = probe.head(names, source.checkpoint, mesh, source.batch_size)
-        head = dataclasses.replace(head, facts={**head.facts, **facts})
-        decided = [names, head.facts["settings"]]
+        head = probe.head(texts, source.checkpoint, mesh, source.batch_size)
+        # A split has the names of its task's list, which may be WordNet's numbers.
+        own = head.class_names if names is None else tuple(names)
+        facts["texts_of"] = list(texts)
+        head = dataclasses.replace(head, class_names=own, facts={**head.facts, **facts})
+        decided = [own, head.facts["settings"]]
     else:
         head, decided = None, [source.identity(split.task, split.split, vectors)]
     told = {**facts, "features": {**facts["features"], "checkpoint": ""}}

@@ -21,7 +21,7 @@ from vit22b_transfer.evaluation import (
     out_of_distribution,
     selective,
 )
-from vit22b_transfer.experiments import measure_pictures, measured
+from vit22b_transfer.experiments import measure_pictures, measured, variants
 from vit22b_transfer.experiments.features import Split
 from vit22b_transfer.experiments.judged import Judge, Judged
 from vit22b_transfer.host import json_files, whole_files
@@ -31,6 +31,7 @@ def calibrated(
     judge: Judge,
     test: Split,
     *,
+    labels: str = "same",
     fit_share: float = 0.2,
     bins: int = calibration.BINS,
     resamples: int = 1_000,
@@ -42,20 +43,23 @@ def calibrated(
     split whose order is that of its classes would be fitted on some classes alone:
     images are first put in an order drawn by seed 0.
 
+    labels: how the split's classes stand to the head's (`variants.LABELS`); of some of
+      them the probabilities are made to sum to 1.
+
     Raises:
       UserError: as `calibration.scaled_metrics`; if class lists do not fit together.
     """
     found = judge.of(test)
     order = np.random.default_rng(0).permutation(len(found.labels))
-    logits = found.logits[order].astype(np.float64)
-    labels = found.labels_of_head()[order]
-    told = calibration.scaled_metrics(logits, labels, fit_share=fit_share, bins=bins)
+    logits, ids = variants.own_logits(found, labels)
+    logits, ids = logits[order].astype(np.float64), ids[order]
+    told = calibration.scaled_metrics(logits, ids, fit_share=fit_share, bins=bins)
     cut, temperature = int(told["fitted_on"]), told["temperature"]
     findings, diagram, names = [], {}, {}
     for name, scale in (("before", 1.0), ("after", temperature)):
         settings = {"temperature": scale if name == "after" else None, "when": name}
         settings = {key: value for key, value in settings.items() if value is not None}
-        rest, own = logits[cut:] / scale, labels[cut:]
+        rest, own = logits[cut:] / scale, ids[cut:]
         probabilities = class_probabilities.softmax(rest)
         confidence, correct = class_probabilities.answers(probabilities, own)
         rows = np.arange(len(own))
@@ -81,9 +85,14 @@ def calibrated(
     return measured.report(
         "calibration",
         findings,
-        protocol={"fit_share": fit_share, "bins": bins, "resamples": resamples},
-        facts=judge.facts(test=test) | {"classes": found.head.classes},
-        notes={"fitted_on": cut, "measured_on": len(labels) - cut, **found.notes},
+        protocol={
+            "labels": labels,
+            "fit_share": fit_share,
+            "bins": bins,
+            "resamples": resamples,
+        },
+        facts=judge.facts(test=test) | {"classes": logits.shape[1]},
+        notes={"fitted_on": cut, "measured_on": len(ids) - cut, **found.notes},
         output_dir=judge.output_dir,
         pictures=[picture],
     )
@@ -93,6 +102,7 @@ def selected(
     judge: Judge,
     test: Split,
     *,
+    labels: str = "same",
     fractions: Sequence[float] = selective.ORACLE_FRACTIONS,
     resamples: int = 1_000,
 ) -> list[dict]:
@@ -103,14 +113,15 @@ def selected(
     AUC of being right by confidence. A number that is not defined, as the calibration
     AUC of a head without errors, is an error.
 
+    labels: as `calibrated`.
+
     Raises:
       UserError: as the functions of `evaluation.selective`.
     """
     found = judge.of(test)
-    probabilities = class_probabilities.softmax(found.logits)
-    confidence, correct = class_probabilities.answers(
-        probabilities, found.labels_of_head()
-    )
+    logits, ids = variants.own_logits(found, labels)
+    probabilities = class_probabilities.softmax(logits)
+    confidence, correct = class_probabilities.answers(probabilities, ids)
 
     def measure(rows):
         sure, right = confidence[rows], correct[rows]
@@ -142,8 +153,12 @@ def selected(
     return measured.report(
         "selective",
         findings,
-        protocol={"fractions": list(fractions), "resamples": resamples},
-        facts=judge.facts(test=test) | {"classes": found.head.classes},
+        protocol={
+            "labels": labels,
+            "fractions": list(fractions),
+            "resamples": resamples,
+        },
+        facts=judge.facts(test=test) | {"classes": logits.shape[1]},
         notes={"images": len(correct), **found.notes},
         output_dir=judge.output_dir,
         pictures=[picture],

@@ -3,14 +3,11 @@
 import difflib
 
 import numpy as np
+import scipy.stats
 from jaxtyping import Float, Int
 
 from vit22b_transfer import UserError
-from vit22b_transfer.evaluation import (
-    calibration,
-    class_probabilities,
-    class_subsets,
-)
+from vit22b_transfer.evaluation import class_probabilities, class_subsets
 from vit22b_transfer.evaluation.class_subsets import IMAGENET_A, IMAGENET_R, OBJECTNET
 from vit22b_transfer.experiments import measured
 from vit22b_transfer.experiments.features import Split
@@ -37,9 +34,7 @@ def accuracy(judge: Judge, test: Split, *, labels: str = "same") -> list[dict]:
     Raises:
       UserError: if class lists do not fit together; as `Judge.of`.
     """
-    if labels not in LABELS:
-        near = difflib.get_close_matches(labels, LABELS, n=1, cutoff=0.0)
-        raise UserError(f"labels={labels!r}; the nearest of {LABELS} is {near[0]!r}.")
+    _check_form(labels)
     found = judge.of(test)
     if labels == "same":
         ids = found.labels_of_head()
@@ -68,6 +63,37 @@ def accuracy(judge: Judge, test: Split, *, labels: str = "same") -> list[dict]:
         notes={"images": len(found.labels), **found.notes},
         output_dir=judge.output_dir,
     )
+
+
+def _check_form(labels: str) -> None:
+    if labels not in LABELS:
+        near = difflib.get_close_matches(labels, LABELS, n=1, cutoff=0.0)
+        raise UserError(f"labels={labels!r}; the nearest of {LABELS} is {near[0]!r}.")
+
+
+def own_logits(
+    found: Judged, labels: str
+) -> tuple[Float[np.ndarray, "images asked"], Int[np.ndarray, " images"]]:
+    """Logits of the classes that a split is asked about, and its labels among these.
+
+    Their softmax are the head's probabilities of these classes alone, made to sum to
+    1; of an ObjectNet folder the sum of its classes'.
+
+    labels: one of `LABELS`.
+
+    Raises:
+      UserError: if class lists do not fit together.
+    """
+    _check_form(labels)
+    if labels == "same":
+        return found.logits, found.labels_of_head()
+    if labels == "objectnet":
+        _, own = objectnet_scores(found)
+        shares = class_subsets.summed_probabilities(found.logits, OBJECTNET)
+        return np.log(np.maximum(shares, np.finfo(np.float64).tiny)), own
+    ids, subset = subset_labels(found, labels)
+    some = class_subsets.restricted(found.logits, subset)
+    return some, class_subsets.positions(ids, subset)
 
 
 def subset_labels(
@@ -157,20 +183,16 @@ def several_labels(judge: Judge, test: Split, *, judgements: str) -> list[dict]:
     rows = np.flatnonzero([len(own) > 0 for own in given])
     if not len(rows):
         raise UserError(f"{judgements} has no label for any image of {found.what}.")
-    logits = found.logits[rows]
-    targets = np.zeros(logits.shape)
-    for place, row in enumerate(rows):
-        np.add.at(targets[place], list(given[row]), 1 / len(given[row]))
-    logs = class_probabilities.log_softmax(logits)
-    right = targets[np.arange(len(rows)), logits.argmax(axis=1)] > 0
+    votes = [given[row] for row in rows]
+    logs = class_probabilities.log_softmax(found.logits[rows])
+    best = logs.argmax(axis=1)
+    right = np.array([n in own for n, own in zip(best, votes, strict=True)])
     losses = np.array(
-        [
-            calibration.cross_entropy(logs[n : n + 1], targets[n : n + 1])
-            for n in range(len(rows))
-        ]
+        [-np.mean(row[list(own)]) for row, own in zip(logs, votes, strict=True)]
     )
-    entropies = class_probabilities.entropies(targets)
-    single = (targets > 0).sum(axis=1) == 1
+    counts = [np.unique(own, return_counts=True)[1] for own in votes]
+    entropies = np.array([scipy.stats.entropy(own) for own in counts])
+    single = np.array([len(own) == 1 for own in counts])
     findings = [
         measured.share("accuracy", right),
         measured.mean("cross_entropy", losses),
