@@ -21,9 +21,9 @@ RECIPES = files("recipes")
 # Read by T5X, before a recipe.
 T5X_RUNS = sorted((CONFIGS / "runs").glob("t5x_*.gin"))
 WHOLE_RUNS = [
-    CONFIGS / f"runs/{name}.gin"
-    for name in ("train", "eval", "infer", "bench", "probe")
+    CONFIGS / f"runs/{name}.gin" for name in ("train", "eval", "infer", "bench")
 ]
+WHOLE_RUNS += sorted((CONFIGS / "runs").glob("probe*.gin"))
 # Each the first file of a `vit22b probe`.
 PROBES = files("probes")
 # What may stand behind a recipe.
@@ -39,6 +39,8 @@ OPEN = {
     "OUTPUT_DIR": "'/nowhere'",
     "INITIAL_CHECKPOINT": "'/nowhere/checkpoint_1'",
     "INITIAL_IMAGE_SIZE": "(32, 32)",
+    "DATA_FOLDER": "'/nowhere/data'",
+    "UNITS_PER_METRE": "1000.0",
     "VIT": "'S/16'",
     "TEACHER": "'B/16'",
     "TEACHER_CHECKPOINT": "'/nowhere/checkpoint_2'",

@@ -1,6 +1,5 @@
 """What README.md and docs/ say is so: their commands run, the tree is the tree."""
 
-import importlib
 import json
 import re
 import shutil
@@ -110,9 +109,7 @@ def test_what_is_only_read_has_a_complete_recipe(mark, commands, tmp_path):
         with no_tasks():
             shipped.offer_tasks()
             recipe = loading.read(args.gin_file, overrides, shipped.search_paths())
-        module, _, function = runs.FUNCTIONS[args.command].rpartition(".")
-        root = getattr(importlib.import_module(module), function)
-        loading.check_complete(recipe, root)
+        loading.check_complete(recipe, runs.root_of(args))
 
 
 @pytest.fixture

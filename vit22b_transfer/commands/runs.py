@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.commands.arguments import (
@@ -32,7 +34,26 @@ PROBES = {
     "knn": "nearest neighbours",
     "attentive": "attention pooling of all tokens, learned",
     "zero_shot": "names of classes, by a model of image-text pairs",
+    "segmentation_linear": "classes of pixels, a linear layer",
+    "segmentation_upernet": "classes of pixels, UPerNet",
+    "depth_linear": "depths of pixels, a linear layer",
+    "depth_dpt": "depths of pixels, DPT",
 }
+# Kinds whose recipe configures another function than the others' `run_probe`.
+_OWN_FUNCTIONS = {
+    "segmentation_linear": "vit22b_transfer.experiments.segmentation.run_segmentation",
+    "segmentation_upernet": "vit22b_transfer.experiments.segmentation.run_segmentation",
+    "depth_linear": "vit22b_transfer.experiments.depth.run_depth",
+    "depth_dpt": "vit22b_transfer.experiments.depth.run_depth",
+}
+
+
+def root_of(args: argparse.Namespace) -> Callable[..., Any]:
+    """The function that the recipe of a command configures, imported."""
+    kind = getattr(args, "kind", None)
+    path = _OWN_FUNCTIONS.get(kind) or FUNCTIONS[args.command]
+    module, _, function = path.rpartition(".")
+    return getattr(importlib.import_module(module), function)
 
 
 def add_to(add: Add) -> None:
@@ -83,6 +104,7 @@ class _Kind(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         recipe = f"gin_configs/probes/{values}.gin"
         namespace.gin_file = [recipe, *namespace.gin_file]
+        namespace.kind = values
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -99,8 +121,7 @@ def _run(args: argparse.Namespace) -> None:
             from vit22b_transfer.data import streams
 
             streams.keep_tensorflow_off_accelerators()
-    module, _, function = FUNCTIONS[args.command].rpartition(".")
-    root = getattr(importlib.import_module(module), function)
+    root = root_of(args)
     call = loading.install(recipe, root, paths)
     if args.command == "train" and (said := loading.trial(recipe, paths)):
         import jax
