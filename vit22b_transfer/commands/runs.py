@@ -38,6 +38,7 @@ PROBES = {
     "segmentation_upernet": "classes of pixels, UPerNet",
     "depth_linear": "depths of pixels, a linear layer",
     "depth_dpt": "depths of pixels, DPT",
+    "video": "classes of clips, a transformer over frames",
 }
 # Kinds whose recipe configures another function than the others' `run_probe`.
 _OWN_FUNCTIONS = {
@@ -45,6 +46,7 @@ _OWN_FUNCTIONS = {
     "segmentation_upernet": "vit22b_transfer.experiments.segmentation.run_segmentation",
     "depth_linear": "vit22b_transfer.experiments.depth.run_depth",
     "depth_dpt": "vit22b_transfer.experiments.depth.run_depth",
+    "video": "vit22b_transfer.experiments.video.run_video",
 }
 
 

@@ -92,7 +92,7 @@ class FeatureSource:
                     if place % _ROWS_SHOWN == 0 or place + 1 == len(rows):
                         bar.show(place + 1)
         return SplitFeatures(
-            found, tuple(vectors or ()), labels, num_classes, what, notes
+            found, tuple(vectors or ()), labels, num_classes, what, notes, rows
         )
 
     def _made(self, task, split, vectors, num_classes) -> tuple[Any, list[str]]:
@@ -245,7 +245,7 @@ class SplitFeatures:
     """Features and labels of the images of a split that have both.
 
     vectors: [images, names, width], or all tokens on disk. notes: images that were left
-    out, by reason.
+    out, by reason. rows: numbers of the images among all examples of the split.
     """
 
     vectors: Float[np.ndarray, "images names width"] | Tokens
@@ -254,6 +254,7 @@ class SplitFeatures:
     num_classes: int
     what: str
     notes: Mapping[str, Any]
+    rows: Int[np.ndarray, " images"]
 
     def joined(self, names: Sequence[str]) -> Labelled:
         """The vectors of those names, one behind the other, in memory once more."""
