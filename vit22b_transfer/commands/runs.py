@@ -52,8 +52,8 @@ _OWN_FUNCTIONS = {
 
 def root_of(args: argparse.Namespace) -> Callable[..., Any]:
     """The function that the recipe of a command configures, imported."""
-    kind = getattr(args, "kind", None)
-    path = _OWN_FUNCTIONS.get(kind) or FUNCTIONS[args.command]
+    kind = getattr(args, "kind", "")
+    path = _OWN_FUNCTIONS.get(kind, FUNCTIONS[args.command])
     module, _, function = path.rpartition(".")
     return getattr(importlib.import_module(module), function)
 

@@ -59,7 +59,7 @@ class RandomCrops:
             int(place * max(0, whole - side + 1))
             for place, whole, side in zip(places, shape, size, strict=True)
         )
-        kept = tuple(min(a, b) for a, b in zip(size, shape, strict=True))
+        kept = min(size[0], shape[0]), min(size[1], shape[1])
         cut = resized_image(image, shape, (top, left), kept)
         marks = resized_labels(labels, shape, (top, left), kept)
         if kept != size:

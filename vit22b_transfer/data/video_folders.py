@@ -247,4 +247,7 @@ class ClipData:
         vectors = self.clips.vectors[number]
         start = rng.integers(0, len(vectors) - self.frames + 1)
         window = vectors[start : start + self.frames].astype(np.float32)
-        return {"frames": window, "labels": np.int32(self.clips.labels[number])}
+        return {
+            "frames": window,
+            "labels": np.array(self.clips.labels[number], np.int32),
+        }

@@ -95,12 +95,13 @@ def scores(counts: Int[np.ndarray, "3 classes"]) -> SegmentationScores:
 
 
 def mean_interval(
-    by_image: Int[np.ndarray, "images 3 classes"], **options: int | float
+    by_image: Int[np.ndarray, "images 3 classes"],
+    *,
+    resamples: int = intervals.RESAMPLES,
 ) -> intervals.Interval:
     """The mean intersection over union, and its interval by resampling images.
 
-    options: as `intervals.bootstrap`. In a resample, too, the classes that occur in it
-    nowhere are left out of its mean.
+    In a resample, too, the classes that occur in it nowhere are left out of its mean.
 
     Raises:
       UserError: as `scores` and `intervals.bootstrap_of_sums`.
@@ -115,4 +116,4 @@ def mean_interval(
         return np.sum(right / np.maximum(union, 1), axis=1) / occur
 
     flat = by_image.reshape(images, -1).astype(np.float64)
-    return intervals.bootstrap_of_sums(flat, mean, **options)
+    return intervals.bootstrap_of_sums(flat, mean, resamples=resamples)

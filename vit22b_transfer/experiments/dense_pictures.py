@@ -96,14 +96,14 @@ def _ramp(share: Float[np.ndarray, "..."]) -> Float[np.ndarray, "... 3"]:
 
 
 def _write(path, panels, legend):
-    shown = []
+    shown: list[Image.Image] = []
     for panel in panels:
         picture = Image.fromarray(np.ascontiguousarray(panel))
         scale = SIDE / max(picture.size)
-        size = tuple(max(1, round(side * scale)) for side in picture.size)
+        width, height = (max(1, round(side * scale)) for side in picture.size)
         # Of classes and depths no pixel is to be between two of them.
         how = Image.Resampling.NEAREST if shown else Image.Resampling.BILINEAR
-        shown.append(picture.resize(size, how))
+        shown.append(picture.resize((width, height), how))
     width, height = shown[0].size
     sheet = Image.new(
         "RGB",

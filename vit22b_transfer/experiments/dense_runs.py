@@ -67,7 +67,7 @@ class DenseRun:
             test images: an interval needs two.
         """
         size: Any = tuple(self.source.image_size)
-        window = windows.Windows(size, tuple(self.protocol.stride))
+        window = windows.Windows(size, self.protocol.stride)
         head = dense_heads.of_tower(self.protocol.head, self.source.tower)
         self.source.tower.num_tokens(*size)
         train_pairs = self.folder.pairs(self.folder.train)

@@ -6,6 +6,7 @@ frames are never cropped at random, only the place of a clip's window is.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,7 +65,9 @@ def run_video(
     output_dir = whole_files.writable_directory(output_dir, "output directory")
     training = protocol.training
     task = data.task(stride=protocol.stride, least=protocol.frames)
-    clips, notes, parts, count = {}, {}, {}, 0
+    clips: dict[str, video_folders.Clips] = {}
+    notes: dict[str, Any] = {}
+    parts, count = {}, 0
     for name, split in (("train", data.train), ("test", data.test)):
         found = source.read(task, split, (protocol.vector,))
         joined = found.joined((protocol.vector,))
@@ -72,8 +75,8 @@ def run_video(
             task, split, found.rows, joined.features, joined.labels
         )
         count = found.num_classes
-        said = {key.replace(task, "clips"): value for key, value in found.notes.items()}
-        notes |= {f"{split}: {key}": value for key, value in said.items()}
+        for key, value in found.notes.items():
+            notes[f"{split}: {key.removeprefix(f'{task} {split}: ')}"] = value
         if clips[name].left_out:
             notes[f"{split}: clips with an unreadable frame"] = clips[name].left_out
         total = len(clips[name].labels)
