@@ -104,6 +104,7 @@ def test_a_linear_head_learns_classes_that_are_judged_at_the_masks_size(
     assert again.value == mean.value and len(lines(out)) == 4
 
 
+@pytest.mark.slow
 def test_depths_are_learned_with_the_tower_where_it_is_asked_for(source, tmp_path):
     root = tiny_dense.write_pairs(tmp_path / "scenes", units=1000, test=4)
     path = root / "depths" / "validation" / "03.png"

@@ -11,7 +11,8 @@ import pytest
 import seqio
 import tiny_models
 from flax.traverse_util import flatten_dict, unflatten_dict
-from PIL import Image
+from tiny_dense import save_grey as save
+from tiny_dense import write_clips
 from tiny_runs import ONE_DEVICE
 from torch_peers import import_peer, torch, without_gradients
 
@@ -108,23 +109,6 @@ def test_a_transformer_that_fits_no_vector_is_refused(head, message):
 
 
 # --- Folders ---
-
-
-def save(path, level, size=16):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((size, size, 3), level, np.uint8)).save(path)
-
-
-def write_clips(root, split, clips, *, frames=6, first=1):
-    """Clips that become lighter or darker, from some grey on."""
-    rng = np.random.default_rng(len(split))
-    for name, step in (("darker", -14), ("lighter", 14)):
-        for clip in range(clips):
-            level = 128 + int(rng.integers(-30, 31)) - step * frames // 2
-            for n in range(frames):
-                where = root / split / name / f"clip_{clip}"
-                save(where / f"frame_{first + n:05}.png", level + n * step)
-    (root / "classes.txt").write_text("darker\nlighter\n")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Small pictures whose every pixel has a class and a depth, in folders of pairs."""
+"""Small pictures whose every pixel has a class and a depth; clips of grey frames."""
 
 import numpy as np
 from PIL import Image
@@ -39,3 +39,21 @@ def write_pairs(root, *, train=6, test=3, offset=0, units=None):
     if units is None:
         (root / "classes.txt").write_text("".join(f"{name}\n" for name in NAMES))
     return root
+
+
+def save_grey(path, level, size=16):
+    """Writes a picture of one grey."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size, size, 3), level, np.uint8)).save(path)
+
+
+def write_clips(root, split, clips, *, frames=6, first=1):
+    """Clips that become lighter or darker, from some grey on."""
+    rng = np.random.default_rng(len(split))
+    for name, step in (("darker", -14), ("lighter", 14)):
+        for clip in range(clips):
+            level = 128 + int(rng.integers(-30, 31)) - step * frames // 2
+            for n in range(frames):
+                where = root / split / name / f"clip_{clip}"
+                save_grey(where / f"frame_{first + n:05}.png", level + n * step)
+    (root / "classes.txt").write_text("darker\nlighter\n")
