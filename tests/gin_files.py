@@ -42,6 +42,8 @@ OPEN = {
     "OUTPUT_DIR": "'/nowhere'",
     "INITIAL_CHECKPOINT": "'/nowhere/checkpoint_1'",
     "INITIAL_IMAGE_SIZE": "(32, 32)",
+    "DATA_FOLDER": "'/nowhere/data'",
+    "UNITS_PER_METRE": "1000.0",
     "VIT": "'S/16'",
     "TEACHER": "'B/16'",
     "TEACHER_CHECKPOINT": "'/nowhere/checkpoint_2'",

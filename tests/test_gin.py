@@ -23,7 +23,7 @@ from gin_files import (
     required_macros,
 )
 
-from vit22b_transfer import UserError
+from vit22b_transfer import UserError, cli
 from vit22b_transfer.commands import runs
 from vit22b_transfer.experiments import probe
 from vit22b_transfer.models import (
@@ -176,9 +176,13 @@ def test_every_recipe_serves_train_eval_and_infer(path):
 
 @pytest.mark.parametrize("path", PROBES, ids=stem)
 def test_every_probe_is_complete_and_of_a_kind_that_the_command_knows(path):
-    recipe = read_recipe(path)
-    given = loading.arguments(recipe, probe.run_probe, [str(ROOT)])
-    assert callable(given["probe"].run) and path.stem in runs.PROBES
+    args, _ = cli._parser().parse_known_args(["probe", path.stem])
+    root = runs.root_of(args)
+    given = loading.arguments(read_recipe(path), root, [str(ROOT)])
+    assert path.stem in runs.PROBES
+    assert {"source", "output_dir", "probe" if root is probe.run_probe else "data"} <= {
+        *given
+    }
     assert f"vit22b probe {path.stem} " in path.read_text()
 
 

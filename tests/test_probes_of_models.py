@@ -37,7 +37,7 @@ def split(count, seed):
     tokens[*marked, 0] = np.where(labels, 3, -3)
     tokens[*marked, 1] = 6
     tokens -= tokens.mean(axis=1, keepdims=True)
-    return SplitFeatures(tokens, (), labels, 2, "some", {})
+    return SplitFeatures(tokens, (), labels, 2, "some", {}, np.arange(len(labels)))
 
 
 @pytest.fixture(scope="module")

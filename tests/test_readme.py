@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tiny_classifier
+import tiny_dense
 from shell_commands import (
     no_tasks,
     recorded_calls,
@@ -209,12 +210,12 @@ def test_my_captions_runs_as_written(own_data):
     assert (folder / "trial" / "checkpoint_20").is_dir()
 
 
-def save_public_siglip(folder):
+def save_public_siglip(folder, *, depth=1, width=16):
     """`siglip`, tiny, in the files of a published one."""
     transformers = import_peer("transformers")
-    sizes = dict(num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    sizes = dict(num_hidden_layers=depth, num_attention_heads=2, intermediate_size=32)
     config = transformers.SiglipVisionConfig(
-        hidden_size=16, image_size=32, patch_size=16, **sizes
+        hidden_size=width, image_size=32, patch_size=16, **sizes
     )
     transformers.SiglipVisionModel(config).save_pretrained(folder / "siglip")
     pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
@@ -312,6 +313,57 @@ def test_measures_runs_as_written(tmp_path):
     assert {line["measure"] for line in lines} == {*runs.MEASURES}
     for picture in {name for line in lines for name in line["pictures"]}:
         assert (tmp_path / "probes" / picture).is_file()
+
+
+def make_heads_small(folder):
+    """Recipes of heads that are run in the folder take few steps on small crops."""
+    smaller = {
+        "TRAIN_STEPS": "3",
+        "WARMUP_STEPS": "1",
+        "SHOWN_SIZE": "(32, 32)",
+        "STRIDE": "(16, 32)",
+        "TRAIN_BATCH_SIZE": "2",
+        "FRAMES": "3",
+        "statistics_batches": "1",
+        "fused": "8",
+        "depth": "1",
+    }
+    names = ["runs/probe_head.gin", "runs/probe_dense.gin", "probes/video.gin"]
+    names += ["runs/probe_segmentation.gin", "probes/segmentation_upernet.gin"]
+    for path in (*names, "runs/probe_depth.gin", "probes/depth_dpt.gin"):
+        text = (ROOT / "gin_configs" / path).read_text()
+        for name, value in smaller.items():
+            old = rf"^( *{name}) = [^\n]*$"
+            text = re.sub(old, rf"\1 = {value}", text, flags=re.M)
+        text = text.replace("= 512", "= 8").replace("96, 192, 384, 768", "8, 8, 8, 8")
+        (folder / "gin_configs" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "gin_configs" / path).write_text(text)
+
+
+@pytest.mark.slow
+def test_dense_runs_as_written(tmp_path, capsys):
+    tiny_dense.write_pairs(tmp_path / "scenes")
+    tiny_dense.write_pairs(tmp_path / "rooms", units=1000)
+    for split in ("training", "validation"):
+        tiny_dense.write_clips(tmp_path / "clips", split, 2)
+    save_public_siglip(tmp_path, depth=4, width=64)
+    use_one_device(tmp_path)
+    make_heads_small(tmp_path)
+    run_in_process(block("test: dense"), tmp_path)
+    text = (tmp_path / "probes" / "probes.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    first = [
+        line for line in lines if line["metric"] in ("mean_iou", "mse", "accuracy")
+    ]
+    kinds = [line["probe"] for line in first]
+    assert kinds == ["Segmentation"] * 3 + ["Depth"] * 2 + ["Video"]
+    heads = [line["protocol"]["head"]["kind"] for line in first]
+    linear = "LinearHead"
+    assert heads == [linear, "UperNet", linear, linear, "Dpt", "TemporalHead"]
+    assert first[2]["train"]["images"] == 3 and first[2]["protocol"]["train_trunk"]
+    for line in first[:-1]:
+        assert line["pictures"] and all(map(Path.is_file, map(Path, line["pictures"])))
+    assert capsys.readouterr().out.count("the tower was run on") == 2
 
 
 def test_public_weights_runs_as_written(own_data, capsys):

@@ -34,6 +34,19 @@ PROBES = {
     "knn": "nearest neighbours",
     "attentive": "attention pooling of all tokens, learned",
     "zero_shot": "names of classes, by a model of image-text pairs",
+    "segmentation_linear": "classes of pixels, a linear layer",
+    "segmentation_upernet": "classes of pixels, UPerNet",
+    "depth_linear": "depths of pixels, a linear layer",
+    "depth_dpt": "depths of pixels, DPT",
+    "video": "classes of clips, a transformer over frames",
+}
+# Kinds whose recipe configures another function than the others' `run_probe`.
+_OWN_FUNCTIONS = {
+    "segmentation_linear": "vit22b_transfer.experiments.segmentation.run_segmentation",
+    "segmentation_upernet": "vit22b_transfer.experiments.segmentation.run_segmentation",
+    "depth_linear": "vit22b_transfer.experiments.depth.run_depth",
+    "depth_dpt": "vit22b_transfer.experiments.depth.run_depth",
+    "video": "vit22b_transfer.experiments.video.run_video",
 }
 # Of `measure`: the function that a recipe configures, and what each kind is;
 # gin_configs/measures has a recipe of that name.
@@ -55,10 +68,12 @@ MEASURES = {
 
 def root_of(args: argparse.Namespace) -> Callable[..., Any]:
     """The function that the recipe of a command configures, imported."""
-    path = FUNCTIONS.get(args.command)
+    kind = getattr(args, "kind", "")
     if args.command == "measure":
-        path = f"vit22b_transfer.experiments.{MEASURES[args.kind][0]}"
-    module, _, function = str(path).rpartition(".")
+        path = f"vit22b_transfer.experiments.{MEASURES[kind][0]}"
+    else:
+        path = _OWN_FUNCTIONS.get(kind) or FUNCTIONS[args.command]
+    module, _, function = path.rpartition(".")
     return getattr(importlib.import_module(module), function)
 
 

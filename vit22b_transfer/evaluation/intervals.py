@@ -150,6 +150,37 @@ def resampled(
     return result
 
 
+def bootstrap_of_sums(
+    columns: Float[np.ndarray, "images numbers"],
+    statistic: Callable[
+        [Float[np.ndarray, "samples numbers"]], Float[np.ndarray, " samples"]
+    ],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """The interval of a number made of sums over images, by resampling these.
+
+    columns: of each image what is summed. statistic: the number for each row of sums;
+      it must be finite of any resample. As `bootstrap`, which is of one ratio.
+
+    Raises:
+      UserError: as `bootstrap`.
+    """
+    images = len(columns)
+    _check(columns[:, 0], np.ones(images, int), resamples, confidence)
+    total = columns.sum(axis=0)
+    found = []
+    for chosen in _choices(images, seed, resamples):
+        rows = np.repeat(np.arange(len(chosen)), images)
+        times = np.bincount(rows * images + chosen.ravel(), minlength=chosen.size)
+        found.append(statistic(times.reshape(chosen.shape) @ columns))
+    value = float(statistic(total[None])[0])
+    one_out = statistic(total - columns)
+    return _interval(value, np.concatenate(found), one_out, confidence)
+
+
 def paired_difference(
     first: Float[np.ndarray, " images"],
     second: Float[np.ndarray, " images"],
@@ -289,15 +320,18 @@ def _check_resamples(resamples, confidence):
 
 def _drawn(columns, seed, resamples):
     """The sums of each column over as many images, drawn with repetition."""
-    rng = np.random.default_rng(seed)
-    images = len(columns[0])
-    step = max(_AT_A_TIME // images, 1)
     parts = []
-    for start in range(0, resamples, step):
-        size = (min(step, resamples - start), images)
-        chosen = rng.integers(0, images, size)
+    for chosen in _choices(len(columns[0]), seed, resamples):
         parts.append([column[chosen].sum(axis=1) for column in columns])
     return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+def _choices(images, seed, resamples):
+    """Numbers of the images of each resample, some resamples at a time."""
+    rng = np.random.default_rng(seed)
+    step = max(_AT_A_TIME // images, 1)
+    for start in range(0, resamples, step):
+        yield rng.integers(0, images, (min(step, resamples - start), images))
 
 
 def _interval(value, found, one_out, confidence):

@@ -122,6 +122,7 @@ class FeatureSource:
             num_classes,
             what,
             notes,
+            rows,
             tuple(ids[row] for row in rows),
             tuple(ids),
         )
@@ -330,8 +331,9 @@ class SplitFeatures:
     """Features and labels of the images of a split that have both.
 
     vectors: [images, names, width], or all tokens on disk. labels: -1 where nothing is
-    told of them. notes: images that were left out, by reason. ids: names of the images,
-    in their order; every_id: of those that were left out as well.
+    told of them. notes: images that were left out, by reason. rows: numbers of the
+    images among all examples of the split. ids: names of the images, in their order;
+    every_id: of those that were left out as well.
     """
 
     vectors: Float[np.ndarray, "images names width"] | Tokens
@@ -340,6 +342,7 @@ class SplitFeatures:
     num_classes: int
     what: str
     notes: Mapping[str, Any]
+    rows: Int[np.ndarray, " images"]
     ids: tuple[str, ...] = ()
     every_id: tuple[str, ...] = ()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,45 @@ class Outcome:
     def interval(self) -> tuple[float, float]:
         """As `wilson_interval` of the scores."""
         return wilson_interval(self.value, len(self.scores))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One number of an experiment that is no share of right images.
+
+    interval: (low, high), of `interval_kind`, over `images` images (of videos: clips).
+    settings, notes, metric: as in `Outcome`. pictures: paths of PNG files of some test
+    images.
+    """
+
+    metric: str
+    value: float
+    interval: tuple[float, float]
+    images: int
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pictures: Sequence[str] = ()
+    interval_kind: str = "bootstrap, 95 %"
+
+
+def described(value: Any) -> Any:
+    """A protocol as JSON values: dataclasses with their names, optimizers as told."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        settings = getattr(value, "settings", None)  # of a schedule
+        if isinstance(settings, Mapping):
+            return described(settings)
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **described(fields)}
+    if isinstance(settings := getattr(value, "settings", None), Mapping):
+        rate = getattr(value, "learning_rate", None)
+        return {**described(settings), "learning_rate": described(rate)}
+    if isinstance(value, Mapping):
+        return {str(name): described(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [described(part) for part in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:

@@ -237,7 +237,8 @@ def show(
     said = progress.console() if console is None else console
     first = lines[0]
     data = "{task} {split}, {images} images"
-    said.print(f"{first['probe']}, {first['classes']} classes", markup=False)
+    classes = f", {first['classes']} classes" if "classes" in first else ""
+    said.print(f"{first['probe']}{classes}", markup=False)
     for name in ("train", "test"):
         if name in first:
             said.print(f"  {name}: {data.format(**first[name])}", markup=False)
@@ -245,12 +246,15 @@ def show(
         for name, value in first[group].items():
             said.print(f"  {name}: {json.dumps(value)}", markup=False)
     names, values, intervals = [], [], []
+    several = len({line["metric"] for line in lines}) > 1
     for line in lines:
         low, high = line["interval"]
-        names.append(_title(line["settings"]) or line["probe"])
+        title = _title(line["settings"]) or line["probe"]
+        names.append(line["metric"] if several else title)
         values.append(f"{line['value']:.4f}")
         intervals.append(f"{low:.4f} to {high:.4f}")
-    columns = {first["metric"]: values, outcomes.INTERVAL: intervals}
+    kind = first["interval_kind"].rpartition(", over")[0]
+    columns = {"value" if several else first["metric"]: values, kind: intervals}
     tables.print_table(console or rich.console.Console(), names, columns)
     told = {}
     for line in lines:
