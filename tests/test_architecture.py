@@ -23,7 +23,7 @@ RANKS = [
     {"inference", "planning"},
     {"evaluation"},
     {"experiments"},
-    {"demo"},
+    {"demo", "reports"},
     {"commands"},
 ]
 MAY_IMPORT = {

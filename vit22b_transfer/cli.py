@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from vit22b_transfer import UserError
-from vit22b_transfer.commands import config, data, demo, init, plan, runs, weights
+from vit22b_transfer.commands import (
+    config,
+    data,
+    demo,
+    init,
+    plan,
+    runs,
+    suite,
+    weights,
+)
 from vit22b_transfer.commands.arguments import GIN_NOTE
 
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
@@ -104,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_to(add)
     data.add_to(add)
     runs.add_to(add)
+    suite.add_to(add)
     weights.add_to(add)
     plan.add_to(add)
     config.add_to(add)

@@ -151,6 +151,17 @@ def other_data(recipe: Recipe, root: Callable[..., Any], split: str) -> str:
     return f"{said}." if said else ""
 
 
+def bound(recipe: Recipe, root: Callable[..., Any]) -> dict[str, str]:
+    """What the recipe binds of `root` and of all that it reaches: text by parameter."""
+    found = {}
+    for reference in _reachable(recipe, root):
+        scope = f"{reference.scope}/" if reference.scope else ""
+        for name, binding in recipe.bound_to(reference.name, reference.scope).items():
+            value = gin_values.text(recipe.resolved(binding.value))
+            found[f"{scope}{short_name(reference.name)}.{name}"] = value
+    return found
+
+
 def _option(binding: Binding) -> str:
     """The name that sets a parameter: the macro that it is bound to, or its own."""
     value = binding.value

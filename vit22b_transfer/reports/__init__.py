@@ -1,0 +1,1 @@
+"""Results as pages and tables: one self-contained HTML file each, no request made."""
