@@ -80,7 +80,8 @@ def _run(args: argparse.Namespace) -> None:
     recipes = _Recipes(args, out, shipped.search_paths())
     with without_startup_notes():
         tower = recipes.found_tower(console)
-    jobs = [job for row in rows for job in suite.jobs(row, survey, tower)[0]]
+    every = suite_rows.numbered(None)  # another start may choose other rows
+    jobs = [job for row in every for job in suite.jobs(row, survey, tower)[0]]
     recipes.check_overrides(jobs)
     lines = suite.run(
         rows,
@@ -139,7 +140,7 @@ class _Recipes:
             self._checkpoint = reading.resolve(given)
         fresh = ["INITIAL_CHECKPOINT='-'"] if given == RANDOM else []
         files = [_PLAIN, *self._files]
-        settings = [*self._settings("-", "-"), *fresh]
+        settings = [*self._settings("-"), *fresh]
         settings += self._fitting(files, settings)
         recipe = self._read(files, settings)
         arguments = loading.arguments(recipe, probe.run_probe, self._paths)
@@ -158,7 +159,7 @@ class _Recipes:
         return suite.Tower(given, fingerprint, texts)
 
     def check_overrides(self, jobs) -> None:
-        """Raises UserError for a --gin.NAME=VALUE that fits none of the rows to run."""
+        """Raises UserError for a --gin.NAME=VALUE that fits none of the rows."""
         taken = {
             override
             for job in jobs
@@ -178,7 +179,7 @@ class _Recipes:
         recipe = self._read(files, [*settings, *fitting])
         root = job.part.root()
         loading.check_complete(recipe, root)
-        ours = {self._out, self._checkpoint, place, self._features(job)}
+        ours = {os.path.join(self._out, "features"), self._checkpoint, place}
         protocol = {
             name: text
             for name, text in loading.bound(recipe, root).items()
@@ -199,24 +200,22 @@ class _Recipes:
 
     def _of(self, job, place) -> list[str]:
         """What the suite sets of a job."""
+        from vit22b_transfer.experiments import layouts
+
         first = job.layouts[0]
-        known = {name: repr(path) for name, path in first.paths.items()}
-        known |= {"task": first.name.replace("/", "_"), "names": known.get("names")}
+        parts = layouts.LAYOUTS[first.name.partition("/")[0]].parts
+        known = {part.name: repr(first.paths.get(part.name)) for part in parts}
+        known["task"] = first.task
         values = {
             name: text.format(**known) for name, text in job.part.settings.items()
         }
         return [
-            *self._settings(place, self._features(job)),
+            *self._settings(place),
             *(f"{name}={value}" for name, value in values.items()),
         ]
 
-    def _features(self, job) -> str:
-        """A folder for each state of the data, as caches know pictures by names."""
-        first = job.layouts[0]
-        name = f"{first.name.replace('/', '_')}-{first.digest[:8]}"
-        return os.path.join(self._out, "features", name)
-
-    def _settings(self, place, features) -> list[str]:
+    def _settings(self, place) -> list[str]:
+        features = os.path.join(self._out, "features")
         settings = [f"OUTPUT_DIR={place!r}", f"FEATURES_DIR={features!r}"]
         if self._checkpoint:
             settings.append(f"INITIAL_CHECKPOINT={self._checkpoint!r}")

@@ -71,6 +71,7 @@ class Found:
 
     paths: absolute, by part. counts: images (or files) by part. digest: of the names
     and sizes of all of its files. notes: what is odd in it, by what it is, counted.
+    classes: names of the folders of classes, by part.
     """
 
     name: str
@@ -78,6 +79,12 @@ class Found:
     counts: Mapping[str, int]
     digest: str
     notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        """The name of its task (`tasks.suite`), another one where its files are."""
+        return f"suite_{self.name.replace('/', '_')}_{self.digest[:8]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,23 +174,18 @@ def survey(folder: str) -> Survey:
             elif one:
                 refused[name] = one
     unknown = [name for name in entries if name not in known and not _of_system(name)]
-    return Survey(root, found, refused, unknown)
+    _made[root] = Survey(root, found, refused, unknown)
+    return _made[root]
 
 
-def class_folders(folder: str) -> dict[str, dict[str, str]]:
-    """Paths by part of each layout with a folder for each class, by its name.
+# The last survey of each folder.
+_made: dict[str, Survey] = {}
 
-    No file is looked at: whether a layout is safe and whole, `survey` says.
-    """
-    root, found = os.path.realpath(os.path.expanduser(folder)), {}
-    for layout in LAYOUTS.values():
-        if layout.parts[0].name != "train":
-            continue
-        for name, place in _places(layout, root, {}):
-            paths, missing = _paths(layout, place)
-            if not missing:
-                found[name] = paths
-    return found
+
+def made_survey(folder: str) -> Survey:
+    """The last survey of a folder that this process made, or one made now."""
+    found = _made.get(os.path.realpath(os.path.expanduser(folder)))
+    return survey(folder) if found is None else found
 
 
 def told(survey: Survey) -> Iterator[str]:
@@ -243,17 +245,20 @@ def _looked_at(layout: Layout, name: str, place: str, root: str) -> Found | str:
         return f"{layout.place} is no folder" if os.path.lexists(place) else ""
     if layout.place and os.path.islink(place):
         return "it is a link; copy or move the folder itself here"
+    paths, missing = {}, []
     for part in layout.parts:
         there = [p for p in part.paths if os.path.lexists(os.path.join(place, p))]
         if len(there) > 1:
             return f"{' and '.join(there)} are both there; which is meant?"
-    paths, missing = _paths(layout, place)
+        if there:
+            paths[part.name] = os.path.normpath(os.path.join(place, there[0]))
+        elif not part.optional:
+            missing.append(f"{part.paths[0]}{_slash(part)}")
     if missing and (layout.place or paths):
         return f"{', '.join(missing)} missing"
     if missing:
         return ""
-    walk = _Walk(root)
-    counts = {}
+    walk, counts, classes = _Walk(root), {}, {}
     for part in layout.parts:
         if part.name not in paths:
             continue
@@ -261,21 +266,11 @@ def _looked_at(layout: Layout, name: str, place: str, root: str) -> Found | str:
             return problem
         if part.kind != FILE:
             counts[part.name] = walk.count
+            classes[part.name] = tuple(walk.classes)
             if not walk.count:
                 return f"no image in {os.path.relpath(paths[part.name], root)}"
-    return Found(name, paths, counts, walk.digest.hexdigest()[:16], walk.notes)
-
-
-def _paths(layout: Layout, place: str) -> tuple[dict[str, str], list[str]]:
-    """Absolute paths by part, and what is missing."""
-    paths, missing = {}, []
-    for part in layout.parts:
-        there = [p for p in part.paths if os.path.lexists(os.path.join(place, p))]
-        if there:
-            paths[part.name] = os.path.normpath(os.path.join(place, there[0]))
-        elif not part.optional:
-            missing.append(f"{part.paths[0]}{_slash(part)}")
-    return paths, missing
+    digest = walk.digest.hexdigest()[:16]
+    return Found(name, paths, counts, digest, walk.notes, classes)
 
 
 def _slash(part: Part) -> str:
@@ -287,17 +282,17 @@ def _of_system(name: str) -> bool:
 
 
 class _Walk:
-    """Looks at all files of a layout. count: images of the last part."""
+    """Looks at all files of a layout. count, classes: of the last part."""
 
     def __init__(self, root: str):
         self.digest = hashlib.sha256()
         self.notes: dict[str, int] = {}
-        self.count = 0
+        self.count, self.classes = 0, []
         self._root, self._files = root, 0
 
     def take(self, part: Part, path: str) -> str:
         """Adds a part to the digest; why it is not used, or ""."""
-        self.count = 0
+        self.count, self.classes = 0, []
         self.digest.update(f"{part.name}\0".encode())
         mode = os.lstat(path).st_mode
         if part.kind == FILE:
@@ -324,6 +319,8 @@ class _Walk:
             if _of_system(entry.name):
                 self._note("files of a desktop system, left out")
             elif entry.is_dir(follow_symlinks=False):
+                if part.kind == CLASSES and not depth:
+                    self.classes.append(entry.name)
                 if problem := self._folder(part, entry.path, depth + 1):
                     return problem
             elif problem := self._file(part, entry, depth):
@@ -347,7 +344,7 @@ class _Walk:
         if part.kind == CLASSES and not depth:
             self._note("images beside the folders of classes, left out")
             return ""
-        name = os.path.relpath(entry.path, self._root)
+        name = entry.path.removeprefix(self._root)
         self.digest.update(os.fsencode(f"{name}\0{status.st_size}\0"))
         self.count += 1
         return ""

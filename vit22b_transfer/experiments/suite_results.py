@@ -27,14 +27,14 @@ _ADVICE = "Is it a suite.jsonl of `vit22b suite`? Move it away to start anew."
 class Number:
     """One number of a row, in the paper's unit.
 
-    low, high: the ends of its 95 % interval. paper: what ViT-22B has; None if nothing
-    is known that compares. count: images that it is of.
+    low, high: the ends of its 95 % interval; None where none is defined. paper: what
+    ViT-22B has; None if nothing is known that compares. count: images that it is of.
     """
 
     name: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     unit: str = ""
     paper: float | None = None
     count: int = 0
@@ -180,6 +180,10 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _perhaps(value: Any) -> float | None:
+    return None if value is None else _number(value)
+
+
 def _whole(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= 10**12:
         raise _Wrong(f"{file_errors.brief(value, 80)} is no count")
@@ -239,10 +243,10 @@ _READERS: dict[Any, dict[str, Any]] = {
     Number: {
         "name": _text,
         "value": _number,
-        "low": _number,
-        "high": _number,
+        "low": _perhaps,
+        "high": _perhaps,
         "unit": _text,
-        "paper": lambda value: None if value is None else _number(value),
+        "paper": _perhaps,
         "count": _whole,
     },
     Curve: {"name": _text, "points": _PAIRS, "spans": _PAIRS},

@@ -24,8 +24,9 @@ class Part:
     name: of its numbers, beside the paper's. layouts: all that it needs; of
     "few_shot/*" each set of that folder is a part of its own, its name in place of "*".
     recipe: a gin file. function: what the recipe configures. settings: macros by name,
-    as gin writes values; {layout} and {path[PART]} are the first layout's name and
-    paths. finding: makes numbers of what the function returns.
+    as gin writes values; {task} is the name of the first layout's task, {PART} the path
+    of a part of it, None for one that is not there. finding: makes numbers of what the
+    function returns.
     texts: whether the tower must be one of a model of image-text pairs.
     """
 
@@ -62,7 +63,7 @@ class Row:
     elsewhere: str = ""
 
 
-_TASK = {"PROBE_TASK": "'suite_{task}'"}
+_TASK = {"PROBE_TASK": "'{task}'"}
 _LINEAR = "gin_configs/probes/linear.gin"
 
 
@@ -226,7 +227,7 @@ ROWS: tuple[Row, ...] = (
         32,
         "efficiency",
         "",
-        {"tokens/s/core": 1150, "MFU, %": 54.9},
+        {"tokens/s/core": 1150.0, "MFU, %": 54.9},
         unit="",
         elsewhere="`vit22b bench` with the tower's gin file",
     ),

@@ -28,6 +28,15 @@ class Entry:
         """What the line is of, such as "few-shot, pets, 5 shots"."""
         return f"{self.row.name}, {self.name}" if self.name else self.row.name
 
+    @property
+    def whole_title(self) -> str:
+        """The same; of a row without a number with its data."""
+        return (
+            self.title
+            if self.name or not self.row.data
+            else (f"{self.title}, {self.row.data}")
+        )
+
 
 def entries(towers: Sequence[Mapping[int, Line]]) -> list[Entry]:
     """A line for each number that a tower or the paper has; one for a row without."""
@@ -67,7 +76,9 @@ def shown(number: Number) -> str:
 
 
 def interval(number: Number) -> str:
-    """Its interval, such as "88.1 to 90.2"."""
+    """Its interval, such as "88.1 to 90.2"; "none" if it has none."""
+    if number.low is None or number.high is None:
+        return "none"
     low, high = (_rounded(x, number.unit) for x in (number.low, number.high))
     return f"{low} to {high}"
 
@@ -91,5 +102,6 @@ def scale(entry: Entry) -> tuple[float, float]:
     if entry.unit == "%":
         return 0.0, 100.0
     ends = [0.0] if entry.paper is None else [0.0, entry.paper]
-    ends += [end for n in entry.numbers if n is not None for end in (n.low, n.high)]
+    known = [number for number in entry.numbers if number is not None]
+    ends += [end for n in known for end in (n.low, n.value, n.high) if end is not None]
     return min(ends), max(ends)

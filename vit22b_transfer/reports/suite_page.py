@@ -119,7 +119,7 @@ def _table(entries: Sequence[beside.Entry], towers: Sequence[Results]) -> Markup
 def _cells(entry: beside.Entry, towers: Sequence[Results]) -> list[Markup]:
     number = entry.row.number
     link = tag("a", number, href=f"#row-{number}") if entry.first else ""
-    cells = [tag("td", link), tag("td", entry.title)]
+    cells = [tag("td", link), tag("td", entry.whole_title)]
     least, most = beside.scale(entry)
     drawn = []
     for place, (one, tower) in enumerate(zip(entry.numbers, towers, strict=True)):

@@ -7,6 +7,7 @@ from vit22b_transfer.experiments.suite_results import Chart, Curve
 from vit22b_transfer.reports.html_page import Markup, tag
 
 COLORS = 6
+Spot = tuple[int | float, int | float]
 _WIDTH, _HEIGHT = 480, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 44
 _LEGEND = 18
@@ -21,8 +22,8 @@ def chart(drawn: Chart) -> Markup:
 
 def interval(
     value: float,
-    low: float,
-    high: float,
+    low: float | None,
+    high: float | None,
     paper: float | None,
     *,
     least: float,
@@ -39,15 +40,15 @@ def interval(
         share = (number - least) / (most - least) if most > least else 0.5
         return round(4 + (width - 8) * min(max(share, 0.0), 1.0), 1)
 
-    parts = [
-        _line((4, 8), (width - 4, 8), class_="grid"),
-        _line((place(low), 8), (place(high), 8), class_=f"s{color} line"),
-        tag("circle", cx=place(value), cy=8, r=3.5, class_=f"f{color}"),
-    ]
+    said = f"{value:.4g}, without an interval"
+    parts = [_line((4, 8), (width - 4, 8), class_="grid")]
+    if low is not None and high is not None:
+        said = f"{value:.4g}, 95 % interval {low:.4g} to {high:.4g}"
+        parts.append(_line((place(low), 8), (place(high), 8), class_=f"s{color} line"))
+    parts.append(tag("circle", cx=place(value), cy=8, r=3.5, class_=f"f{color}"))
     if paper is not None:
         at = place(paper)
         parts.append(_line((at, 1), (at, 15), class_="paper"))
-    said = f"{value:.4g}, 95 % interval {low:.4g} to {high:.4g}"
     if paper is not None:
         said += f"; ViT-22B {paper:.4g}"
     return tag(
@@ -148,7 +149,7 @@ def _bars(drawn: Chart) -> Markup:
     return _svg(bottom + 28, parts, _said(drawn))
 
 
-def _svg(height: float, parts: Sequence[Markup], said: str) -> Markup:
+def _svg(height: int | float, parts: Sequence[Markup], said: str) -> Markup:
     return tag(
         "svg",
         *parts,
@@ -160,12 +161,16 @@ def _svg(height: float, parts: Sequence[Markup], said: str) -> Markup:
     )
 
 
-def _line(start: tuple, end: tuple, class_: str) -> Markup:
+def _line(start: Spot, end: Spot, class_: str) -> Markup:
     return tag("line", x1=start[0], y1=start[1], x2=end[0], y2=end[1], class_=class_)
 
 
 def _text(
-    x: float, y: float, words: str, anchor: str, class_: str | None = None
+    x: int | float,
+    y: int | float,
+    words: str,
+    anchor: str,
+    class_: str | None = None,
 ) -> Markup:
     return tag(
         "text", words, x=round(x, 1), y=round(y, 1), text_anchor=anchor, class_=class_
