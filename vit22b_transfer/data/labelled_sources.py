@@ -42,13 +42,16 @@ class LabelFiles:
 
 
 class LabelledSource(IndexedSource):
-    """What both have in common: classes, and records of labelled images."""
+    """What both have in common: classes, and records of labelled images.
+
+    classes: a class list, or its names themselves by id (a tuple).
+    """
 
     def __init__(
         self,
         split_to_files: Mapping[str, Any],
         *,
-        classes: PathLike,
+        classes: PathLike | tuple[str, ...],
         hierarchy: PathLike | None = None,
         on_bad_record: str = "error",
         paths_outside: bool = False,
@@ -60,6 +63,8 @@ class LabelledSource(IndexedSource):
 
     def classes(self) -> class_lists.Classes:
         """The class list and its hierarchy, read anew."""
+        if isinstance(self._classes, tuple):
+            return class_lists.Classes(self._classes, {})
         return class_lists.read(self._classes, self._hierarchy)
 
     def _record(self, path, image_id, ids, classes):
@@ -69,7 +74,8 @@ class LabelledSource(IndexedSource):
 
     def _unknown(self, name, classes):
         shown = printable(name)[:200]
-        return f"{shown!r} is not in {self._classes}; {classes.nearest(name)}"
+        listed = "the list" if isinstance(self._classes, tuple) else self._classes
+        return f"{shown!r} is not in {listed}; {classes.nearest(name)}"
 
     def _warn_of_missing_classes(self, split, records, classes):
         """Says which classes have no image: a folder may be gone."""

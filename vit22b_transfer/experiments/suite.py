@@ -20,9 +20,10 @@ import rich.console
 from vit22b_transfer import UserError
 from vit22b_transfer.experiments import probe
 from vit22b_transfer.experiments import suite_results as results
-from vit22b_transfer.experiments.layouts import Found, Survey
+from vit22b_transfer.experiments.suite_parts import Part
 from vit22b_transfer.experiments.suite_results import Line
-from vit22b_transfer.experiments.suite_rows import Part, Row
+from vit22b_transfer.experiments.suite_rows import Row
+from vit22b_transfer.experiments.surveys import Found, Survey
 from vit22b_transfer.host import file_errors, locks, whole_files
 
 NOT_BUILT = "not built yet"
@@ -61,16 +62,17 @@ class Job:
 class Prepared:
     """A job whose recipe is read. protocol: value by parameter, without paths.
 
-    command: what a user would type to run it alone. run: what does it.
+    command: what a user would type to run it alone. run: what does it, and the folder
+    that its pictures are named from.
     """
 
     protocol: Mapping[str, str]
     command: str
-    run: Callable[[], Any]
+    run: Callable[[], tuple[Any, str]]
 
 
-# Reads the recipe of a job; its folder for results is the second.
-Prepare = Callable[[Job, str], Prepared]
+# Reads the recipe of a job.
+Prepare = Callable[[Job], Prepared]
 
 
 def jobs(row: Row, survey: Survey, tower: Tower) -> tuple[list[Job], list[str]]:
@@ -85,6 +87,8 @@ def jobs(row: Row, survey: Survey, tower: Tower) -> tuple[list[Job], list[str]]:
         firsts = survey.named(first)
         if part.texts and not tower.texts:
             missing.append(f"{part.name}: the tower is none of a model of pairs")
+        elif firsts and (gone := [p for p in part.needs if p not in firsts[0].paths]):
+            missing.append(f"{part.name or first}: no {', '.join(gone)} in {first}")
         elif not firsts or lacking:
             missing += [survey.why_not(n) for n in ([] if firsts else [first])]
             missing += [survey.why_not(name) for name in lacking]
@@ -144,11 +148,10 @@ def _row(
         return blank
     if missing:
         console.print(f"  without: {reason}", markup=False)
-    place = os.path.join(folder, "rows", f"{row.number:02}")
     findings, failed, ready = [], [], []
     for job in todo:
         try:
-            ready.append((job, prepare(job, place)))
+            ready.append((job, prepare(job)))
         except UserError as error:
             failed.append(f"{job.name}: {file_errors.told(error)}")
     data = {key: text for job in todo for key, text in job.data().items()}
@@ -161,7 +164,7 @@ def _row(
         return dataclasses.replace(done[key], reason=reason)
     for job, one in ready:
         console.print(f"  {one.command}", markup=False)
-        if problem := _attempt(job, one, findings, show_faults, console):
+        if problem := _attempt(job, one, findings, folder, show_faults, console):
             failed.append(f"{job.name}: {problem}")
     for problem in failed:
         console.print(f"  failed: {problem}", markup=False)
@@ -174,7 +177,7 @@ def _row(
         reason="; ".join([*failed, *missing]),
         numbers=tuple(_beside(row, n) for one in findings for n in one.numbers),
         charts=tuple(chart for one in findings for chart in one.charts),
-        pictures=tuple(_inside(p, folder) for one in findings for p in one.pictures),
+        pictures=tuple(picture for one in findings for picture in one.pictures),
         data=data,
         protocol=protocol,
         commands=tuple(one.command for _, one in ready),
@@ -184,10 +187,13 @@ def _row(
     )
 
 
-def _attempt(job, prepared, findings, show_faults, console) -> str:
+def _attempt(job, prepared, findings, folder, show_faults, console) -> str:
     """Runs a job; its error in a line, or ""."""
     try:
-        findings.append(job.part.finding(prepared.run(), job.name))
+        result, place = prepared.run()
+        found = job.part.finding(result, job.name)
+        pictures = [_inside(picture, place, folder) for picture in found.pictures]
+        findings.append(dataclasses.replace(found, pictures=pictures))
     except Exception as error:  # a fault of ours must not cost the rows behind it
         if show_faults:
             console.print(traceback.format_exc(), markup=False)
@@ -201,9 +207,9 @@ def _beside(row: Row, number: results.Number) -> results.Number:
     return dataclasses.replace(number, paper=row.paper.get(number.name))
 
 
-def _inside(picture: results.Picture, folder: str) -> results.Picture:
+def _inside(picture: results.Picture, place: str, folder: str) -> results.Picture:
     """A picture whose file is named from the folder of results."""
-    path = os.path.abspath(os.path.join(folder, picture.file))
+    path = os.path.abspath(os.path.join(place, picture.file))
     return dataclasses.replace(picture, file=os.path.relpath(path, folder))
 
 

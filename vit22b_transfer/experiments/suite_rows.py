@@ -1,47 +1,19 @@
 """The table of the paper's experiments: what each needs, and what runs it.
 
 Rows and numbers are those of ViT-22B (Dehghani et al. 2023) in the paper's order. A
-new experiment is one entry of `ROWS`: the layouts that it needs (`layouts.LAYOUTS`), a
-recipe and the function that the recipe configures, and what makes numbers of its
-result (`suite_findings`).
+new experiment is one entry of `ROWS`, whose parts (`suite_parts`) name the layouts that
+they need (`layouts.LAYOUTS`), a recipe and the function that the recipe configures, and
+what makes numbers of its result (`suite_findings`).
 """
 
 import dataclasses
-import importlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
 
+from vit22b_transfer import UserError
 from vit22b_transfer.experiments import suite_findings
-from vit22b_transfer.experiments.suite_results import Finding
-
-PROBE = "vit22b_transfer.experiments.probe.run_probe"
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What runs a row, or a part of it, on one layout.
-
-    name: of its numbers, beside the paper's. layouts: all that it needs; of
-    "few_shot/*" each set of that folder is a part of its own, its name in place of "*".
-    recipe: a gin file. function: what the recipe configures. settings: macros by name,
-    as gin writes values; {task} is the name of the first layout's task, {PART} the path
-    of a part of it, None for one that is not there. finding: makes numbers of what the
-    function returns.
-    texts: whether the tower must be one of a model of image-text pairs.
-    """
-
-    name: str
-    layouts: tuple[str, ...]
-    recipe: str
-    finding: Callable[..., Finding]
-    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    function: str = PROBE
-    texts: bool = False
-
-    def root(self) -> Callable[..., Any]:
-        """The function, imported now."""
-        module, _, name = self.function.rpartition(".")
-        return getattr(importlib.import_module(module), name)
+from vit22b_transfer.experiments import suite_parts as run
+from vit22b_transfer.experiments.suite_parts import Part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,38 +35,51 @@ class Row:
     elsewhere: str = ""
 
 
-_TASK = {"PROBE_TASK": "'{task}'"}
-_LINEAR = "gin_configs/probes/linear.gin"
-
-
-def _linear(name: str, layout: str) -> Part:
-    return Part(name, (layout,), _LINEAR, suite_findings.accuracy, _TASK)
-
-
-def _few_shot(name: str, layout: str) -> Part:
-    recipe = "gin_configs/probes/few_shot.gin"
-    return Part(name, (layout,), recipe, suite_findings.few_shot, _TASK)
-
-
-_NAMED = {"zero_shot.ZeroShot.class_list": "{names}"}
-_NOT_BUILT = "not built yet"
-
 ROWS: tuple[Row, ...] = (
     Row(
         1,
         "linear probe",
         "ImageNet",
         {"ImageNet": 89.5},
-        parts=[_linear("ImageNet", "imagenet")],
+        parts=[run.linear("ImageNet", "imagenet")],
     ),
-    Row(2, "same head", "ImageNet-ReaL", {"ReaL": 90.9}),
-    Row(3, "same head", "ImageNet-v2", {"ImageNet-v2": 83.2}),
-    Row(4, "same head", "ObjectNet", {"ObjectNet": 74.3}, sure=False),
+    Row(
+        2,
+        "same head",
+        "ImageNet-ReaL",
+        {"ReaL": 90.9},
+        parts=[
+            run.measure(
+                "ReaL",
+                ("imagenet", "imagenet_real"),
+                "several_labels",
+                "variants.several_labels",
+                {"accuracy": "%"},
+                {"TEST_TASK": "'{task}'", "JUDGEMENTS": "{judgements}"},
+            )
+        ],
+    ),
+    Row(
+        3,
+        "same head",
+        "ImageNet-v2",
+        {"ImageNet-v2": 83.2},
+        parts=run.variants()[:1],
+    ),
+    Row(
+        4,
+        "same head",
+        "ObjectNet",
+        {"ObjectNet": 74.3},
+        sure=False,
+        parts=run.variants()[1:2],
+    ),
     Row(
         5,
         "same head",
         "ImageNet-R, -A",
         {"ImageNet-R": 87.4, "ImageNet-A": 83.8},
+        parts=run.variants()[2:],
     ),
     Row(
         6,
@@ -108,8 +93,8 @@ ROWS: tuple[Row, ...] = (
         "iNaturalist",
         sure=False,
         parts=[
-            _linear("iNaturalist 2017", "inaturalist_2017"),
-            _linear("iNaturalist 2018", "inaturalist_2018"),
+            run.linear("iNaturalist 2017", "inaturalist_2017"),
+            run.linear("iNaturalist 2018", "inaturalist_2018"),
         ],
     ),
     Row(
@@ -117,7 +102,10 @@ ROWS: tuple[Row, ...] = (
         "few-shot",
         "ImageNet and others",
         sure=False,
-        parts=[_few_shot("ImageNet", "imagenet"), _few_shot("*", "few_shot/*")],
+        parts=[
+            run.few_shot("ImageNet", "imagenet"),
+            run.few_shot("*", "few_shot/*"),
+        ],
     ),
     Row(
         9,
@@ -130,16 +118,7 @@ ROWS: tuple[Row, ...] = (
             "ImageNet-A": 90.1,
             "ImageNet-R": 96.0,
         },
-        parts=[
-            Part(
-                "ImageNet",
-                ("imagenet",),
-                "gin_configs/probes/zero_shot.gin",
-                suite_findings.accuracy,
-                {**_TASK, **_NAMED},
-                texts=True,
-            )
-        ],
+        parts=[run.zero_shot(), *run.variants(head=run.ZERO_SHOT, texts=True)],
     ),
     Row(
         10,
@@ -154,11 +133,48 @@ ROWS: tuple[Row, ...] = (
         "segmentation, tuned",
         "ADE20k",
         {"1/16": 44.7, "1/8": 47.2, "1/4": 50.6, "1/2": 52.5, "1": 54.9},
+        parts=[
+            run.segmentation(name, "ade20k", "linear", FRACTION=str(share), **run.TUNED)
+            for name, share in (
+                ("1/16", 0.0625),
+                ("1/8", 0.125),
+                ("1/4", 0.25),
+                ("1/2", 0.5),
+                ("1", 1.0),
+            )
+        ],
     ),
-    Row(12, "segmentation, linear", "ADE20k", {"mIoU": 34.6}),
-    Row(13, "segmentation, UperNet", "ADE20k", {"mIoU": 52.7}),
-    Row(14, "UperNet, all tuned", "ADE20k", {"mIoU": 55.3}),
-    Row(15, "segmentation", "Pascal Context, VOC", sure=False),
+    Row(
+        12,
+        "segmentation, linear",
+        "ADE20k",
+        {"mIoU": 34.6},
+        parts=[run.segmentation("mIoU", "ade20k", "linear")],
+    ),
+    Row(
+        13,
+        "segmentation, UperNet",
+        "ADE20k",
+        {"mIoU": 52.7},
+        parts=[run.segmentation("mIoU", "ade20k", "upernet")],
+    ),
+    Row(
+        14,
+        "UperNet, all tuned",
+        "ADE20k",
+        {"mIoU": 55.3},
+        parts=[run.segmentation("mIoU", "ade20k", "upernet", **run.TUNED)],
+    ),
+    Row(
+        15,
+        "segmentation",
+        "Pascal Context, VOC",
+        sure=False,
+        parts=[
+            run.segmentation("Context", "pascal_context", "linear", **run.TUNED),
+            run.segmentation("VOC", "pascal_voc", "linear", **run.TUNED),
+        ],
+    ),
     Row(
         16,
         "depth, DPT",
@@ -172,6 +188,7 @@ ROWS: tuple[Row, ...] = (
         },
         unit="",
         sure=False,
+        parts=run.depths("dpt"),
     ),
     Row(
         17,
@@ -186,13 +203,53 @@ ROWS: tuple[Row, ...] = (
         },
         unit="",
         sure=False,
+        parts=run.depths("linear"),
     ),
-    Row(18, "video", "Kinetics-400", {"Kinetics-400": 88.0}),
-    Row(19, "video", "Moments in Time", {"Moments in Time": 44.9}, sure=False),
-    Row(20, "parity sweep", "CelebA", sure=False),
-    Row(21, "subgroups", "CelebA", sure=False),
-    Row(22, "subgroups, calibration", "CelebA", sure=False),
-    Row(23, "humans", "cue-conflict", {"shape bias": 87.0}),
+    Row(
+        18,
+        "video",
+        "Kinetics-400",
+        {"Kinetics-400": 88.0},
+        parts=[run.video("Kinetics-400", "kinetics400")],
+    ),
+    Row(
+        19,
+        "video",
+        "Moments in Time",
+        {"Moments in Time": 44.9},
+        sure=False,
+        parts=[run.video("Moments in Time", "moments_in_time")],
+    ),
+    Row(
+        20,
+        "parity",
+        "CelebA",
+        sure=False,
+        parts=run.fairness(suite_findings.parity),
+    ),
+    Row(
+        21,
+        "subgroups",
+        "CelebA",
+        sure=False,
+        parts=run.fairness(
+            functools.partial(suite_findings.subgroups, metric="accuracy")
+        ),
+    ),
+    Row(
+        22,
+        "ECE",
+        "CelebA",
+        sure=False,
+        parts=run.fairness(functools.partial(suite_findings.subgroups, metric="ece")),
+    ),
+    Row(
+        23,
+        "humans",
+        "cue-conflict",
+        {"shape bias": 87.0},
+        parts=[run.humans("shape bias", {}, finding=suite_findings.shape_bias)],
+    ),
     Row(
         24,
         "humans",
@@ -203,10 +260,63 @@ ROWS: tuple[Row, ...] = (
             "error consistency": 0.258,
         },
         unit="",
+        parts=[
+            run.humans(
+                "",
+                {
+                    "accuracy_difference": "accuracy difference",
+                    "observed_consistency": "observed consistency",
+                    "error_consistency": "error consistency",
+                },
+                needs=("humans",),
+            )
+        ],
     ),
-    Row(25, "distortions", "17 sets", {"accuracy": 83.7}),
-    Row(26, "reliability", "ImageNet, strange images", sure=False),
-    Row(27, "calibration", "ImageNet and shifts", sure=False),
+    Row(
+        25,
+        "distortions",
+        "17 sets",
+        {"accuracy": 83.7},
+        parts=[run.humans("accuracy", {"ood_accuracy": "%"})],
+    ),
+    Row(
+        26,
+        "reliability",
+        "ImageNet, strange images",
+        sure=False,
+        parts=[
+            run.measure(
+                "*",
+                ("ood/*", "imagenet"),
+                "open_set",
+                "reliability.strangers",
+                {"auroc/msp": "AUROC%", "fpr95/msp": "FPR95%"},
+                {
+                    "TEST_TASK": "'{imagenet_task}'",
+                    "OUTSIDE_TASK": "'{task}'",
+                    "GAUSSIANS": "None",
+                },
+            ),
+            run.measure(
+                "ImageNet",
+                ("imagenet",),
+                "selective",
+                "reliability.selected",
+                {"aurra": "AURRA%", "calibration_auc": "calibration AUC%"},
+                {"TEST_TASK": "'{task}'"},
+            ),
+        ],
+    ),
+    Row(
+        27,
+        "calibration",
+        "ImageNet and shifts",
+        sure=False,
+        parts=[
+            run.calibration("ImageNet", "imagenet", "validation"),
+            run.calibration("ImageNet-v2", "imagenet_v2", "test"),
+        ],
+    ),
     Row(
         28,
         "distillation",
@@ -215,8 +325,43 @@ ROWS: tuple[Row, ...] = (
         elsewhere="train a student with gin_configs/runs/distill.gin, then give the "
         "suite that tower",
     ),
-    Row(29, "perceptual similarity", "BAPPS", sure=False),
-    Row(30, "attribution", "pictures"),
+    Row(
+        29,
+        "perceptual similarity",
+        "BAPPS",
+        sure=False,
+        parts=[
+            run.measure(
+                "",
+                ("bapps",),
+                "perceptual_similarity",
+                "perceptual.similarity",
+                {"two_afc": "2AFC%", "people": "people%"},
+                {"IMAGES_TASK": "'{task}'", "JUDGEMENTS": "{test}"},
+                head="",
+            )
+        ],
+    ),
+    Row(
+        30,
+        "attribution",
+        "ImageNet",
+        parts=[
+            run.measure(
+                "saliency",
+                ("imagenet",),
+                "saliency",
+                "saliency.overlays",
+                {"evenness/gradient": "evenness"},
+                {
+                    "IMAGES_TASK": "'{task}'",
+                    "IMAGES_SPLIT": "'validation'",
+                    "METHODS": "('gradient',)",
+                },
+                head="",
+            )
+        ],
+    ),
     Row(
         31,
         "stability",
@@ -248,8 +393,6 @@ def numbered(rows: str | None) -> tuple[Row, ...]:
     Raises:
       UserError: for anything else, or a number that no row has.
     """
-    from vit22b_transfer import UserError
-
     if rows is None:
         return ROWS
     chosen = set()
