@@ -13,30 +13,31 @@ from shell_commands import no_tasks, use_one_device
 from vit22b_transfer import UserError, cli
 from vit22b_transfer.experiments import suite, suite_findings, suite_rows
 from vit22b_transfer.experiments import suite_results as results
-from vit22b_transfer.experiments.layouts import Found, Survey
 from vit22b_transfer.experiments.outcomes import Outcome
+from vit22b_transfer.experiments.suite_parts import Part
 from vit22b_transfer.experiments.suite_results import Finding, Number
-from vit22b_transfer.experiments.suite_rows import ROWS, Part, Row
+from vit22b_transfer.experiments.suite_rows import ROWS, Row
+from vit22b_transfer.experiments.surveys import Found, Survey
 
 TOWER = suite.Tower("a tower", "0123", texts=False)
 SAID = Number("A", 61.0, 50.0, 70.0, "%", count=80)
 
 
 def found(name, digest="d0"):
-    return Found(name, {}, {}, digest, {"odd files": 2})
+    return Found(name, "/data", {}, {}, digest, {"odd files": 2})
 
 
 SURVEY = Survey("/data", {"imagenet": found("imagenet")}, {}, [])
 
 
-def part(name="A", layout="imagenet", **fields):
-    return Part(name, (layout,), "a.gin", lambda result, name: result, **fields)
+def part(name="A", layout="imagenet", recipe="1", **fields):
+    return Part(name, (layout,), recipe, lambda result, name: result, **fields)
 
 
 def table(*numbers):
     return [
-        Row(number, f"row {number}", "data", {"A": 89.5}, parts=[part()])
-        for number in numbers
+        Row(n, f"row {n}", "data", {"A": 89.5}, parts=[part(recipe=str(n))])
+        for n in numbers
     ]
 
 
@@ -46,13 +47,13 @@ class Work:
     def __init__(self, before=lambda row: None, protocol=()):
         self.before, self.protocol, self.ran = before, dict(protocol), []
 
-    def __call__(self, job, place):
-        row = int(os.path.basename(place))
+    def __call__(self, job):
+        row = int(job.part.recipe)
 
         def run():
             self.ran.append(row)
             self.before(row)
-            return Finding([SAID], notes={"counted": 3})
+            return Finding([SAID], notes={"counted": 3}), "/work"
 
         return suite.Prepared(self.protocol, f"vit22b probe {row}", run)
 
@@ -139,10 +140,10 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(tmp_path):
 
 
 def test_a_recipe_that_is_wrong_fails_its_row_alone(tmp_path):
-    def refuse(job, place):
-        if place.endswith("01"):
+    def refuse(job):
+        if job.part.recipe == "1":
             raise UserError("no such value.")
-        return Work()(job, place)
+        return Work()(job)
 
     first, second = run(table(1, 2), refuse, tmp_path)
     assert (first.status, first.reason) == ("failed", "A: no such value")
@@ -360,9 +361,9 @@ def test_a_checkpoint_or_a_gin_file_of_a_tower_gives_the_same_lines(folder, caps
     for number, tower in enumerate(("imported", "imported/model.gin", str(step))):
         files = ["--gin_file=tower.gin"] if tower == str(step) else []
         out = f"tower_{number}"
-        (folder / out).mkdir()
-        (folder / out / "features").symlink_to(folder / "out" / "features")
-        assert command(folder, f"--tower={tower}", f"--out={out}", *words, *files) == 0
+        given = [f"--tower={tower}", f"--out={out}", *words, *files]
+        given.append(f"--gin.FEATURES_DIR='{folder / 'out' / 'work'}'")
+        assert command(folder, *given) == 0
     assert "the tower was run" not in capsys.readouterr().out
     first = {line.row: line for line in results.read_lines(str(folder / "out"))}[8]
     for number in range(3):

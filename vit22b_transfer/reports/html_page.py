@@ -147,10 +147,10 @@ def picture(path: str, title: str, *, within: str) -> Markup:
 def _data_uri(path: str, within: str) -> str:
     from PIL import Image
 
-    real, folder = os.path.realpath(path), os.path.realpath(within)
-    if os.path.commonpath([real, folder]) != folder:
-        raise UserError(f"picture {path!r} lies outside of {within}.")
     try:
+        real, folder = os.path.realpath(path), os.path.realpath(within)
+        if os.path.commonpath([real, folder]) != folder:
+            raise UserError(f"picture {path!r} lies outside of {within}.")
         status = os.stat(real)
         if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
             raise UserError(
