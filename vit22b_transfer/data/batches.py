@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -12,7 +12,12 @@ import tensorflow as tf
 from vit22b_transfer import UserError
 from vit22b_transfer.data import images, placement, streams
 from vit22b_transfer.data import tasks as registered
-from vit22b_transfer.data.converters import Lengths, feature_specs, known_shape
+from vit22b_transfer.data.converters import (
+    ImageTextFeatureConverter,
+    Lengths,
+    feature_specs,
+    known_shape,
+)
 from vit22b_transfer.data.host_batches import (
     ConverterFactory,
     Request,
@@ -86,11 +91,14 @@ class EvalBatch:
     never pixels. They are the rows with an example; the first is number `start_index`
     of the split. With several hosts each gets the rows that it read, so that together
     they have every example once. Rows without an example are zero, weights included.
+    `repeated` says of each row that this host read whether its image is that of the row
+    before, pixel for pixel.
     """
 
     features: placement.Features
     examples: list[dict[str, Any]]
     start_index: int
+    repeated: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, bool))
 
 
 class Batches(Generic[Item], Iterator[Item]):
@@ -210,11 +218,14 @@ def eval_batches(
     start_index: int = 0,
     task_overrides: Mapping[str, seqio.Task] | None = None,
     max_examples: int | None = None,
+    only: Sequence[int] | None = None,
 ) -> Batches[EvalBatch]:
     """One pass over a split in order, from example `start_index` on.
 
-    With `max_examples` the split ends after that many examples. The last batch is
-    filled up with zero rows. Of a task without targets all loss weights are zero.
+    Of batches of numbers in `only` alone, if it is given: they rise, and 0 is the one
+    that begins at `start_index`. With `max_examples` the split ends after that many
+    examples. The last batch is filled up with zero rows. Of a task without targets all
+    loss weights are zero.
 
     Raises:
       UserError: if a name, split, length or batch size does not fit, if the name is a
@@ -240,12 +251,24 @@ def eval_batches(
     place = placement.Placement.on(partitioning, batch_size)
 
     def items():
-        for batch in host_eval_batches(request, start_index, place.shard):
+        for batch in host_eval_batches(request, start_index, place.shard, only):
             examples = batch.examples if place.reports else []
+            repeated = repeated_images(batch.features)
             features = place(batch.features)
-            yield EvalBatch(features, examples, batch.start_index), batch.flags, []
+            read = EvalBatch(features, examples, batch.start_index, repeated)
+            yield read, batch.flags, []
 
     return Batches(request, items())
+
+
+def repeated_images(features: Mapping[str, Any]) -> np.ndarray:
+    """Of each row of host arrays, whether its image is that of the row before."""
+    images = features.get(ImageTextFeatureConverter.IMAGES)
+    if images is None:
+        return np.zeros(0, bool)
+    pairs = zip(images, images[1:], strict=False)
+    same = [np.array_equal(one, other) for one, other in pairs]
+    return np.array([False, *same][: len(images)])
 
 
 def batch_shapes(

@@ -1,10 +1,12 @@
 """Batches to lines of predictions: for a split, or a part of it while training."""
 
 import collections
+import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vit22b_transfer.inference import prediction_lines
@@ -16,6 +18,21 @@ _BATCHES_AHEAD = 2
 Predict = Callable[[Any, Any, np.uint32, np.uint32], tuple[Any, Any]]
 
 
+@runtime_checkable
+class SharedPredict(Protocol):
+    """Predictions of batches whose images repeat: `shared_images.SharedImages`."""
+
+    def pays(self, batch: Any) -> bool:
+        """Whether enough of them do."""
+        ...
+
+    def __call__(
+        self, params: Any, batch: Any, seed: np.uint32, number: np.uint32
+    ) -> tuple[Any, Any]:
+        """As `Predict`, of a whole `data.batches.EvalBatch`."""
+        ...
+
+
 def make_predict(model: Any, partitioning: Partitioning) -> Predict:
     """The jitted (params, batch, seed, number of the batch) -> (predictions, aux).
 
@@ -23,11 +40,19 @@ def make_predict(model: Any, partitioning: Partitioning) -> Predict:
     """
 
     def predict(params, batch, seed, number):
-        rng = jax.random.fold_in(jax.random.key(seed), number)
-        return model.predict_batch_with_aux(params, batch, rng=rng)
+        return model.predict_batch_with_aux(
+            params, batch, rng=example_keys(seed, number, batch)
+        )
 
     # Replicated: each host then finds its own rows without a mesh's geometry.
     return jax.jit(predict, out_shardings=partitioning.replicated)
+
+
+def example_keys(seed: jax.Array, number: jax.Array, batch: Any) -> jax.Array:
+    """A key for each example, by the seed and its index in the split."""
+    size = next(iter(batch.values())).shape[0]
+    indices = number * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
 
 
 def predicted_lines(
@@ -37,13 +62,16 @@ def predicted_lines(
     params: Any,
     *,
     batch_size: int,
-    first_batch: int = 0,
+    numbers: Iterable[int] | None = None,
     seed: int = 0,
+    shared: SharedPredict | None = None,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """(number of examples up to the batch's end, this host's lines) of each batch.
 
-    rows: items of `data.batches.eval_batches` from batch `first_batch` on.
-    seed: of `decoding.sample`; every batch draws by it and its number.
+    rows: items of `data.batches.eval_batches`, of the batches of these numbers; None:
+      of all from 0 on.
+    seed: of `decoding.sample`; every example draws by it and its index.
+    shared: predicts batches in which it says that images repeat.
 
     Raises:
       NotFiniteError: naming an example whose score is not finite.
@@ -58,8 +86,14 @@ def predicted_lines(
         )
         return start + batch_size, list(lines)
 
-    for number, batch in enumerate(rows, first_batch):
-        outputs = predict(params, batch.features, np.uint32(seed), np.uint32(number))
+    if numbers is None:
+        numbers = itertools.count()
+    for number, batch in zip(numbers, rows, strict=False):
+        drawn = np.uint32(seed), np.uint32(number)
+        if shared is not None and shared.pays(batch):
+            outputs = shared(params, batch, *drawn)
+        else:
+            outputs = predict(params, batch.features, *drawn)
         start = number * batch_size
         in_flight.append((start, batch.examples, batch.start_index, outputs))
         if len(in_flight) > _BATCHES_AHEAD:
