@@ -154,7 +154,7 @@ def other_data(recipe: Recipe, root: Callable[..., Any], split: str) -> str:
 def bound(recipe: Recipe, root: Callable[..., Any]) -> dict[str, str]:
     """What the recipe binds of `root` and of all that it reaches: text by parameter."""
     found = {}
-    for reference in _reachable(recipe, root):
+    for reference in reachable(recipe, root):
         scope = f"{reference.scope}/" if reference.scope else ""
         for name, binding in recipe.bound_to(reference.name, reference.scope).items():
             value = gin_values.text(recipe.resolved(binding.value))
