@@ -17,6 +17,7 @@ from vit22b_transfer.commands import (
     given,
     init,
     plan,
+    results,
     runs,
     suite,
     weights,
@@ -119,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_to(add)
     runs.add_to(add)
     suite.add_to(add)
+    results.add_to(add)
     weights.add_to(add)
     plan.add_to(add)
     config.add_to(add)

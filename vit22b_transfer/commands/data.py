@@ -53,19 +53,30 @@ def _vocab(args: argparse.Namespace) -> None:
 def _tasks(args: argparse.Namespace) -> None:
     with without_startup_notes():
         from vit22b_transfer.data import tasks as registered
-        from vit22b_transfer.recipes import modules
 
-        for module in args.modules or _task_modules():
-            known = module in sys.modules
-            before = registered.names()
-            modules.imported(module)
-            if args.modules and not known and registered.names() == before:
-                raise UserError(
-                    f"module {module} registers no task or mixture; give one that "
-                    "does, such as by `seqio.TaskRegistry.add`."
-                )
+        import_tasks(args.modules)
     for line in registered.describe():
         print(line)
+
+
+def import_tasks(given: list[str] | None) -> None:
+    """Imports modules that register tasks; None: those of the user, or the shipped.
+
+    Raises:
+      UserError: if one cannot be imported, or registers nothing.
+    """
+    from vit22b_transfer.data import tasks as registered
+    from vit22b_transfer.recipes import modules
+
+    for module in given or _task_modules():
+        known = module in sys.modules
+        before = registered.names()
+        modules.imported(module)
+        if given and not known and registered.names() == before:
+            raise UserError(
+                f"module {module} registers no task or mixture; give one that does, "
+                "such as by `seqio.TaskRegistry.add`."
+            )
 
 
 def _task_modules() -> Iterator[str]:

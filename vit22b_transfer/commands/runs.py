@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vit22b_transfer import UserError
-from vit22b_transfer.commands import folders, given
+from vit22b_transfer.commands import folders, given, results
 from vit22b_transfer.commands.arguments import (
     GIN_EPILOG,
     GIN_NOTE,
@@ -105,6 +105,8 @@ def add_to(add: Add) -> None:
                 action="store_true",
                 help="train even if the plan says that it does not fit",
             )
+        if name == "eval":
+            results.add_predictions(command)
         if name == "infer":
             command.add_argument(
                 "--images",
@@ -207,6 +209,9 @@ class _Kind(argparse.Action):
 def _run(args: argparse.Namespace) -> None:
     from vit22b_transfer.recipes import loading, shipped
 
+    if args.command == "eval" and results.asked(args):
+        results.score(args)
+        return
     if getattr(args, "images", None):
         if not args.folder:
             raise UserError("--images needs the FOLDER of a run, whose model is taken.")

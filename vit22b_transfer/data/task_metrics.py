@@ -1,7 +1,7 @@
 """The metrics of a registered task, and its majority baseline."""
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -40,9 +40,34 @@ def metrics(
     Raises:
       UserError: if the task has no metrics, or some that need more than this.
     """
+    plain, with_aux = functions(task_name)
+    targets, outputs = postprocessed(task_name, examples, predictions)
+    aux = as_arrays(aux_values)
+    results = [function(targets, outputs) for function in plain]
+    results += [function(targets, outputs, aux) for function in with_aux]
+    return _joined(task_name, results)
+
+
+def functions(task_name: str) -> tuple[list[Callable], list[Callable]]:
+    """The metric functions of a task: of targets and predictions, and with aux values.
+
+    Raises:
+      UserError: as `check`.
+    """
     check(task_name)
     task = registered.task_named(task_name)
-    plain, with_aux = task.predict_metric_fns, task.predict_with_aux_metric_fns
+    return [*task.predict_metric_fns], [*task.predict_with_aux_metric_fns]
+
+
+def postprocessed(
+    task_name: str, examples: Sequence[Mapping[str, Any]], predictions: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    """What the task's metric functions get: targets and predictions, postprocessed.
+
+    Raises:
+      UserError: if an example lacks what the task scores against.
+    """
+    task = registered.task_named(task_name)
     targets, outputs = [], []
     for example, prediction in zip(examples, predictions, strict=True):
         target = example.get("targets_pretokenized")
@@ -56,10 +81,12 @@ def metrics(
         outputs.append(
             task.postprocess_fn(prediction, example=example, is_target=False)
         )
-    aux = {name: _as_array(values) for name, values in aux_values.items()}
-    results = [function(targets, outputs) for function in plain]
-    results += [function(targets, outputs, aux) for function in with_aux]
-    return _joined(task_name, results)
+    return targets, outputs
+
+
+def as_arrays(aux_values: Mapping[str, Sequence[Any]]) -> dict[str, np.ndarray]:
+    """What the model says of each prediction, as metric functions get it."""
+    return {name: _as_array(values) for name, values in aux_values.items()}
 
 
 def check(task_name: str) -> None:

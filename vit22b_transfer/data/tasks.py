@@ -99,13 +99,8 @@ class _TellsDigest(Protocol):
         ...
 
 
-def find_provider(name: str, split: str) -> seqio.Task | seqio.Mixture:
-    """The registered task or mixture of that name, which has the split.
-
-    Raises:
-      UserError: naming the nearest registered names, or the splits there are; a
-        MissingSplitError if its files are not there.
-    """
+def check_name(name: str) -> None:
+    """UserError unless a task or mixture has that name; the nearest are listed."""
     known = sorted(names())
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
@@ -115,6 +110,16 @@ def find_provider(name: str, split: str) -> seqio.Task | seqio.Mixture:
             + f"{len(known)} names are registered; is the module that registers it "
             "imported?"
         )
+
+
+def find_provider(name: str, split: str) -> seqio.Task | seqio.Mixture:
+    """The registered task or mixture of that name, which has the split.
+
+    Raises:
+      UserError: naming the nearest registered names, or the splits there are; a
+        MissingSplitError if its files are not there.
+    """
+    check_name(name)
     provider = seqio.get_mixture_or_task(name)
     for task in seqio.get_subtasks(provider):
         if split not in task.splits:

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import rich.console
@@ -155,7 +155,44 @@ def score_lines(
     """
     from vit22b_transfer.data import task_metrics
 
-    examples, predictions, aux = [], [], []
+    read = collected(lines, where, task_name, prediction=prediction)
+    try:
+        metrics = task_metrics.metrics(
+            task_name, read.examples, read.predictions, read.aux
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return Scores(metrics, len(read.examples), read.num_bad_images, read.num_empty)
+
+
+class Collected(NamedTuple):
+    """Lines of predictions in columns, without those whose image could not be read.
+
+    examples: the task's features; aux: what the model says of each prediction.
+    """
+
+    lines: list[dict[str, Any]]
+    examples: list[dict[str, Any]]
+    predictions: list[Any]
+    aux: dict[str, list[Any]]
+    num_bad_images: int
+    num_empty: int
+
+
+def collected(
+    lines: Iterable[dict[str, Any]],
+    where: str,
+    task_name: str,
+    *,
+    prediction: str | None = None,
+) -> Collected:
+    """The columns of lines, which are checked to have something to score.
+
+    Raises:
+      UserError: if there is nothing to score, or a prediction tells other things than
+        the first.
+    """
+    kept, examples, predictions, aux = [], [], [], []
     num_bad_images = num_empty = 0
     for line in lines:
         if "error" in line:
@@ -163,6 +200,7 @@ def score_lines(
             continue
         if prediction is not None:
             line |= {"prediction": prediction, "score": 0.0}
+        kept.append(line)
         examples.append(prediction_lines.example_features(line))
         predictions.append(line["prediction"])
         aux.append(prediction_lines.example_aux(line))
@@ -182,11 +220,7 @@ def score_lines(
             f"to score against. Choose a split of {task_name!r} that has."
         )
     columns = {name: [values[name] for values in aux] for name in aux[0]}
-    try:
-        metrics = task_metrics.metrics(task_name, examples, predictions, columns)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    return Scores(metrics, len(examples), num_bad_images, num_empty)
+    return Collected(kept, examples, predictions, columns, num_bad_images, num_empty)
 
 
 def record_scores(output_dir: str, entries: Mapping[str, Mapping[str, Any]]) -> str:

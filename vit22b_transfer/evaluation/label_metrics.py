@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from vit22b_transfer import UserError
+from vit22b_transfer.evaluation.example_numbers import ExampleNumbers, mean_of
 from vit22b_transfer.models.classifier import TOP
 
 
@@ -104,27 +105,42 @@ def average_precisions(
     return result
 
 
-def _hits(targets, predictions, aux_values):
+def hit_numbers(
+    targets: Sequence[Sequence[int]],
+    predictions: Sequence[int],
+    aux_values: Mapping[str, Any],
+) -> dict[str, ExampleNumbers]:
+    """The hits of each image behind `accuracy` and `accuracy_top_5`.
+
+    Raises:
+      UserError: without classes in the predictions, or a label of any image.
+    """
     top = np.asarray(aux_values.get("top_classes", ()))
     if top.ndim != 2 or not np.issubdtype(top.dtype, np.integer):
         raise UserError(
             "the predictions have no `top_classes`, class ids of which there are as "
             "many for every image; they are not those of a ClassificationModel."
         )
-    best = [set(row) for row in top.tolist()]
-    rows = list(zip(targets, predictions, best, strict=True))
-    rows = [row for row in rows if len(row[0])]
-    if not rows:
+    if not any(map(len, targets)):
         raise UserError(
             "no image has a label, so that there is nothing to score against. Choose a "
             "split with labels."
         )
-    first = np.mean([int(predicted) in labels for labels, predicted, _ in rows])
-    hits = {"accuracy": float(first)}
-    if len(rows[0][2]) == TOP:  # of fewer classes all are among them
-        among = np.mean([bool(top.intersection(labels)) for labels, _, top in rows])
-        hits["accuracy_top_5"] = float(among)
-    return hits
+    first, among = [], []
+    for labels, predicted, row in zip(targets, predictions, top.tolist(), strict=True):
+        unlabelled = not len(labels)
+        first.append(np.nan if unlabelled else float(int(predicted) in labels))
+        hit = float(not set(row).isdisjoint(labels))
+        among.append(np.nan if unlabelled else hit)
+    numbers = {"accuracy": mean_of(first)}
+    if len(set(top[0].tolist())) == TOP:  # of fewer classes all are among them
+        numbers["accuracy_top_5"] = mean_of(among)
+    return numbers
+
+
+def _hits(targets, predictions, aux_values):
+    numbers = hit_numbers(targets, predictions, aux_values)
+    return {name: metric.value() for name, metric in numbers.items()}
 
 
 def _unlabelled(targets):

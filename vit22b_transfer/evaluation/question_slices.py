@@ -33,23 +33,32 @@ def by_kind(
     """
     slices = {}
     for kind in KINDS:
-        groups = collections.defaultdict(list)
-        for target, score in zip(targets, scores, strict=True):
-            kinds = target.kinds if isinstance(target, Answers) else {}
-            groups[_shown(kinds.get(kind, ""))].append(score)
-        if set(groups) <= {_NOT_SAID}:
-            continue
-        ordered = sorted(groups, key=lambda value: (-len(groups[value]), value))
-        rare = ordered[MAX_SLICES:]
-        if rare:
-            groups[f"[{len(rare)} rarer ones]"] = [
-                score for value in rare for score in groups[value]
-            ]
-            ordered = [*ordered[:MAX_SLICES], f"[{len(rare)} rarer ones]"]
-        for value in ordered:
-            slices[f"{metric}/{kind}={value}"] = float(np.mean(groups[value]))
-            slices[f"{metric}_count/{kind}={value}"] = float(len(groups[value]))
+        kinds = [t.kinds if isinstance(t, Answers) else {} for t in targets]
+        groups = grouped([of.get(kind, "") for of in kinds])
+        for value, places in groups.items():
+            mean = float(np.mean([scores[place] for place in places]))
+            slices[f"{metric}/{kind}={value}"] = mean
+            slices[f"{metric}_count/{kind}={value}"] = float(len(places))
     return slices
+
+
+def grouped(values: Sequence[str]) -> dict[str, list[int]]:
+    """The places of equal values, as a page or a table may show them; commonest first.
+
+    A place without a value ("") is in `[not said]`; without any there is no group.
+    """
+    groups = collections.defaultdict(list)
+    for place, value in enumerate(values):
+        groups[_shown(value)].append(place)
+    if set(groups) <= {_NOT_SAID}:
+        return {}
+    ordered = sorted(groups, key=lambda value: (-len(groups[value]), value))
+    rare = ordered[MAX_SLICES:]
+    found = {value: groups[value] for value in ordered[:MAX_SLICES]}
+    if rare:
+        together = [place for value in rare for place in groups[value]]
+        found[f"[{len(rare)} rarer ones]"] = sorted(together)
+    return found
 
 
 def _shown(value: str) -> str:

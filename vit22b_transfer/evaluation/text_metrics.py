@@ -9,6 +9,7 @@ are in [0, 1], both CIDErs in [0, 10]; papers print all of them times 100.
 An empty prediction scores 0. What the functions raise is in `references.py`.
 """
 
+import functools
 import math
 import warnings
 from collections import Counter
@@ -16,8 +17,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from vit22b_transfer import UserError
+from vit22b_transfer.evaluation.example_numbers import ExampleNumbers, mean_of
 from vit22b_transfer.evaluation.ptb_tokenizer import ptb_tokenize
 from vit22b_transfer.evaluation.references import (
     Scored,
@@ -53,18 +56,31 @@ def captioning(
     and no port of either gives the same numbers. Where a paper's table needs them,
     give the predictions to pycocoevalcap.
     """
+    numbers = captioning_numbers(targets, predictions)
+    return {name: metric.value() for name, metric in numbers.items()}
+
+
+def captioning_numbers(
+    targets: Sequence[Iterable[str]], predictions: Sequence[str]
+) -> dict[str, ExampleNumbers]:
+    """What each metric of `captioning` is made of, image by image.
+
+    Both CIDErs are scores with the document frequencies of all images, so that a part
+    of these, or a resample, is scored with the same ones. BLEU is made of counts.
+    """
     captions = _tokenized(targets, predictions)
     frequency = _document_frequency([references for references, _ in captions])
     _warn_if_meaningless(frequency)
     plain, clipped = _score_all(
         (_cosine_similarity, _clipped_similarity), captions, frequency
     )
-    return {
-        **_bleu(captions),
-        "rouge_l": _rouge_l(captions).mean,
-        "cider": plain.mean,
-        "cider_d": clipped.mean,
+    counts = _bleu_counts(captions)
+    bleu = {
+        f"bleu{order}": ExampleNumbers(counts, functools.partial(_bleu, order=order))
+        for order in range(1, MAX_ORDER + 1)
     }
+    means = {"rouge_l": _rouge_l(captions), "cider": plain, "cider_d": clipped}
+    return bleu | {name: mean_of(scored.scores) for name, scored in means.items()}
 
 
 def rouge_l_scores(
@@ -179,29 +195,33 @@ def _ngrams(words: list[str]) -> Counter[_Ngram]:
     )
 
 
-def _bleu(captions: list[_Example]) -> dict[str, float]:
-    matches, totals = np.zeros(MAX_ORDER), np.zeros(MAX_ORDER)
-    length = reference_length = 0
-    for references, prediction in captions:
+def _bleu_counts(captions: list[_Example]) -> Float[np.ndarray, "images numbers"]:
+    """Matches and n-grams of each order, the length, the nearest reference's."""
+    rows = np.zeros((len(captions), 2 * MAX_ORDER + 2))
+    for row, (references, prediction) in zip(rows, captions, strict=True):
         best: Counter[_Ngram] = Counter()
         for reference in references:
             best |= _ngrams(reference.words)
         for ngram, count in (_ngrams(prediction.words) & best).items():
-            matches[len(ngram) - 1] += count
+            row[len(ngram) - 1] += count
         size = len(prediction.words)
-        totals += np.maximum(size - np.arange(MAX_ORDER), 0)
-        length += size
-        reference_length += min(
+        row[MAX_ORDER:-2] = np.maximum(size - np.arange(MAX_ORDER), 0)
+        row[-2] = size
+        row[-1] = min(
             (len(reference.words) for reference in references),
             key=lambda candidate, size=size: (abs(candidate - size), candidate),
         )
-    precisions = np.cumprod((matches + 1e-15) / (totals + 1e-9))
-    ratio = (length + 1e-15) / (reference_length + 1e-9)
-    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    return {
-        f"bleu{order}": float(precisions[order - 1] ** (1 / order) * penalty)
-        for order in range(1, MAX_ORDER + 1)
-    }
+    return rows
+
+
+def _bleu(
+    sums: Float[np.ndarray, "samples numbers"], order: int
+) -> Float[np.ndarray, " samples"]:
+    """BLEU of an order, of sums of `_bleu_counts`."""
+    matches, totals = sums[:, :order], sums[:, MAX_ORDER : MAX_ORDER + order]
+    precision = np.prod((matches + 1e-15) / (totals + 1e-9), axis=1)
+    ratio = (sums[:, -2] + 1e-15) / (sums[:, -1] + 1e-9)
+    return precision ** (1 / order) * np.exp(np.minimum(1 - 1 / ratio, 0.0))
 
 
 def _rouge_l(captions: list[_Example]) -> Scored:

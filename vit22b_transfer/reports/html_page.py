@@ -11,10 +11,14 @@ import io
 import os
 import stat
 
+import numpy as np
+from jaxtyping import UInt8
+
 from vit22b_transfer import UserError
 
 # Of an image file, of the side of what is shown, and of the pixels that are decoded.
 MOST_BYTES, MOST_SIDE, MOST_PIXELS = 32 << 20, 960, 64_000_000
+THUMBNAIL = 256
 _VOID = {"meta", "img", "br", "hr"}
 # Characters that HTML does not allow, but for those that end lines.
 _CONTROL = {code: "\ufffd" for code in [*range(32), *range(127, 160)]}
@@ -51,6 +55,11 @@ details { margin: 0.5rem 0; } summary { cursor: pointer; color: var(--soft); }
 figure { margin: 0.75rem 0; } figcaption { font-size: 0.875rem; color: var(--soft); }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; }
 .figures figure { flex: 1 1 18rem; max-width: 32rem; min-width: 0; }
+.cards { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
+.cards figure { margin: 0; border: 1px solid var(--line); padding: 0.5rem;
+  background: var(--box); min-width: 0; }
+.cards p { margin: 0.25rem 0; } .said { color: var(--ink); font-size: 1rem; }
 img { max-width: 100%; height: auto; border: 1px solid var(--line); }
 svg { max-width: 100%; height: auto; display: block; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
@@ -142,6 +151,18 @@ def picture(path: str, title: str, *, within: str) -> Markup:
     uri = _data_uri(path, within)
     image = tag("img", src=uri, alt=title)
     return tag("figure", image, tag("figcaption", title))
+
+
+def thumbnail(pixels: UInt8[np.ndarray, "height width 3"], title: str) -> Markup:
+    """An image of pixels, at most `THUMBNAIL` wide and high, as a JPEG in the page."""
+    from PIL import Image
+
+    shown = Image.fromarray(pixels)
+    shown.thumbnail((THUMBNAIL, THUMBNAIL))
+    packed = io.BytesIO()
+    shown.save(packed, "JPEG", quality=82)
+    content = base64.b64encode(packed.getvalue()).decode()
+    return tag("img", src=f"data:image/jpeg;base64,{content}", alt=title)
 
 
 def _data_uri(path: str, within: str) -> str:

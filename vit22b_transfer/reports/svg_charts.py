@@ -29,10 +29,11 @@ def interval(
     least: float,
     most: float,
     color: int = 0,
+    reference: str = "ViT-22B",
 ) -> Markup:
     """A number on a scale from `least` to `most`: its interval, the paper's as a tick.
 
-    What lies outside of the scale is drawn at its end.
+    What lies outside of the scale is drawn at its end. reference: what `paper` is.
     """
     width, height = 120, 16
 
@@ -50,7 +51,7 @@ def interval(
         at = place(paper)
         parts.append(_line((at, 1), (at, 15), class_="paper"))
     if paper is not None:
-        said += f"; ViT-22B {paper:.4g}"
+        said += f"; {reference} {paper:.4g}"
     return tag(
         "svg",
         *parts,
