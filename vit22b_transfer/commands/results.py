@@ -1,6 +1,7 @@
-"""Results of predictions: `eval --predictions`, which needs no model, and `compare`."""
+"""What came of runs: `eval --predictions`, `compare`, `report`; without a model."""
 
 import argparse
+import functools
 import os
 import sys
 
@@ -43,6 +44,17 @@ def add_to(add: Add) -> None:
         "--out", metavar="FILE.html", help="a page with the examples that flipped"
     )
 
+    command = add(
+        "report",
+        _report,
+        "Make one page of a run: curves, scores, slices, examples with their images.",
+    )
+    command.add_argument("folder", metavar="RUN", help="MODEL_DIR of a run")
+    add_modules(command)
+    command.add_argument(
+        "--out", metavar="FILE.html", help="default: report.html in RUN"
+    )
+
 
 def add_predictions(command: argparse.ArgumentParser) -> None:
     """The arguments of `eval --predictions`."""
@@ -73,6 +85,11 @@ def add_task(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--task", help="whose metrics (default: what the file's record names)"
     )
+    add_modules(command)
+
+
+def add_modules(command: argparse.ArgumentParser) -> None:
+    """The argument that names modules of tasks."""
     command.add_argument(
         "--import",
         dest="modules",
@@ -93,17 +110,17 @@ def task_and_split(args: argparse.Namespace, path: str) -> tuple[str, str]:
             f"no {path}.run.json says of which task it is: give --task NAME, such as "
             "coco_captions; `vit22b tasks` lists them."
         )
-    register(args, task)
+    register(args.modules, task)
     return task, split
 
 
-def register(args: argparse.Namespace, task: str) -> None:
+def register(modules: list[str] | None, task: str) -> None:
     """Imports the modules of tasks, and looks the task up."""
     with without_startup_notes():
         from vit22b_transfer.data import tasks
 
         if task not in tasks.names():
-            import_tasks(args.modules)
+            import_tasks(modules)
     tasks.check_name(task)
 
 
@@ -214,3 +231,11 @@ def _changed(args: argparse.Namespace) -> list[str] | None:
         with open(path, encoding="utf-8", errors="replace") as file:
             texts.append(file.read(_MAX_RECIPE).splitlines())
     return paired_files.differing(*texts)
+
+
+def _report(args: argparse.Namespace) -> None:
+    with without_startup_notes():
+        from vit22b_transfer.reports import report_page
+
+    register_one = functools.partial(register, args.modules)
+    print(f"written to {report_page.write(args.folder, register_one, args.out)}")

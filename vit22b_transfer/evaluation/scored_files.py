@@ -236,13 +236,14 @@ def show(made: Report, console: rich.console.Console) -> None:
         columns[CLUSTERED].append("" if error is None else f"{error:.4f}")
     tables.print_table(console, names, columns, heading="metric")
     if made.slices:
+        main = main_metric(judged.numbers)
         rows = [f"{s.field}={s.value}" for s in made.slices]
-        columns = {"examples": [str(s.count) for s in made.slices]}
-        for name in judged.numbers:
-            columns[name] = [
-                f"{s.metrics[name][0]:.4f} {told(s.metrics[name][1])}".rstrip()
-                for s in made.slices
-            ]
+        found = [s.metrics[main] for s in made.slices]
+        columns = {
+            "examples": [str(s.count) for s in made.slices],
+            main: [f"{value:.4f}" for value, _ in found],
+            "95 % interval": [told(one) for _, one in found],
+        }
         tables.print_table(console, rows, columns, heading="slice")
     console.print(
         f"{len(judged.lines)} scored, of {len(np.unique(judged.images))} images; "
@@ -260,9 +261,14 @@ def show(made: Report, console: rich.console.Console) -> None:
 
 
 def told(found: Interval | None) -> str:
-    """`[0.31, 0.53]`, with the method if it is not BCa; "" of None."""
+    """`[0.31, 0.53]`, with the method if it is not BCa; "" of None.
+
+    Where all resamples are equal, as all examples are, there is nothing to tell.
+    """
     if found is None:
         return ""
+    if found.low == found.high:
+        return "all equal"
     method = "" if found.method == "BCa" else f" {found.method}"
     return f"[{found.low:.4f}, {found.high:.4f}]{method}"
 

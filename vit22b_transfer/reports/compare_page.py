@@ -51,26 +51,25 @@ def html(paired: Paired, changed: Sequence[str] | None) -> str:
 
 def _drawn(paired: Paired) -> Markup:
     """Each difference with its interval on one scale, 0 as a tick."""
-    found = [c for c in paired.changes if c.difference is not None]
-    ends = [
-        end
-        for c in found
-        for end in (c.difference.interval.low, c.difference.interval.high)
+    found = [
+        (change.metric, change.difference.interval)
+        for change in paired.changes
+        if change.difference is not None
     ]
+    ends = [end for _, one in found for end in (one.low, one.high)]
     least, most = min([0.0, *ends]), max([0.0, *ends])
     rows = []
-    for change in found:
-        i = change.difference.interval
+    for metric, one in found:
         drawn = svg_charts.interval(
-            i.value,
-            i.low,
-            i.high,
+            one.value,
+            one.low,
+            one.high,
             0.0,
             least=least,
             most=most,
             reference="no difference",
         )
-        rows.append(tag("tr", tag("th", change.metric, scope="row"), tag("td", drawn)))
+        rows.append(tag("tr", tag("th", metric, scope="row"), tag("td", drawn)))
     caption = tag("caption", "A - B with 95 % intervals; the tick is no difference")
     return tag("table", caption, tag("tbody", *rows))
 

@@ -39,6 +39,7 @@ body { margin: 0 auto; max-width: 64rem; padding: 1rem; color: var(--ink);
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; }
 h2 { font-size: 1.15rem; line-height: 1.3; margin: 2rem 0 0.5rem;
   border-top: 1px solid var(--line); padding-top: 1rem; }
+h3 { font-size: 1rem; margin: 1rem 0 0.5rem; }
 a { color: var(--s0); }
 .soft { color: var(--soft); } .bad { color: var(--bad); }
 .small { font-size: 0.875rem; }
