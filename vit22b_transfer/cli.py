@@ -11,6 +11,7 @@ from importlib import metadata
 
 from vit22b_transfer import UserError
 from vit22b_transfer.commands import (
+    check,
     config,
     data,
     demo,
@@ -121,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_to(add)
     suite.add_to(add)
     results.add_to(add)
+    check.add_to(add)
     weights.add_to(add)
     plan.add_to(add)
     config.add_to(add)

@@ -1,7 +1,5 @@
 """The images of examples of a task, by their place in a split: for pages and checks."""
 
-import seqio
-
 from vit22b_transfer import UserError
 from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.indexed_source import IndexedSource
@@ -23,8 +21,3 @@ def records_of(task_name: str, split: str) -> list[Record]:
             "tell which image an example has."
         )
     return [source.record(split, n) for n in range(source.num_records(split))]
-
-
-def splits_of(task_name: str) -> list[str]:
-    """The splits of a task, as it names them."""
-    return list(seqio.TaskRegistry.get(task_name).splits)

@@ -143,6 +143,17 @@ class IndexedSource(RandomAccessSource):
                 self._loaded[split] = (key, records, bad.tally.counts())
             return self._loaded[split][1]
 
+    def survey(self, split: str) -> tuple[list[Record], dict[str, int], str]:
+        """The good records of a split, and the bad ones: by reason, and in words.
+
+        As with `on_bad_record='skip'`, whatever the policy; nothing is kept.
+        """
+        check_choice("split", split, list(self._split_to_files))
+        files = self._resolved(self._split_to_files[split])
+        bad = BadRecords("skip", self._origin(files))
+        records = self._read(split, files, bad)
+        return records, bad.tally.counts(), bad.tally.summary()
+
     def record(self, split: str, index: int) -> Record:
         """The record at `index` of a split."""
         return self._load(split)[index]

@@ -27,7 +27,7 @@ class Pictures:
 
     def shown(self, line: Mapping[str, Any]) -> Markup | None:
         """The image of a line as an element; None if pictures have a problem."""
-        from vit22b_transfer.data import images
+        from vit22b_transfer.data import images, packed_images
 
         if self.problem:
             return None
@@ -38,7 +38,8 @@ class Pictures:
         if known is not None and str(known) != record.image_id:
             return tag("p", "the split has another image there", class_="bad small")
         try:
-            return thumbnail(images.read_whole(record.image_path), record.image_id)
+            data = packed_images.read(record.image_path)
+            return thumbnail(images.read_whole(data), record.image_id)
         except UserError as error:
             return tag("p", str(error), class_="bad small")
 

@@ -1,0 +1,89 @@
+"""`data-check` of the command: a task's data, or files, before a training."""
+
+import argparse
+import json
+import os
+
+from vit22b_transfer import UserError
+from vit22b_transfer.commands.arguments import Add, without_startup_notes
+from vit22b_transfer.commands.results import add_modules, register
+
+# Nothing heavy is imported here: `vit22b --help` must answer at once.
+
+
+def add_to(add: Add) -> None:
+    """Adds the command; `add(name, run, text, epilog)` makes it."""
+    command = add(
+        "data-check",
+        _run,
+        "Look at data before a training: images, texts, duplicates, leaks, speed.",
+    )
+    command.add_argument(
+        "what",
+        nargs="+",
+        metavar="TASK|FILES",
+        help="a registered task; or images, folders, lists or archives, as `vit22b "
+        "caption` takes them",
+    )
+    add_modules(command)
+    command.add_argument(
+        "--split", action="append", help="may be repeated (default: all splits)"
+    )
+    command.add_argument(
+        "--size", type=int, default=224, help="side of the prepared images, in pixels"
+    )
+    for name in ("inputs", "targets"):
+        command.add_argument(
+            f"--{name}",
+            type=int,
+            metavar="N",
+            help=f"tokens of {name} that the model takes; longer ones are counted",
+        )
+    command.add_argument(
+        "--most_images",
+        type=int,
+        metavar="N",
+        help="look at N images of each split, drawn at random",
+    )
+    command.add_argument("--out", metavar="FILE.html", help="a page of all of it")
+    command.add_argument("--json", metavar="FILE.json", help="the same as JSON")
+
+
+def _run(args: argparse.Namespace) -> None:
+    for name in ("size", "inputs", "targets", "most_images"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: it is to be 1 or more.")
+    import rich.console
+
+    from vit22b_transfer.host import whole_files
+
+    with without_startup_notes():
+        from vit22b_transfer.data import data_check, given_images, streams
+        from vit22b_transfer.reports import check_page
+
+        streams.keep_tensorflow_off_accelerators()
+
+    what = args.what
+    is_task = len(what) == 1 and what[0].isidentifier() and not os.path.exists(what[0])
+    if is_task:
+        task = what[0]
+        register(args.modules, task)
+    else:
+        task = given_images.task(what, ["caption en"])
+    checked = data_check.check(
+        task,
+        args.split,
+        size=args.size,
+        limits={"inputs": args.inputs, "targets": args.targets},
+        most_images=args.most_images,
+    )
+    check_page.show(checked, rich.console.Console())
+    if args.json:
+        with whole_files.replacing(args.json) as file:
+            json.dump(data_check.as_json(checked), file, indent=2)
+            file.write("\n")
+        print(f"written to {args.json}")
+    if args.out:
+        check_page.write(checked, args.out)
+        print(f"written to {args.out}")
