@@ -31,9 +31,13 @@ from vit22b_transfer.evaluation import (
     evaluate,
     human_alignment,
     human_responses,
+    paired_files,
+    result_files,
+    run_files,
     text_metrics,
 )
 from vit22b_transfer.inference.prediction_files import PredictionFiles
+from vit22b_transfer.reports import compare_page, report_page
 
 # What Pillow says of broken tags, once for each place; not what it does.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -65,6 +69,7 @@ def readers() -> list[Reader]:
     written = [
         Reader("predictions", _predictions, _read_predictions),
         Reader("begun predictions", _begun, _read_begun, names=["out.jsonl"]),
+        Reader("report of a run", _run, _read_run, share=0.3, names=["out.jsonl"]),
         Reader("metrics.json", _metrics, _read_metrics, share=0.3),
         Reader("cached features", _cache, _read_cache, share=0.3),
         Reader("scenes", _scenes, _read_scenes, share=0.2),
@@ -295,7 +300,34 @@ def _predictions(folder):
     files.merge()
 
 
+def _run(folder):
+    _predictions(folder)
+    _write(folder, "out.jsonl.run.json", {"fingerprint": {"task": TASK, "split": "t"}})
+    entry = {"predictions": "out.jsonl", "metrics": {"token/loss": 1.5}}
+    _write(folder, "metrics.json", {f"{TASK}/t": entry})
+    lines = [{"step": n, "train/loss": 1.0 / n} for n in (1, 2, 3)]
+    _write(folder, "metrics.jsonl", "\n".join(map(json.dumps, lines)))
+    _write(folder, "recipe.gin", "STEPS = 3\n")
+
+
+def _read_run(folder):
+    """As `vit22b report` and `vit22b compare` of a run and itself."""
+    _register()
+    report_page.html(folder, lambda task: None)
+    _, (path, _) = run_files.chosen([folder, folder], None)
+    made = paired_files.pair(path, path, TASK)
+    compare_page.html(made, None)
+    result_files.entries(made.first.lines, "coco", path)
+
+
 def _read_predictions(folder):
+    _register()
+    evaluate.score_file(os.path.join(folder, "out.jsonl"), TASK)
+    if _prediction_files(folder).is_complete():
+        _prediction_files(folder).summary()
+
+
+def _register():
     if TASK not in seqio.TaskRegistry.names():
         seqio.TaskRegistry.add(
             TASK,
@@ -305,9 +337,6 @@ def _read_predictions(folder):
             postprocess_fn=preprocessors.references_and_predictions,
             metric_fns=[text_metrics.captioning],
         )
-    evaluate.score_file(os.path.join(folder, "out.jsonl"), TASK)
-    if _prediction_files(folder).is_complete():
-        _prediction_files(folder).summary()
 
 
 def _begun(folder):

@@ -264,7 +264,9 @@ def _pipeline(
                 first = time.perf_counter()
             pixels = example["images"]
             name = example.get("image_id", b"")
-            title = name.decode(errors="replace") if isinstance(name, bytes) else ""
+            title = _text(name)
+            if error := _text(example.get("image_error", b"")):
+                title += f": {error}"
             if len(sheet) < SHEET and pixels.dtype == np.uint8:
                 sheet.append((title, pixels if pixels.ndim == 3 else pixels[0]))
             if time.perf_counter() - started > _SECONDS:
@@ -274,6 +276,10 @@ def _pipeline(
     elapsed = time.perf_counter() - first
     speed = (count - 1) / elapsed if count > 1 and elapsed > 0 else 0.0
     return Pipeline(sheet, speed)
+
+
+def _text(value: object) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else ""
 
 
 def counts(checked: Checked) -> dict[str, dict[str, str]]:

@@ -109,7 +109,7 @@ def difference(
 
 
 def _scored(rows: np.ndarray) -> np.ndarray:
-    return ~np.isnan(rows).any(axis=1)
+    return np.asarray(~np.isnan(rows).any(axis=1))
 
 
 def _by_image(rows: np.ndarray, images: np.ndarray) -> np.ndarray:

@@ -222,7 +222,7 @@ def _keyed(path: str) -> dict[_Key, dict[str, Any]]:
         else:
             name = (f"index {line['index']}", "")
         met[name] = met.get(name, -1) + 1
-        found[(*name, met[name])] = line
+        found[(name[0], name[1], met[name])] = line
     return found
 
 
@@ -230,9 +230,9 @@ def differing(first: Iterable[str], second: Iterable[str]) -> list[str]:
     """`- ` and `+ ` lines by which two recipes differ; comments aside."""
     import difflib
 
-    sides = [
+    ours, theirs = (
         [line.rstrip() for line in lines if line.strip() and not line.startswith("#")]
         for lines in (first, second)
-    ]
-    found = difflib.unified_diff(*sides, "A", "B", lineterm="", n=0)
+    )
+    found = difflib.unified_diff(ours, theirs, "A", "B", lineterm="", n=0)
     return [line for line in found if not line.startswith(("---", "+++", "@@"))]

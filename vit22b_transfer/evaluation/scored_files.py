@@ -125,7 +125,7 @@ def judge_lines(
     for function in with_aux:
         if function in _OF_LABELS:
             numbers |= label_metrics.hit_numbers(targets, outputs, aux)
-    names = [line.get("image_id", f"\0{line['index']}") for line in read.lines]
+    names = [str(line.get("image_id", f"\0{line['index']}")) for line in read.lines]
     places = {name: place for place, name in enumerate(dict.fromkeys(names))}
     return Judged(
         path,
@@ -300,11 +300,8 @@ def _field(line: Mapping[str, Any], name: str) -> str:
 
 
 def _vqa(targets: Any, predictions: Any) -> Numbers:
-    return {
-        "vqa_accuracy": mean_of(
-            vqa_metrics.vqa_accuracy_scores(targets, predictions).scores
-        )
-    } | _exact(targets, predictions)
+    scores = vqa_metrics.vqa_accuracy_scores(targets, predictions).scores
+    return {"vqa_accuracy": mean_of(scores), **_exact(targets, predictions)}
 
 
 def _exact(targets: Any, predictions: Any) -> Numbers:

@@ -24,8 +24,8 @@ PAGE_FILE = "report.html"
 MOST_EXAMPLES = 8
 _MOST_CHARTS = 30
 _MAX_RECIPE, _MAX_METRICS = 1 << 20, 16 << 20
-# Of an image's error messages that are told.
-_MOST_ERRORS = 10
+# Of an image's error messages that are told; of numbers that are shown as such.
+_MOST_ERRORS, _LARGEST = 10, 1e30
 _LOSSES = re.compile(r"(^train/|^eval/.*/)loss$")
 _LEFT_OUT = re.compile(r"^instruments/")
 
@@ -285,6 +285,6 @@ def _setup(folder: str) -> list[Markup]:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and abs(value) < _LARGEST:
         return f"{value:.4f}"
     return cut(value)
