@@ -6,10 +6,12 @@ the suite prints: with the splits train and validation, or with one, test. Image
 class and files that cannot be read are left out, counted and told.
 """
 
+import functools
 import os
 
 from tasks.classification import register_classification
 from vit22b_transfer.data import class_lists
+from vit22b_transfer.data.label_preprocessors import without_border
 from vit22b_transfer.data.labelled_sources import ClassFolderSource
 from vit22b_transfer.data.preprocessors import ReadingOptions
 from vit22b_transfer.data.sources import ImageFolderSource
@@ -20,6 +22,7 @@ OPTIONS = ReadingOptions(on_bad_image="skip")
 TRAINED = ("train", "validation")
 # Test sets whose classes are those of `imagenet`, or some of them.
 VARIANTS = ("imagenet_v2", "imagenet_r", "imagenet_a", "objectnet")
+FRAME = 2  # pixels of ObjectNet's red frame, on each side
 
 
 def variant_classes(found, classes):
@@ -42,6 +45,7 @@ def register(survey):
     """Registers a task for each set of a `surveys.Survey`."""
     imagenet = survey.found.get("imagenet")
     for found in survey.found.values():
+        before = []
         if {*TRAINED, "classes"} <= found.paths.keys():
             splits = {split: found.paths[split] for split in TRAINED}
             source = ClassFolderSource(
@@ -54,12 +58,14 @@ def register(survey):
                 classes=variant_classes(found, names),
                 on_bad_record="skip",
             )
+            if found.name == "objectnet":
+                before = [functools.partial(without_border, pixels=FRAME)]
         elif found.kind in layouts.UNLABELLED:
             path = found.paths[layouts.UNLABELLED[found.kind]]
             source = ImageFolderSource({"test": path})
         else:
             continue
-        register_classification(found.task, source, options=OPTIONS)
+        register_classification(found.task, source, options=OPTIONS, before=before)
 
 
 if folder := os.environ.get(surveys.VARIABLE):

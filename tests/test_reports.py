@@ -75,7 +75,8 @@ def results(*lines, folder="/nowhere"):
     return suite_page.Results(str(folder), {one.row: one for one in lines})
 
 
-CHART = Chart("few", "shots", "%", [Curve("c", [[1.0, 40.0], [25.0, 80.0]])], log_x=True)
+CURVE = Curve("c", [[1.0, 40.0], [25.0, 80.0]])
+CHART = Chart("few", "shots", "%", [CURVE], log_x=True)
 
 
 def check(page):
