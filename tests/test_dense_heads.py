@@ -20,6 +20,7 @@ from torch_peers import import_peer, torch, without_gradients
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import convolutions, dense, dense_heads, freezing
+from vit22b_transfer.partitioning.rules import Partitioning
 
 upernet = import_peer("transformers.models.upernet.modeling_upernet")
 dpt = import_peer("transformers.models.dpt.modeling_dpt")
@@ -197,6 +198,16 @@ def test_batches_are_normalised_by_themselves_and_later_by_many():
     )
 
 
+def test_a_batch_is_normalised_over_all_devices():
+    norm = convolutions.BatchNorm(3)
+    x = jnp.asarray(rng.normal(size=(8, 2, 2, 3)).astype(np.float32))
+    params = random_params(norm, x, train=False)
+    sharded = jax.device_put(x, Partitioning().batch_sharding(4))
+    one, many = (norm.apply({"params": params}, x, train=True) for x in (x, sharded))
+    assert len(many.sharding.device_set) == 8
+    assert_within(1e-5, many, one)
+
+
 @pytest.mark.parametrize("name", ["parallel", "classic"])
 def test_a_head_reads_the_patches_of_the_blocks_that_it_names(name):
     make = tower_config if name == "parallel" else classic_tower_config
@@ -276,6 +287,8 @@ def test_the_loss_of_classes_is_that_of_torch_and_skips_what_has_none():
     )
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     assert float(count) == np.sum(labels >= 0)
+    none = {"labels": np.full_like(labels, -1)}
+    assert [float(x) for x in task.loss(jnp.asarray(maps), none)] == [0, 1]
 
 
 def test_the_loss_of_depths_is_sigloss_and_at_first_its_second_part():

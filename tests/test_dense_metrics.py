@@ -38,14 +38,14 @@ def test_the_mean_is_of_the_whole_set_as_scikit_learn_counts_it():
     labels, given = rng.integers(0, 5, (2, 3, 20, 20))
     labels[0, :4] = -1
     matrices = [
-        segmentation_metrics.confusion(*pair, 5)
+        segmentation_metrics.confusion(*pair, 6)  # one class occurs nowhere
         for pair in zip(labels, given, strict=True)
     ]
     by_image = np.stack([segmentation_metrics.counts_of(m) for m in matrices])
     scores = segmentation_metrics.scores(by_image.sum(axis=0))
     known = labels >= 0
     peer = sklearn.metrics.jaccard_score(labels[known], given[known], average=None)
-    np.testing.assert_allclose(scores.of_class, peer)
+    np.testing.assert_allclose(scores.of_class, [*peer, np.nan])
     found = segmentation_metrics.mean_interval(by_image, resamples=200)
     assert found.value == pytest.approx(peer.mean()) == pytest.approx(scores.mean)
     assert found.low < found.value < found.high
@@ -119,6 +119,7 @@ def test_only_a_part_of_a_depth_map_is_judged_where_it_is_said():
     assert valid.sum() == 8 and valid[1:3, 2:].all()
     limits = depth_metrics.valid_pixels(depths, 3.0, 10.0)
     assert not limits.any()  # above the least, not at it
+    assert not depth_metrics.valid_pixels(depths, 0.0, 3.0).any()
     with pytest.raises(UserError, match=r"\(45, 471, 41, 601\).* 4 rows and 6 columns"):
         depth_metrics.valid_pixels(depths, 0.0, 10.0, (45, 471, 41, 601))
     with pytest.raises(UserError, match="no pixel of the depth map is valid"):

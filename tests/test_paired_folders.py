@@ -184,11 +184,13 @@ def test_the_number_of_classes_is_that_of_the_list_or_given(root):
 
 def test_a_fraction_is_drawn_once_and_smaller_ones_are_parts_of_it():
     pairs = [paired_folders.Pair(f"{n:03}", "", "") for n in range(64)]
-    whole = paired_folders.Pairs(pairs, {})
+    whole = paired_folders.Pairs(pairs, {}, [frozenset({n}) for n in range(64)])
     parts = [{p.name for p in whole.part(f, 1).pairs} for f in (1 / 16, 1 / 4, 1.0)]
     assert [len(part) for part in parts] == [4, 16, 64]
     assert parts[0] < parts[1] < parts[2]
-    assert {p.name for p in whole.part(1 / 16, 2).pairs} != parts[0]
+    some = whole.part(1 / 16, 2)
+    assert {p.name for p in some.pairs} != parts[0]
+    assert some.seen == {int(p.name) for p in some.pairs}
     for fraction in (0.0, 1.5):
         with pytest.raises(UserError, match="above 0 and at most 1"):
             whole.part(fraction, 0)

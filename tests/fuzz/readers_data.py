@@ -21,6 +21,7 @@ from vit22b_transfer.data import (
     image_sets,
     images,
     labelled_sources,
+    pixel_labels,
     preprocessors,
     sources,
     streams,
@@ -65,6 +66,10 @@ def readers() -> list[Reader]:
     pictures = [
         Reader(name, lambda folder, name=name: _picture(folder, name), _read_pictures)
         for name in FORMATS
+    ]
+    pictures += [
+        Reader("masks", _masks, _read_masks, damage="*.png"),
+        Reader("depth maps", _depths, _read_depths, damage="*.png"),
     ]
     written = [
         Reader("predictions", _predictions, _read_predictions),
@@ -275,6 +280,29 @@ def _picture(folder, suffix):
 def _read_pictures(folder):
     for name in os.listdir(folder):
         images.read_image(os.path.join(folder, name), (8, 8))
+
+
+def _masks(folder):
+    pixels = np.random.default_rng(0).integers(0, 3, (12, 16), np.uint8)
+    Image.fromarray(pixels).save(os.path.join(folder, "grey.png"))
+    palette = Image.fromarray(pixels, mode="P")
+    palette.putpalette([9, 9, 9, 99, 9, 9, 9, 99, 9])
+    palette.save(os.path.join(folder, "palette.png"))
+
+
+def _read_masks(folder):
+    for name in os.listdir(folder):
+        pixel_labels.read_indices(os.path.join(folder, name))
+
+
+def _depths(folder):
+    pixels = np.random.default_rng(0).integers(0, 9999, (12, 16), np.uint16)
+    Image.fromarray(pixels).save(os.path.join(folder, "a.png"))
+
+
+def _read_depths(folder):
+    for name in os.listdir(folder):
+        pixel_labels.read_depths(os.path.join(folder, name), 1000.0)
 
 
 # --- What we have written ourselves ---

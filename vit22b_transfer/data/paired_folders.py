@@ -63,12 +63,17 @@ class Pair:
 class Pairs:
     """The good pairs of a split, in the order of their names, and what was left out.
 
-    seen: of masks the classes that occur in the split.
+    classes: of masks those that occur in each pair; of depths none.
     """
 
     pairs: Sequence[Pair]
     left_out: Mapping[str, int]
-    seen: frozenset[int] = frozenset()
+    classes: Sequence[frozenset[int]] = ()
+
+    @property
+    def seen(self) -> frozenset[int]:
+        """The classes that occur in any of the pairs."""
+        return frozenset().union(*self.classes)
 
     def part(self, fraction: float, seed: int) -> "Pairs":
         """A random share of the pairs, at least one; smaller shares are parts of it.
@@ -82,7 +87,11 @@ class Pairs:
             return self
         order = np.random.default_rng(seed).permutation(len(self.pairs))
         chosen = np.sort(order[: max(1, round(fraction * len(order)))])
-        return dataclasses.replace(self, pairs=[self.pairs[n] for n in chosen])
+        return dataclasses.replace(
+            self,
+            pairs=[self.pairs[n] for n in chosen],
+            classes=[self.classes[n] for n in chosen] if self.classes else (),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +219,7 @@ def _checked(folder: Any, split: str, labels: str) -> Pairs:
     root = resolve_path(folder.root)
     bad = BadRecords(folder.on_bad_record, f"{root}, split {printable(split)}", _ADVICE)
     listed = _listed(root, split, labels, bad)
-    good, seen = [], set()
+    good, classes = [], []
     label = f"{printable(split)}: files looked at"
     with (
         concurrent.futures.ThreadPoolExecutor(_READERS) as pool,
@@ -222,7 +231,7 @@ def _checked(folder: Any, split: str, labels: str) -> Pairs:
                 bad.add(found.reason, found.detail)
             else:
                 good.append(pair)
-                seen.update(found)
+                classes.append(found)
             bar.add(1)
     bad.log()
     if not good:
@@ -231,7 +240,7 @@ def _checked(folder: Any, split: str, labels: str) -> Pairs:
             f"{root}: split {printable(split)!r} has no image with labels"
             + (f"; left out: {left_out}." if left_out else ".")
         )
-    return Pairs(good, bad.tally.counts(), frozenset(seen))
+    return Pairs(good, bad.tally.counts(), classes)
 
 
 def _look(folder, pair):
@@ -241,8 +250,8 @@ def _look(folder, pair):
     except BadPairError as error:
         return error
     if found.dtype != np.int32:
-        return ()
-    return (int(number) for number in np.unique(found) if number != NO_CLASS)
+        return frozenset()
+    return frozenset(int(n) for n in np.unique(found) if n != NO_CLASS)
 
 
 def _read(pair, read_label):

@@ -88,14 +88,14 @@ class Segmentation:
     def loss(
         self, maps: Float[Array, "batch height width outputs"], batch: Mapping[str, Any]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """(sum over the points that have a class, number of these)."""
+        """(sum over the points that have a class, number of these, at least 1)."""
         labels: Int[Array, "batch height width"] = jnp.asarray(batch["labels"])
         known = labels != NO_CLASS
         chosen = jnp.where(known, labels, 0)[..., None]
         of_class = jnp.take_along_axis(maps, chosen, axis=-1)[..., 0]
         losses = jax.nn.logsumexp(maps, axis=-1) - of_class
         total = jnp.sum(jnp.where(known, losses, 0.0))
-        return total, jnp.sum(known.astype(jnp.float32))
+        return total, jnp.maximum(jnp.sum(known.astype(jnp.float32)), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
