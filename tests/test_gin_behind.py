@@ -283,7 +283,8 @@ def test_sampling_arrives():
         )
 
     settings = ("temperature", 0.7), ("top_k", 50), ("top_p", 0.9)
-    assert decoded().settings == (("method", "sample"), *settings)
+    keys = ("keys", "of examples")
+    assert decoded().settings == (("method", "sample"), *settings, keys)
 
 
 def test_the_length_of_texts_arrives():
