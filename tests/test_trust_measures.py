@@ -170,14 +170,16 @@ def test_probabilities_of_some_classes_are_made_to_sum_to_1(thousand):
 def test_objectnet_is_judged_by_folders(thousand, tmp_path):
     names = ("chair", "alarm_clock")
     labels = np.arange(60) % 2
+    logits = thousand.copy()
+    # Two thirds of the images are right: those of a chair, and some alarm clocks.
+    logits[labels == 0, 765] += 20
+    logits[3::6, 530] += 20
     lines = variants.accuracy(
-        judge(tmp_path, test=given(thousand, labels, names=names)),
+        judge(tmp_path, test=given(logits, labels, names=names)),
         SPLIT,
         labels="objectnet",
     )
-    scores = class_subsets.largest_logits(thousand, class_subsets.OBJECTNET)
-    best = np.array(list(class_subsets.OBJECTNET))[scores.argmax(axis=1)]
-    assert lines[0]["value"] == np.mean(best == np.array(names)[labels])
+    assert lines[0]["value"] == pytest.approx(2 / 3)
     for wrong, message in (
         (given(thousand, labels, names=("chair", "alarm clock")), "nearest: 'alarm_cl"),
         (given(thousand[:, :9], labels), "ILSVRC's 1000 classes"),
