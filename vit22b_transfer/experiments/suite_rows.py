@@ -281,7 +281,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         26,
-        "reliability",
+        "Plex",
         "ImageNet, strange images",
         sure=False,
         parts=[

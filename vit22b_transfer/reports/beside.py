@@ -92,9 +92,8 @@ def paper(entry: Entry) -> str:
 
 
 def _rounded(value: float, unit: str) -> str:
-    if unit == "%":
-        return f"{value:.1f}"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+    digits = 1 if unit == "%" else 3 if abs(value) < 100 else 0
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # no minus before zero
 
 
 def scale(entry: Entry) -> tuple[float, float]:
