@@ -22,7 +22,7 @@ RECIPES = files("recipes")
 T5X_RUNS = sorted((CONFIGS / "runs").glob("t5x_*.gin"))
 WHOLE_RUNS = [
     CONFIGS / f"runs/{name}.gin"
-    for name in ("train", "eval", "infer", "bench", "probe")
+    for name in ("train", "eval", "infer", "given_images", "bench", "probe")
 ]
 # Each the first file of a `vit22b probe`.
 PROBES = files("probes")

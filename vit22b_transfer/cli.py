@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from vit22b_transfer import UserError
-from vit22b_transfer.commands import config, data, demo, init, plan, runs, weights
+from vit22b_transfer.commands import (
+    config,
+    data,
+    demo,
+    given,
+    init,
+    plan,
+    runs,
+    weights,
+)
 from vit22b_transfer.commands.arguments import GIN_NOTE
 
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
@@ -24,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vit22b_transfer.recipes import shipped
 
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    args.overrides = [_override(parser, args, argument) for argument in rest]
+    argv = sys.argv[1:] if argv is None else argv
+    # Apart from the others: argparse takes what holds a space for no option.
+    overrides = [argument for argument in argv if argument.startswith("--gin.")]
+    args, rest = parser.parse_known_args([a for a in argv if a not in overrides])
+    args.overrides = [_override(parser, args, a) for a in [*rest, *overrides]]
     # TensorFlow's warnings are stack traces of what our errors say in a line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(format="vit22b: %(levelname)s: %(message)s")
@@ -101,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     demo.add_to(add, main)
+    given.add_to(add)
     init.add_to(add)
     data.add_to(add)
     runs.add_to(add)

@@ -38,6 +38,16 @@ def add_gin_file(command: argparse.ArgumentParser, *, required: bool = True) -> 
     )
 
 
+def add_shard(command: argparse.ArgumentParser) -> None:
+    """Adds --shard."""
+    command.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="be the I-th (from 0) of N jobs that fill one file of predictions, each on "
+        "its own; the last one merges",
+    )
+
+
 @contextlib.contextmanager
 def without_startup_notes() -> Iterator[None]:
     """Context that drops the notes TensorFlow prints when it is imported and starts.

@@ -1,10 +1,14 @@
 """What a recipe is run for: `train`, `eval`, `infer`, `cache-features` and others."""
 
 import argparse
+import functools
 import importlib
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from vit22b_transfer import UserError
+from vit22b_transfer.commands import folders, given
 from vit22b_transfer.commands.arguments import (
     GIN_EPILOG,
     GIN_NOTE,
@@ -44,7 +48,31 @@ def add_to(add: Add) -> None:
         ("cache-features", "Run a tower or a teacher once, for training without it."),
     ):
         command = add(name, _run, text, GIN_EPILOG)
-        add_gin_file(command)
+        has_folder = name != "cache-features"
+        add_gin_file(command, required=not has_folder)
+        if has_folder:
+            command.add_argument(
+                "folder",
+                nargs="?",
+                metavar="FOLDER",
+                help="MODEL_DIR of a run, or a project of `vit22b init`, whose "
+                f"{folders.RECIPE} is taken (default without --gin_file: this folder)",
+            )
+        if name == "train":
+            command.add_argument(
+                "--force",
+                action="store_true",
+                help="train even if the plan says that it does not fit",
+            )
+        if name == "infer":
+            command.add_argument(
+                "--images",
+                nargs="+",
+                metavar="IMAGES",
+                help="caption these by the model of the run in FOLDER, as `vit22b "
+                "caption` does; the arguments below are of these",
+            )
+            given.add_output(command)
         command.add_argument(
             "--distributed",
             action="store_true",
@@ -77,6 +105,21 @@ def add_to(add: Add) -> None:
     add_gin_file(command, required=False)
 
 
+def _recipe(args: argparse.Namespace, paths: Sequence[str]) -> Any:
+    """The recipe of --gin_file, or of the folder, with what the command line sets."""
+    from vit22b_transfer.recipes import loading
+
+    files, overrides = args.gin_file, args.overrides
+    folder = getattr(args, "folder", None)
+    if folder is None and (files or not hasattr(args, "folder")):
+        return loading.read(files, overrides, paths)
+    files = [folders.recipe_of(folder), *files]
+    folders.use_vocabulary(folder or "")
+    unset = loading.read(files, overrides, paths).required()
+    overrides = [*folders.opened(folder or "", unset), *overrides]
+    return loading.read(files, overrides, paths)
+
+
 class _Kind(argparse.Action):
     """Puts the recipe of a kind of probe before the other gin files."""
 
@@ -88,13 +131,18 @@ class _Kind(argparse.Action):
 def _run(args: argparse.Namespace) -> None:
     from vit22b_transfer.recipes import loading, shipped
 
+    if getattr(args, "images", None):
+        if not args.folder:
+            raise UserError("--images needs the FOLDER of a run, whose model is taken.")
+        given.run(args, args.folder, args.images, asked=False)
+        return
     if args.distributed:
         from vit22b_transfer.partitioning import processes
 
         processes.join()  # before anything asks JAX for devices
     paths = shipped.search_paths()
     with without_startup_notes():
-        recipe = loading.read(args.gin_file, args.overrides, paths)
+        recipe = _recipe(args, paths)
         if "tensorflow" in sys.modules:
             from vit22b_transfer.data import streams
 
@@ -102,6 +150,8 @@ def _run(args: argparse.Namespace) -> None:
     module, _, function = FUNCTIONS[args.command].rpartition(".")
     root = getattr(importlib.import_module(module), function)
     call = loading.install(recipe, root, paths)
+    if args.command == "train":
+        call = functools.partial(call, run_files=folders.of_run(recipe, root))
     if args.command == "train" and (said := loading.trial(recipe, paths)):
         import jax
 

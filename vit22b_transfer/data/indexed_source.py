@@ -6,7 +6,7 @@ are resolved when a split is first used, so constructing a source touches no fil
 Every source yields examples with the same string features: `image_path`, `image_id`,
 `question_id`, `question`, `target` (scalars) and `references` (a vector); with several
 images `image_paths` in place of the first, of labelled images `labels` (ids) as well;
-where the split has any, also `answer_type` and `question_type`.
+where the split has any, also `answer_type`, `question_type` and `image_problem`.
 """
 
 import abc
@@ -31,7 +31,7 @@ from vit22b_transfer.data.records import (
 )
 
 _SCALARS = ("image_path", "image_id", "question_id", "question", "target")
-_KINDS = ("answer_type", "question_type")
+_KINDS = ("answer_type", "question_type", "image_problem")
 
 
 class RandomAccessSource(seqio.DataSource):

@@ -179,7 +179,8 @@ def load_images(
     `image_paths`, the files of an example with several images, become `images` of rank
     4; how many there must be is the first size in the feature length `images`. Where
     that carries an `augmentation.Augmentation`, they are drawn by it.
-    Adds `image_error`: why an image could not be read, "" if all could.
+    Adds `image_error`: why an image could not be read, "" if all could; a source that
+    knows it of some gives `image_problem`, "" of the others.
     """
     several = "image_paths" in feature_specs(dataset)
     count, sequence_length = _number_of_images(sequence_length, several)
@@ -203,7 +204,7 @@ def load_images(
             return WHOLE_IMAGES.read(image, name=name)
         return SMALL_SETS.read(image, (height, width), how, name=name)
 
-    def read(images, image_id):
+    def read(images, image_id, problem):
         name = _shown(image_id)
         if several and len(images) != count:
             raise UserError(
@@ -211,6 +212,8 @@ def load_images(
                 f"'images' asks for {count}; make them equal."
             )
         try:
+            if problem:
+                raise UserError(problem.decode())
             pixels = [pixels_of(image, f"image {name}") for image in images]
         except ValueError as e:
             if options.on_bad_image == "error":
@@ -228,14 +231,14 @@ def load_images(
             return *nothing, str(e).encode()
         return *pixels, b""
 
-    def read_one(image, image_id):
-        return read([image], image_id)
+    def read_one(image, *of):
+        return read([image], *of)
 
-    def read_file(path, image_id):
-        return read([os.fsdecode(path)], image_id)
+    def read_file(path, *of):
+        return read([os.fsdecode(path)], *of)
 
-    def read_files(paths, image_id):
-        return read(list(map(os.fsdecode, paths)), image_id)
+    def read_files(paths, *of):
+        return read(list(map(os.fsdecode, paths)), *of)
 
     readers = {"image": read_one, "image_path": read_file, "image_paths": read_files}
 
@@ -250,9 +253,10 @@ def load_images(
             )
         ((name, value),) = given.items()
         image_id = _as_string(example.get("image_id", tf.constant("")))
+        problem = example.pop("image_problem", tf.constant(""))
         types = [tf.uint8] * count + [tf.string]
         *images, error = tf.numpy_function(
-            readers[name], [value, image_id], types, stateful=False
+            readers[name], [value, image_id, problem], types, stateful=False
         )
         error.set_shape([])
         if drawn:

@@ -49,6 +49,7 @@ class Record:
     `image_paths` are all images of an example with several, `image_path` the first.
     `answer_type` and `question_type` are what VQAv2's annotations say of a question.
     `labels` are ids of classes; their names are then the references.
+    `image_problem` says why there is no image, of a record that keeps its place.
     """
 
     image_path: str
@@ -61,6 +62,7 @@ class Record:
     answer_type: str = ""
     question_type: str = ""
     labels: tuple[int, ...] = ()
+    image_problem: str = ""
 
 
 def printable(text: str) -> str:

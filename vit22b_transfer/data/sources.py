@@ -185,9 +185,9 @@ class VqaSource(IndexedSource):
                 record = _vqa_record(entry, files, folder, answers)
                 if record.question_id in seen:
                     name = f"question {record.question_id}"
-                    raise _BadEntry("duplicate question id", name)
+                    raise BadEntry("duplicate question id", name)
                 records.append(record)
-            except _BadEntry as e:
+            except BadEntry as e:
                 where = f"questions[{number}]: " if e.reason == _MALFORMED else ""
                 bad.add(e.reason, f"{where}{e.detail}")
             if isinstance(entry, dict):
@@ -200,45 +200,47 @@ class VqaSource(IndexedSource):
         return records
 
 
-class _BadEntry(Exception):
+class BadEntry(Exception):
+    """An entry that makes no record: why, and which."""
+
     def __init__(self, reason, detail):
         super().__init__(reason)
         self.reason, self.detail = reason, detail
 
 
 def _vqa_record(entry, files, folder, answers):
-    """The record of a question; _BadEntry if something about it is wrong."""
+    """The record of a question; BadEntry if something about it is wrong."""
     problem = missing_field(
         entry, question_id=(int, str), image_id=(int, str), question=str
     )
     if problem:
-        raise _BadEntry(_MALFORMED, problem)
+        raise BadEntry(_MALFORMED, problem)
     question_id, image_id = str(entry["question_id"]), str(entry["image_id"])
     name = f"question {question_id}"
     question = entry["question"].strip()
     if not question:
-        raise _BadEntry("empty question", name)
-    file_name = _image_file(files.image_file, entry["image_id"])
+        raise BadEntry("empty question", name)
+    file_name = image_file_name(files.image_file, entry["image_id"])
     path, problem = folder.find(file_name)
     if path is None:
-        raise _BadEntry(problem, f"{name}: {file_name} is not in {folder.root}")
+        raise BadEntry(problem, f"{name}: {file_name} is not in {folder.root}")
     if answers is None:
         return Record(path, image_id, question_id, question)
     if question_id not in answers:
-        raise _BadEntry("question without answers", f"{name} in {files.annotations}")
+        raise BadEntry("question without answers", f"{name} in {files.annotations}")
     said = answers[question_id]
     if said.image_id != image_id:
         detail = (
             f"{name}: image {image_id} in the questions, {said.image_id} in answers"
         )
-        raise _BadEntry("annotation of another image", detail)
+        raise BadEntry("annotation of another image", detail)
     return Record(
         path, image_id, question_id, question, said.target, said.answers, **said.kinds
     )
 
 
-def _image_file(pattern: str, image_id: int | str) -> str:
-    """The file name of an image; _BadEntry if its id is none for the pattern.
+def image_file_name(pattern: str, image_id: int | str) -> str:
+    """The file name of an image; BadEntry if its id is none for the pattern.
 
     Where the pattern says how the id is written, such as with zeros in front, an id of
     digits is a number: zeros would stand behind those of a text.
@@ -251,7 +253,7 @@ def _image_file(pattern: str, image_id: int | str) -> str:
                 values.insert(0, int(image_id))
         return _filled(pattern, values)
     except ValueError as e:
-        raise _BadEntry(
+        raise BadEntry(
             "image id that does not fit image_file",
             f"{pattern!r} cannot be filled with image_id {image_id!r} ({e}); use for "
             "example '{image_id}.jpg'",

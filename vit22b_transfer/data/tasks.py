@@ -90,6 +90,15 @@ class _SkipsRecords(Protocol):
         ...
 
 
+@runtime_checkable
+class _TellsDigest(Protocol):
+    """A source whose data the task's name does not tell."""
+
+    def digest(self) -> str:
+        """A text that is equal for the same data."""
+        ...
+
+
 def find_provider(name: str, split: str) -> seqio.Task | seqio.Mixture:
     """The registered task or mixture of that name, which has the split.
 
@@ -183,6 +192,28 @@ def task_names(name: str, split: str) -> list[str]:
 def tasks_of(name: str, split: str) -> list[seqio.Task]:
     """The tasks of a mixture, or the task itself; errors as of `task_names`."""
     return list(seqio.get_subtasks(find_provider(name, split)))
+
+
+def prompts(name: str) -> list[str]:
+    """Those that the preprocessors of a task, or of a mixture's tasks, put in."""
+    found: dict[str, None] = {}
+    for task in seqio.get_subtasks(seqio.get_mixture_or_task(name)):
+        for step in task.preprocessors:
+            prompt = getattr(step, "keywords", {}).get("prompt")
+            if isinstance(prompt, str):
+                found[prompt] = None
+    return list(found)
+
+
+def digest(task_name: str) -> str:
+    """What a source says of what it reads, and how it is asked; "" if it says nothing.
+
+    Only of sources whose name does not say which data are read.
+    """
+    source = task_named(task_name).source
+    if not isinstance(source, _TellsDigest):
+        return ""
+    return f"{source.digest()}, prompts {prompts(task_name)}"
 
 
 def num_examples(task_name: str, split: str) -> int | None:

@@ -357,6 +357,8 @@ def _fingerprint(restored, data, seed):
         "batch_size": data.batch_size,
         "seed": seed,
     }
+    if said := registered.digest(data.task):
+        facts["examples"] = said
     if (cut := data.cut_to()) is not None:
         facts["max_examples"] = cut
     if settings := getattr(model, "prediction_settings", None):

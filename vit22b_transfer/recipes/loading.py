@@ -76,7 +76,7 @@ def check_complete(recipe: Recipe, root: Callable[..., Any]) -> None:
             f"the recipe {', '.join(recipe.files)} does not configure {path}; include "
             f"the file in gin_configs/runs that does."
         )
-    reached = _reachable(recipe, root)
+    reached = reachable(recipe, root)
     _check_models(recipe, reached)
     missing = []
     for reference in reached:
@@ -138,7 +138,7 @@ def other_data(recipe: Recipe, root: Callable[..., Any], split: str) -> str:
     Such as "--gin.INFER_SPLIT chooses another split, --gin.INFER_TASK another task."
     """
     options = {}
-    for reference in _reachable(recipe, root):
+    for reference in reachable(recipe, root):
         bound = recipe.bound_to(reference.name, reference.scope)
         if "split" in bound and recipe.resolved(bound["split"].value) == split:
             options |= {_option(bound["split"]): "chooses another split"}
@@ -233,7 +233,7 @@ def _check_models(recipe: Recipe, reached: Sequence[Reference]) -> None:
             )
 
 
-def _reachable(recipe: Recipe, root: Callable[..., Any]) -> list[Reference]:
+def reachable(recipe: Recipe, root: Callable[..., Any]) -> list[Reference]:
     """Calls that gin makes to build the arguments of `root`, and root itself."""
     name = next(n for n, value in recipe.configurables.items() if value is root)
     queue = [Reference("", name, True, name, root)]

@@ -63,7 +63,10 @@ class Binding:
 
 @dataclasses.dataclass
 class Recipe:
-    """What files and overrides say together; the last word on each name wins."""
+    """What files and overrides say together; the last word on each name wins.
+
+    imports: modules that are none of this package, such as `tasks.coco`, in order.
+    """
 
     files: tuple[str, ...]
     overrides: tuple[str, ...]
@@ -74,6 +77,7 @@ class Recipe:
     configurables: dict[str, Callable[..., Any]] = dataclasses.field(
         default_factory=dict
     )
+    imports: dict[str, None] = dataclasses.field(default_factory=dict)
 
     def nothing_yet(self) -> "Recipe":
         """A recipe to read more into, which knows what the names of this one name."""
@@ -209,6 +213,8 @@ class Reader:
             module = modules.imported(statement.module)
         except modules.ModuleError as error:
             raise RecipeError(f"{where}: {error}") from error
+        if statement.module.partition(".")[0] != __package__.partition(".")[0]:
+            self.recipe.imports[statement.module] = None
         name = statement.bound_name()
         if not statement.is_from and not statement.alias:
             root = statement.module.partition(".")[0]

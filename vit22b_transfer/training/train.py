@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -99,6 +100,7 @@ def fine_tune(
     guard: SpikeGuard | None = None,
     qk_clip: QKClip | None = None,
     allow_changes: Sequence[str] = (),
+    run_files: Mapping[str, bytes] | None = None,
 ) -> TrainResult:
     """Trains `model` up to `total_steps`, in `model_dir`; resumes what is there.
 
@@ -114,6 +116,8 @@ def fine_tune(
 
     allow_changes: names in `run_settings.EXACT` that may differ from those of the run
       that is resumed. All changes are told, one line each.
+    run_files: name -> content of files that say what the run is; they are written into
+      model_dir when it begins, in place of those that are there.
 
     Raises:
       UserError: for inputs that do not fit together, before anything is written over;
@@ -169,6 +173,10 @@ def fine_tune(
             with resuming.explained(model_dir, start_step):
                 for line in run_settings.changes(path, settings, allow_changes):
                     log.message(line)
+        if is_writer:
+            for name, content in (run_files or {}).items():
+                with whole_files.replacing(os.path.join(model_dir, name), "wb") as file:
+                    file.write(content)
 
         # 3. Batches: the stream goes on at the step to be taken.
         signals = stack.enter_context(StopSignals())
