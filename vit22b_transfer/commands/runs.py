@@ -4,7 +4,7 @@ import argparse
 import functools
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit22b_transfer import UserError
@@ -105,6 +105,18 @@ def add_to(add: Add) -> None:
     add_gin_file(command, required=False)
 
 
+def _plan(arguments: Mapping[str, Any], force: bool) -> None:
+    """Says what the training will take; a UserError if it cannot fit."""
+    import jax
+
+    from vit22b_transfer.host import progress
+    from vit22b_transfer.planning import ahead
+
+    console = progress.console(quiet=jax.process_index() > 0)
+    for line in ahead.check(arguments, force=force):
+        console.print(line, markup=False)
+
+
 def _recipe(args: argparse.Namespace, paths: Sequence[str]) -> Any:
     """The recipe of --gin_file, or of the folder, with what the command line sets."""
     from vit22b_transfer.recipes import loading
@@ -159,6 +171,8 @@ def _run(args: argparse.Namespace) -> None:
 
         console = progress.console(quiet=jax.process_index() > 0)
         console.print(said, markup=False)
+    if args.command == "train":
+        _plan(loading.arguments(recipe, root, paths), args.force)
     try:
         call()
     except UserError as error:

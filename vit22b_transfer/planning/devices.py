@@ -3,6 +3,9 @@
 import dataclasses
 import difflib
 import os
+import re
+
+import jax
 
 from vit22b_transfer import UserError
 
@@ -38,6 +41,28 @@ _TABLE = (
     Device("tpu-v6e", 918e12, 918e12, 32 * GIB, 1.6e12, 200e9),
 )
 NAMES = (*(device.name for device in _TABLE), "cpu")
+
+
+def here() -> Device | None:
+    """The device of this process, with the memory that it says it has.
+
+    None for one whose memory is not known. Rates are 0 of one that is in no table, and
+    of CPUs, which differ.
+    """
+    local = jax.local_devices()
+    if local[0].platform == "cpu":
+        known = device("cpu")
+        memory = known.memory / len(local)
+        return dataclasses.replace(known, flops=0.0, memory=memory)
+    kind = local[0].device_kind
+    told = re.sub(r"[^a-z0-9]", "", kind.lower()).replace("lite", "e")
+    found = [x for x in _TABLE if x.name.replace("-", "") in told]
+    stats = local[0].memory_stats() or {}
+    memory = float(stats.get("bytes_limit", found[0].memory if found else 0.0))
+    if not memory:
+        return None
+    rates = found[0] if found else Device(kind, 0.0, 0.0, 0.0, 0.0, 0.0)
+    return dataclasses.replace(rates, memory=memory)
 
 
 def device(name: str) -> Device:
