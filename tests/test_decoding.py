@@ -450,7 +450,8 @@ def test_drawn_tokens_follow_the_filtered_distribution():
 
     def frequencies(**settings):
         settings = dict(temperature=1.0, top_k=0, top_p=1.0) | settings
-        drawn = sampling.sample_tokens(jax.random.key(0), rows, **settings)
+        keys = jax.random.split(jax.random.key(0), len(rows))
+        drawn = sampling.sample_tokens(keys, rows, **settings)
         return np.bincount(drawn, minlength=5) / len(rows)
 
     expected = {

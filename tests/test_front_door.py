@@ -1,4 +1,4 @@
-"""The two roads of a newcomer, on photographs: a folder to captions, a file to a model."""
+"""The two roads of a newcomer, on photographs: to captions, and to a tuned model."""
 
 import contextlib
 import json

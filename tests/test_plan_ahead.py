@@ -29,7 +29,9 @@ def of_memory(monkeypatch, memory, name="h100"):
 def test_the_quick_plan_is_a_bound_of_the_plan(arguments):
     job = jobs.Job.from_arguments(arguments)
     quick = ahead._scanned(job)
-    assert quick.model.module.tower.scan_layers and not job.model.module.tower.scan_layers
+    assert (
+        quick.model.module.tower.scan_layers and not job.model.module.tower.scan_layers
+    )
     mesh, device = planner.planned(job.partitioning, 8), devices.device("h100")
     exact, bound = (planner.Plan(j.run(), mesh, device) for j in (job, quick))
     for name in ("weights", "optimizer", "batch"):

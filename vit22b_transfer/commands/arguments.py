@@ -8,6 +8,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
+from vit22b_transfer import UserError
+
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
 
 # Of `add(name, run, text, epilog)`, which makes a command.
@@ -43,9 +45,20 @@ def add_shard(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shard",
         metavar="I/N",
-        help="be the I-th (from 0) of N jobs that fill one file of predictions, each on "
-        "its own; the last one merges",
+        help="be the I-th (from 0) of N jobs that fill one file of predictions, each "
+        "on its own; the last one merges",
     )
+
+
+def shard_override(shard: str | None) -> list[str]:
+    """The override that --shard stands for."""
+    if shard is None:
+        return []
+    numbers = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", shard)
+    if numbers is None:
+        raise UserError(f"--shard {shard}: I/N is expected, such as 0/8.")
+    index, count = map(int, numbers.groups())
+    return [f"infer.infer_split.shard=({index}, {count})"]
 
 
 @contextlib.contextmanager

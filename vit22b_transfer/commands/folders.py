@@ -37,8 +37,8 @@ def recipe_of(folder: str | None) -> str:
     if not os.path.isfile(path):
         what = f"{folder} holds no {RECIPE}" if folder else "no recipe is named"
         raise UserError(
-            f"{what}. Give --gin_file, or a folder that holds a {RECIPE}: that of a run, "
-            "or one that `vit22b init` made."
+            f"{what}. Give --gin_file, or a folder that holds a {RECIPE}: that of a "
+            "run, or one that `vit22b init` made."
         )
     return path
 
@@ -69,8 +69,8 @@ def use_vocabulary(folder: str) -> None:
     file, extra_ids = said.get("file"), said.get("extra_ids", 0)
     if file not in (VOCABULARY_FILE, BYTES) or type(extra_ids) is not int:
         raise UserError(
-            f"{path} names no vocabulary: file is to be {VOCABULARY_FILE!r}, beside it, "
-            f"or {BYTES!r}, and extra_ids a number. {advice}"
+            f"{path} names no vocabulary: file is to be {VOCABULARY_FILE!r}, beside "
+            f"it, or {BYTES!r}, and extra_ids a number. {advice}"
         )
     set_vocabulary(
         BYTES if file == BYTES else os.path.abspath(os.path.join(folder, file)),

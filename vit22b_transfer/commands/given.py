@@ -16,6 +16,7 @@ from vit22b_transfer.commands.arguments import (
     GIN_EPILOG,
     Add,
     add_shard,
+    shard_override,
     without_startup_notes,
 )
 
@@ -83,7 +84,8 @@ def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--image_file",
         metavar="PATTERN",
-        help='the file of an image id of VQAv2, such as "COCO_val2014_{image_id:012d}.jpg"',
+        help="the file of an image id of VQAv2, such as "
+        "COCO_val2014_{image_id:012d}.jpg",
     )
     command.add_argument(
         "--vocabulary", help="SentencePiece file, if none is with them"
@@ -115,15 +117,15 @@ def run(
     with without_startup_notes():
         files = _model_files(folder, args.vocabulary)
         overrides = _overrides(args, folder, images, asked)
-        overrides += args.overrides
+        overrides += [*args.overrides, *shard_override(args.shard)]
     with _output(args.out) as output:
         overrides.append(f"OUTPUT={_literal(output)}")
         files += args.gin_file
-        print(f"as a recipe: {_as_command(files, overrides)}", file=sys.stderr)
+        print(f"as a recipe: {as_command(files, overrides)}", file=sys.stderr)
         # Without a file only the texts are for whoever reads the output.
         told = contextlib.redirect_stdout(sys.stdout if args.out else sys.stderr)
         with told:
-            result = _infer(files, overrides, args.shard)
+            result = _infer(files, overrides)
         if result is None:
             return  # other shards are still at work
         if args.openai:
@@ -135,7 +137,7 @@ def run(
             _show(result.path)
 
 
-def _infer(files: list[str], overrides: list[str], shard: str | None) -> Any:
+def _infer(files: list[str], overrides: list[str]) -> Any:
     from vit22b_transfer.inference import infer
     from vit22b_transfer.recipes import loading, shipped
 
@@ -146,7 +148,7 @@ def _infer(files: list[str], overrides: list[str], shard: str | None) -> Any:
         streams.keep_tensorflow_off_accelerators()
         recipe = loading.read(files, overrides, paths)
         call = loading.install(recipe, infer.infer_split, paths)
-    return call()
+    return call(recipe=as_command(files, overrides))
 
 
 def _model_files(folder: str, vocabulary: str | None) -> list[str]:
@@ -174,8 +176,8 @@ def _model_files(folder: str, vocabulary: str | None) -> list[str]:
         taken = vocabulary or found.vocabulary
         if taken is None:
             raise UserError(
-                f"{folder} came without a SentencePiece file: give --vocabulary FILE, or "
-                "--vocabulary bytes for a model that reads bytes."
+                f"{folder} came without a SentencePiece file: give --vocabulary FILE, "
+                "or --vocabulary bytes for a model that reads bytes."
             )
         taken = taken if taken == folders.BYTES else os.path.abspath(taken)
         folders.set_vocabulary(taken, 0, variable=variable)
@@ -187,9 +189,9 @@ def _model_files(folder: str, vocabulary: str | None) -> list[str]:
             "--out DIR`, then --model DIR."
         )
     raise UserError(
-        f"{folder} is neither what `vit22b import` wrote nor the MODEL_DIR of a run that "
-        f"left its {folders.PREDICT} there. For an older run name its recipe: `vit22b "
-        "infer --gin_file=... --help`."
+        f"{folder} is neither what `vit22b import` wrote nor the MODEL_DIR of a run "
+        f"that left its {folders.PREDICT} there. For an older run name its recipe: "
+        "`vit22b infer --help`."
     )
 
 
@@ -246,7 +248,7 @@ def _output(out: str | None) -> Iterator[str]:
         yield os.path.join(folder, "given_images.jsonl")
 
 
-def _as_command(files: list[str], overrides: list[str]) -> str:
+def as_command(files: list[str], overrides: list[str]) -> str:
     """The command that does the same, for those who go on with gin."""
     from vit22b_transfer.checkpoints import identity
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 
 from vit22b_transfer import UserError
+from vit22b_transfer.commands import init_data
 from vit22b_transfer.commands.arguments import Add
 
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
@@ -100,9 +101,30 @@ def add_to(add: Add) -> None:
         default="captions",
         help="captions of images, or questions about them (default: captions)",
     )
+    command.add_argument(
+        "--captions", metavar="JSON", help="your own, as COCO's; no samples are drawn"
+    )
+    command.add_argument(
+        "--questions", metavar="JSON", help="your own, as VQAv2's, with --annotations"
+    )
+    command.add_argument("--annotations", metavar="JSON", help="their answers")
+    command.add_argument("--images", metavar="FOLDER", help="the images of both")
+    command.add_argument(
+        "--from",
+        dest="start",
+        metavar="DIR",
+        help="start from what `vit22b import` wrote there (default: a small new model)",
+    )
 
 
 def _init(args: argparse.Namespace) -> None:
+    if args.captions or args.questions:
+        init_data.write(args)
+        return
+    if args.annotations or args.images or args.start:
+        raise UserError(
+            "--annotations, --images and --from go with --captions or --questions."
+        )
     from vit22b_transfer.recipes import shipped
 
     sample = _SAMPLES[args.task]
@@ -113,7 +135,7 @@ def _init(args: argparse.Namespace) -> None:
     texts = {
         "README.md": _README.format(name=name, trial=_TRIAL),
         recipe: (source / recipe).read_text(encoding="utf-8"),
-        task: _filled((source / task).read_text(encoding="utf-8"), sample.paths),
+        task: filled((source / task).read_text(encoding="utf-8"), sample.paths),
     }
     project = pathlib.Path(args.directory)
     there = [file for file in [*texts, "data"] if os.path.lexists(project / file)]
@@ -139,12 +161,19 @@ def _init(args: argparse.Namespace) -> None:
     )
 
 
-def _filled(text: str, paths: Mapping[str, str]) -> str:
+def filled(text: str, paths: Mapping[str, str]) -> str:
     """The shipped task with other paths."""
     for variable, path in paths.items():
         assert text.count(f'"{variable}"') == 1, variable
-        text = text.replace(f'"{variable}"', f'"{path}"')
+        # As a text of Python, whatever the path holds.
+        text = text.replace(f'"{variable}"', _quoted(path))
     return text
+
+
+def _quoted(text: str) -> str:
+    """A literal, in double quotes where that is as good."""
+    plain = text.isprintable() and not set(text) & set('"\\')
+    return f'"{text}"' if plain else repr(text)
 
 
 def _draw(target: pathlib.Path, sample: _Sample) -> None:

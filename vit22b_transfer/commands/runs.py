@@ -14,6 +14,7 @@ from vit22b_transfer.commands.arguments import (
     GIN_NOTE,
     Add,
     add_gin_file,
+    shard_override,
     without_startup_notes,
 )
 
@@ -80,6 +81,10 @@ def add_to(add: Add) -> None:
             "see gin_configs/launch",
         )
     command = add(
+        "merge", _merge, "Merge what the shards of an inference have written."
+    )
+    command.add_argument("predictions", metavar="FILE.jsonl", help="their OUTPUT")
+    command = add(
         "bench", _run, "Measure this device, and a model's speed on it.", GIN_EPILOG
     )
     command.add_argument(
@@ -105,6 +110,13 @@ def add_to(add: Add) -> None:
     add_gin_file(command, required=False)
 
 
+def _merge(args: argparse.Namespace) -> None:
+    from vit22b_transfer.inference import prediction_shards
+
+    summary = prediction_shards.merge_file(args.predictions)
+    print(f"{summary['num_examples']} predictions in {args.predictions}")
+
+
 def _plan(arguments: Mapping[str, Any], force: bool) -> None:
     """Says what the training will take; a UserError if it cannot fit."""
     import jax
@@ -121,7 +133,8 @@ def _recipe(args: argparse.Namespace, paths: Sequence[str]) -> Any:
     """The recipe of --gin_file, or of the folder, with what the command line sets."""
     from vit22b_transfer.recipes import loading
 
-    files, overrides = args.gin_file, args.overrides
+    files = args.gin_file
+    overrides = [*args.overrides, *shard_override(getattr(args, "shard", None))]
     folder = getattr(args, "folder", None)
     if folder is None and (files or not hasattr(args, "folder")):
         return loading.read(files, overrides, paths)
@@ -162,6 +175,9 @@ def _run(args: argparse.Namespace) -> None:
     module, _, function = FUNCTIONS[args.command].rpartition(".")
     root = getattr(importlib.import_module(module), function)
     call = loading.install(recipe, root, paths)
+    if args.command == "infer":
+        told = given.as_command(list(recipe.files), list(recipe.overrides))
+        call = functools.partial(call, recipe=told)
     if args.command == "train":
         call = functools.partial(call, run_files=folders.of_run(recipe, root))
     if args.command == "train" and (said := loading.trial(recipe, paths)):

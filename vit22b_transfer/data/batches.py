@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -210,11 +210,14 @@ def eval_batches(
     start_index: int = 0,
     task_overrides: Mapping[str, seqio.Task] | None = None,
     max_examples: int | None = None,
+    only: Sequence[int] | None = None,
 ) -> Batches[EvalBatch]:
     """One pass over a split in order, from example `start_index` on.
 
-    With `max_examples` the split ends after that many examples. The last batch is
-    filled up with zero rows. Of a task without targets all loss weights are zero.
+    Of batches of numbers in `only` alone, if it is given: they rise, and 0 is the one
+    that begins at `start_index`. With `max_examples` the split ends after that many
+    examples. The last batch is filled up with zero rows. Of a task without targets all
+    loss weights are zero.
 
     Raises:
       UserError: if a name, split, length or batch size does not fit, if the name is a
@@ -240,7 +243,7 @@ def eval_batches(
     place = placement.Placement.on(partitioning, batch_size)
 
     def items():
-        for batch in host_eval_batches(request, start_index, place.shard):
+        for batch in host_eval_batches(request, start_index, place.shard, only):
             examples = batch.examples if place.reports else []
             features = place(batch.features)
             yield EvalBatch(features, examples, batch.start_index), batch.flags, []

@@ -6,8 +6,8 @@
     .jsonl, .csv                      one for each line: column image, image_path,
                                       file_name or path; if there, question, image_id
     .json                             COCO's `images`; or VQAv2's `questions`
-    .tar                              WebDataset: its images in order, KEY.txt beside one
-                                      is its question
+    .tar                              WebDataset: its images in order; KEY.txt beside
+                                      one is its question
     .parquet                          a column `image`: encoded bytes, a path, or
                                       Hugging Face's struct of both; `question`
     .jsonl of OpenAI's batches        the image and the text of each request
@@ -116,8 +116,8 @@ class GivenImagesSource(IndexedSource):
         for record in records:
             if not (record.question or record.image_problem):
                 raise UserError(
-                    f"image {record.image_id!a} has no question; give one for all, or a "
-                    "list with a column question."
+                    f"image {record.image_id!a} has no question; give one for all, or "
+                    "a list with a column question."
                 )
         return records
 
@@ -325,8 +325,8 @@ def task(
     if not fits:
         what = "has the place" if asked else "is without the place"
         raise UserError(
-            f"none of the prompts {', '.join(map(ascii, prompts))} {what} {_QUESTION} of "
-            f"a question{'' if asked else ', and nothing is asked'}."
+            f"none of the prompts {', '.join(map(ascii, prompts))} {what} {_QUESTION} "
+            f"of a question{'' if asked else ', and nothing is asked'}."
         )
     options = preprocessors.ReadingOptions(on_bad_image="skip")
     if TASK in seqio.TaskRegistry.names():

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping
+import itertools
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,9 +117,14 @@ def host_train_batches(
 
 
 def host_eval_batches(
-    request: Request, start_index: int, shard: HostShard
+    request: Request,
+    start_index: int,
+    shard: HostShard,
+    only: Sequence[int] | None = None,
 ) -> Generator[HostBatch, None, None]:
     """One pass from example `start_index` on, in order: this host's rows of each batch.
+
+    only: numbers of the batches that are read, rising; that of `start_index` is 0.
 
     Every host gets the same number of batches, if need be of zeros alone.
     """
@@ -134,6 +140,7 @@ def host_eval_batches(
         shard,
         start_index,
         request.max_examples,
+        only,
     )
     if num_examples is not None and start_index > num_examples:
         raise UserError(
@@ -147,15 +154,20 @@ def host_eval_batches(
     # Without a known number, every host reads all rows to know when the last one came.
     reads_all = num_examples is None
     batches = _batched(request, examples, size if reads_all else len(rows), metadata)
+    numbers = itertools.count() if only is None else iter(only)
+    starts = (start_index + number * size for number in numbers)
     index = start_index
     for features in streams.as_numpy(batches):
         if reads_all:
             features = {k: v[rows.start : rows.stop] for k, v in features.items()}
-        yield _host_batch(request, features, metadata, index + rows.start, len(rows))
-        index += size
+        first = next(starts)
+        yield _host_batch(request, features, metadata, first + rows.start, len(rows))
+        index = first + size
     if reads_all and index == start_index == 0:
         raise UserError(f"split {request.split!r} of {request.name!r} is empty.")
-    if num_examples is not None and index < num_examples:
+    last = next(starts, None)
+    if num_examples is not None and last is not None and last < num_examples:
+        index = last
         # The last batch has rows for other hosts only, but all take part in each step.
         features = {
             name: np.zeros([0, *known_shape(spec)[1:]], spec.dtype.as_numpy_dtype)

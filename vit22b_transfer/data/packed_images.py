@@ -107,8 +107,8 @@ def _tar(path: pathlib.Path) -> Iterator[Record]:
             yield from _of_group(path, group)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} is no readable tar file ({brief(str(error))}). A compressed one has "
-            "to be unpacked first (gunzip), for its images to be read in any order."
+            f"{path} is no readable tar file ({brief(str(error))}). A compressed one "
+            "has to be unpacked first (gunzip), for its images to be read in any order."
         ) from error
 
 
@@ -146,7 +146,9 @@ def _parquet_file(path: str) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise UserError(f"{path} is no readable parquet file ({brief(str(error))}).")
+        raise UserError(
+            f"{path} is no readable parquet file ({brief(str(error))})."
+        ) from error
 
 
 def _parquet(path: pathlib.Path) -> Iterator[Record]:

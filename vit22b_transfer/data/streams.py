@@ -248,10 +248,12 @@ def eval_examples(
     shard: HostShard,
     start_index: int,
     max_examples: int | None = None,
+    only: Sequence[int] | None = None,
 ) -> tuple[tf.data.Dataset, int | None]:
     """One pass over the task's examples in order, and the number there are, or None.
 
-    With `max_examples` the split is as if it had no more than its first ones.
+    With `max_examples` the split is as if it had no more than its first ones. `only`
+    are the numbers of the batches to read, rising, the one of `start_index` being 0.
 
     With a number, the examples are this host's rows of batches that begin at
     `start_index`. With None (no random access, or not one example per record) they are
@@ -263,17 +265,26 @@ def eval_examples(
         size, rows = source.num_records(split), shard.rows(batch_size)
         size = size if max_examples is None else min(size, max_examples)
 
-        def records(batch: int) -> np.ndarray:
-            start = start_index + batch * batch_size
+        whole, rest = divmod(max(0, size - start_index), batch_size)
+        numbers = range(whole + 1) if only is None else only
+
+        def records(step: int) -> np.ndarray:
+            start = start_index + numbers[step] * batch_size
             stop = min(start + rows.stop, size)
             return np.arange(start + rows.start, stop, dtype=np.int64)
 
-        whole, rest = divmod(max(0, size - start_index), batch_size)
-        mine = whole * len(rows) + min(max(0, rest - rows.start), len(rows))
-        order = computed(records, 0, whole + 1, mine)
+        of_last = min(max(0, rest - rows.start), len(rows))
+        mine = sum(len(rows) if n < whole else of_last * (n == whole) for n in numbers)
+        order = computed(records, 0, len(numbers), mine)
         examples = task_examples(task, split, lengths, seed, order)
         if examples.cardinality() == order.cardinality():
             return examples, size
+    if only is not None:
+        raise UserError(
+            f"task {task.name!r} can only be read in sequence: its source has no "
+            "random access, or its preprocessors do not give one example per record. "
+            "Predict it in one piece, without --shard."
+        )
     examples = task_examples(task, split, lengths, seed)
     if max_examples is not None:
         examples = examples.take(max_examples)

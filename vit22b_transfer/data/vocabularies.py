@@ -30,6 +30,18 @@ ENVIRONMENT_VARIABLE = identity.VOCABULARY_VARIABLE
 EXTRA_IDS_VARIABLE = "VIT22B_EXTRA_IDS"
 _MOST_EXTRA_IDS = 10_000
 
+
+class TooManyPieces(UserError):
+    """More pieces than the texts support, which are `at_most`."""
+
+    def __init__(self, asked: int, texts: int, at_most: int):
+        super().__init__(
+            f"vocab_size {asked} is too large for {texts} texts: they support at most "
+            f"{at_most}. Give that or less, or more texts."
+        )
+        self.at_most = at_most
+
+
 # They stand before every example, but in no annotation file.
 _PROMPTS = ["caption en", "answer en"]
 _PAD_ID, _EOS_ID, _UNK_ID = 0, 1, 2
@@ -161,10 +173,7 @@ def _size_error(vocab_size, num_texts, message):
     """SentencePiece's own errors about the size, with the bound it found."""
     at_most = re.search(r"value <= (\d+)", message)
     if at_most:
-        return UserError(
-            f"vocab_size {vocab_size} is too large for {num_texts} texts: they support "
-            f"at most {at_most[1]}. Give that or less, or more texts."
-        )
+        return TooManyPieces(vocab_size, num_texts, int(at_most[1]))
     at_least = re.search(r"smaller than required_chars. \d+ vs (\d+)", message)
     if at_least:
         return UserError(

@@ -106,6 +106,7 @@ def sample(
 ) -> Decoded:
     """One random sequence each.
 
+    rng: a key, or one for each sequence, which then depends on no other.
     temperature: logits are divided by it.
     top_k: only the k most probable tokens may be drawn; 0: all of them.
     top_p: only the smallest set of most probable tokens whose mass is at least top_p
@@ -125,9 +126,13 @@ def sample(
     if not 0.0 < top_p <= 1.0:
         raise UserError(f"top_p is {top_p}; it must be in (0, 1], 1.0 being off.")
 
+    keys = rng
+    if not (jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.ndim):
+        keys = jax.random.split(rng, batch_size)
+
     def choose(logits, index):
         return sampling.sample_tokens(
-            jax.random.fold_in(rng, index),
+            jax.vmap(jax.random.fold_in, (0, None))(keys, index),
             logits,
             temperature=temperature,
             top_k=top_k,
@@ -145,6 +150,7 @@ def sample(
             ("temperature", temperature),
             ("top_k", top_k),
             ("top_p", top_p),
+            ("keys", "of examples"),
         ),
     )
 

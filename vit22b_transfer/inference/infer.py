@@ -2,33 +2,34 @@
 
 import contextlib
 import dataclasses
-import functools
+import itertools
 import os
 import re
-import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from importlib import metadata
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import rich.console
 
 from vit22b_transfer import UserError
-from vit22b_transfer.checkpoints import (
-    averages,
-    fingerprints,
-    identity,
-    reading,
-    restoring,
-)
+from vit22b_transfer.checkpoints import fingerprints
 from vit22b_transfer.host import disk_errors, progress, whole_files
 from vit22b_transfer.inference import predicting
 from vit22b_transfer.inference.prediction_files import LineWriter, PredictionFiles
+from vit22b_transfer.inference.prediction_shards import ShardFiles
+from vit22b_transfer.inference.restored import (
+    RestoredModel,
+    SplitToRead,
+    Weights,
+    restore,
+)
 from vit22b_transfer.partitioning import processes
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.training.state import abstract_variables, shardings_of
 
-Weights = Literal["trained", "average"]
+# Whose versions a manifest tells.
+_PACKAGES = ("vit22b_transfer", "jax", "flax", "orbax-checkpoint", "tensorflow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,80 +51,6 @@ class Predictions:
     num_resumed: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class RestoredModel:
-    """A model with the parameters of a checkpoint on the devices of a mesh.
-
-    weights: which of the checkpoint's: see `infer_split`.
-    """
-
-    model: Any
-    partitioning: Partitioning
-    checkpoint: str
-    params: Any
-    weights: str = "trained"
-
-    @functools.cached_property
-    def predict(self) -> predicting.Predict:
-        """The jitted function of `predicting.make_predict`."""
-        return predicting.make_predict(self.model, self.partitioning)
-
-    def judging(self, data: "SplitToRead") -> tuple["RestoredModel", "SplitToRead"]:
-        """What predicts a task, and the split with the feature lengths that it takes.
-
-        Of a mixed model that is its part for the task's objective.
-        """
-        from vit22b_transfer.data import objectives
-
-        model, lengths = objectives.judge(self.model, data.task, data.feature_lengths)
-        if model is self.model:
-            return self, data
-        part = self._parts.setdefault(id(model), dataclasses.replace(self, model=model))
-        return part, dataclasses.replace(data, feature_lengths=lengths)
-
-    @functools.cached_property
-    def _parts(self) -> dict[int, "RestoredModel"]:
-        """Those asked for before, so that each is compiled once."""
-        return {}
-
-    @functools.cached_property
-    def params_digest(self) -> str:
-        """A hash of the parameters."""
-        return fingerprints.parameters_digest(self.params)
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitToRead:
-    """A split of a task and the shapes of its batches.
-
-    feature_lengths: of what the model's converter reads. Decoded texts are no longer
-      than `targets`, unless the model has its own `max_decode_length`.
-    max_examples: how many of the first examples; None: all.
-    """
-
-    task: str
-    split: str
-    feature_lengths: Mapping[str, Any]
-    batch_size: int
-    max_examples: int | None = None
-
-    def cut_to(self) -> int | None:
-        """The number of first examples that are read, None if it is all of them."""
-        from vit22b_transfer.data import tasks as registered
-
-        return registered.cut_to(self.task, self.split, self.max_examples)
-
-    def part(self) -> str:
-        """`the first 16 of 500 examples alone`; "" of a whole split."""
-        from vit22b_transfer.data import tasks as registered
-
-        cut = self.cut_to()
-        if cut is None:
-            return ""
-        size = registered.num_examples(self.task, self.split)
-        return f"the first {cut} of {size or 'its'} examples alone"
-
-
 def infer_split(
     model: Any,
     *,
@@ -137,18 +64,26 @@ def infer_split(
     seed: int = 0,
     max_examples: int | None = None,
     weights: Weights = "trained",
-) -> Predictions:
+    shard: tuple[int, int] | None = None,
+    recipe: str = "",
+) -> Predictions | None:
     """Predictions of `model` for every example of a split, as JSON lines in order.
 
     checkpoint: one, or a directory of them, of which the latest is taken.
     output: a path ending in .jsonl, or a directory, in which the file is then called
       TASK-SPLIT-CHECKPOINT.jsonl, or TASK-SPLIT-CHECKPOINT-average.jsonl.
     weights: the trained ones, or their average, which a training with `ema_decay` kept.
-    seed: of `decoding.sample`; results depend on it and on `batch_size` alone, but for
-      rounding: a mesh decides in which order sums are taken.
+    seed: of `decoding.sample`: what is drawn of an example depends on it and on the
+      example's index alone, but for rounding: batch size and mesh decide in which order
+      sums are taken.
     max_examples: for a trial, predict no more than the first ones. The file is then
       called TASK-SPLIT-CHECKPOINT-first_N.jsonl, its record holds `max_examples`, and
       it is never taken for one of the whole split, nor gone on from.
+
+    shard: (i, n): be the i-th, from 0, of n jobs that fill one file, each alone with
+      its devices; it makes every n-th batch of those that are not there. Whoever ends
+      last merges; the others return None.
+    recipe: what the manifest, `OUTPUT.run.json`, says of where the settings come from.
 
     A line holds index, image_id, question_id, prompt, prediction and score, what the
     task knows beside them (target, references, metadata), and of an image that could
@@ -164,81 +99,118 @@ def infer_split(
 
     registered.task_names(task, split)  # an error now, not after the parameters' read
     registered.check_max_examples(max_examples)
+    if shard is not None:
+        _check_shard(shard)
     restored = restore(
         model, partitioning, checkpoint, feature_lengths, batch_size, weights=weights
     )
     data = SplitToRead(task, split, feature_lengths, batch_size, max_examples)
     restored, data = restored.judging(data)
-    return predict_split(restored, data, output=output, seed=seed)
+    run = {"output": output, "seed": seed, "recipe": recipe}
+    if shard is None:
+        return predict_split(restored, data, **run)
+    return predict_shard(restored, data, shard, **run)
 
 
-def restore(
-    model: Any,
-    partitioning: Partitioning,
-    checkpoint: str,
-    feature_lengths: Mapping[str, Any],
-    batch_size: int,
-    *,
-    weights: Weights = "trained",
-) -> RestoredModel:
-    """The model with a checkpoint's parameters, laid out on the mesh.
-
-    weights: see `infer_split`.
-    """
-    from vit22b_transfer.data import batches, image_lengths, placement
-
-    if weights not in (known := typing.get_args(Weights)):
-        raise UserError(f"weights={weights!r} must be one of {', '.join(known)}.")
-    identity.show_vocabulary(model)
-    path = reading.resolve(checkpoint)
-    # A batch that the mesh cannot hold is an error before gigabytes are read.
-    placement.Placement.on(partitioning, batch_size)
-    shapes, types = batches.batch_shapes(
-        image_lengths.converter_of(model), feature_lengths, batch_size
-    )
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, types[name]) for name, shape in shapes.items()
-    }
-    abstract = abstract_variables(model, partitioning, batch)
-    if weights == "average":
-        params, count = averages.restore(path, abstract, model=model)
-        rest = len(jax.tree.leaves(abstract)) - count
-        progress.console(quiet=jax.process_index() > 0).print(
-            f"{path}: the average of {count} parameters; {rest} frozen in its training "
-            "are as they were",
-            markup=False,
+def _check_shard(shard: tuple[int, int]) -> None:
+    index, count = shard
+    if not 0 <= index < count <= 99_999:
+        raise UserError(
+            f"shard {index}/{count}: the first number is from 0 to the second minus 1."
         )
-    elif any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(abstract)):
-        params = restoring.restore_whole(path, abstract, model=model)
-    else:
-        params = restoring.restore_params(
-            path, abstract, shardings_of(abstract), model=model
+    if jax.process_count() > 1:
+        raise UserError(
+            "shards are jobs of one process each; several processes of one job divide "
+            "the work by themselves. Leave --shard or --distributed out."
         )
-    if left_out := restoring.teacher_left_out(path, abstract):
-        progress.console(quiet=jax.process_index() > 0).print(
-            f"{path}: the teacher of its distillation ({left_out} arrays) is left out",
-            markup=False,
-        )
-    return RestoredModel(model, partitioning, path, params, weights)
 
 
-def predict_split(
-    restored: RestoredModel, data: SplitToRead, *, output: str, seed: int = 0
-) -> Predictions:
-    """As `infer_split`, for a model that is restored already."""
+def _prediction_files(
+    restored: RestoredModel, data: SplitToRead, output: str, seed: int, recipe: str
+) -> PredictionFiles:
+    """The files of a run; UserError for what does not fit, before any is written."""
     from vit22b_transfer.data import tasks as registered
 
-    # An unknown name or a wrong vocabulary is an error before anything is written.
     registered.task_names(data.task, data.split)
     registered.check_vocabularies(data.task, restored.model)
     registered.check_classes(data.task, restored.model)
-    console = progress.console(quiet=jax.process_index() > 0)
-    files = PredictionFiles(
+    about = {
+        "versions": {
+            n: metadata.version(n) for n in ("vit22b_transfer", "jax", "flax")
+        },
+        "devices": jax.devices()[0].device_kind,
+        "left_out_of_the_split": registered.skipped_text(data.task, data.split),
+    }
+    return PredictionFiles(
         _output_path(output, data, restored),
         _fingerprint(restored, data, seed),
         host=jax.process_index(),
         num_hosts=jax.process_count(),
+        about=about | ({"recipe": recipe} if recipe else {}),
     )
+
+
+def predict_shard(
+    restored: RestoredModel,
+    data: SplitToRead,
+    shard: tuple[int, int],
+    *,
+    output: str,
+    seed: int = 0,
+    recipe: str = "",
+) -> Predictions | None:
+    """As `infer_split` with a shard, for a model that is restored already."""
+    from vit22b_transfer.data import tasks as registered
+
+    console = progress.console()
+    files = _prediction_files(restored, data, output, seed, recipe)
+    total = data.cut_to() or registered.num_examples(data.task, data.split)
+    if total is None:
+        raise UserError(
+            f"the source of task {data.task!r} does not tell how many examples "
+            f"{data.split!r} has, so they cannot be dealt out; leave --shard out."
+        )
+    if files.is_complete():
+        console.print(f"reusing the predictions in {files.path}", markup=False)
+        return Predictions(files.path, **files.summary(), reused=True)
+    index, count = shard
+    shards = ShardFiles(files)
+    with (
+        disk_errors.said(os.path.dirname(files.path), files.kept),
+        shards.entered(index, count) as part,
+    ):
+        missing = shards.missing(data.batch_size, total)
+        mine = [number for number in missing if number % count == index]
+        if mine:
+            with part() as writer:
+                _predict(restored, data, mine, writer, console, seed)
+    summary = shards.merge(total)
+    if summary is None:
+        console.print(
+            f"shard {index} of {count} is done: {shards.num_written()} of {total} "
+            f"examples of {files.path} are there",
+            markup=False,
+        )
+        return None
+    console.print(
+        f"{summary['num_examples']} predictions in {files.path}", markup=False
+    )
+    return Predictions(files.path, **summary, reused=False)
+
+
+def predict_split(
+    restored: RestoredModel,
+    data: SplitToRead,
+    *,
+    output: str,
+    seed: int = 0,
+    recipe: str = "",
+) -> Predictions:
+    """As `infer_split`, for a model that is restored already."""
+    from vit22b_transfer.data import tasks as registered
+
+    console = progress.console(quiet=jax.process_index() > 0)
+    files = _prediction_files(restored, data, output, seed, recipe)
     left_out = registered.skipped_text(data.task, data.split)
     left_out = f"; left out of the split: {left_out}" if left_out else ""
     part = f", of {data.part()} (max_examples)" if data.part() else ""
@@ -247,15 +219,18 @@ def predict_split(
         stack.enter_context(disk_errors.said(folder, files.kept))
         if jax.process_index() == 0:
             stack.enter_context(files.lock())
+            ShardFiles(files).check_none_writes()
         processes.wait_for_all("predictions locked")
         if files.is_complete():
             console.print(
                 f"reusing the predictions in {files.path}{part}{left_out}", markup=False
             )
             return Predictions(files.path, **files.summary(), reused=True)
-        start = _recovered(files, data, console)
+        begun = _recovered(files, data, console)
+        start = len(begun) * data.batch_size
         with files.writer() as writer:
-            _predict(restored, data, start, writer, console, seed)
+            todo = _not_begun(data, begun)
+            _predict(restored, data, todo, writer, console, seed)
         processes.wait_for_all("predictions written")
         if jax.process_index() == 0:
             files.merge()
@@ -273,8 +248,8 @@ def predict_split(
 
 def _recovered(
     files: PredictionFiles, data: SplitToRead, console: rich.console.Console
-) -> int:
-    """The number of lines that stopped runs had left: where every host goes on."""
+) -> list[int]:
+    """Numbers of the batches that stopped runs had left, on every host."""
     processes.wait_for_all("predictions looked")
     if jax.process_index() == 0:
         recovered = files.recover(data.batch_size)
@@ -286,25 +261,42 @@ def _recovered(
                 markup=False,
             )
     processes.wait_for_all("predictions recovered")
-    return files.num_begun()
+    return files.begun(data.batch_size)
+
+
+def _not_begun(data: SplitToRead, begun: list[int]) -> list[int] | int:
+    """The batches to make: their numbers, or the first of all that are left."""
+    from vit22b_transfer.data import tasks as registered
+
+    if begun == list(range(len(begun))):
+        return len(begun)
+    total = data.cut_to() or registered.num_examples(data.task, data.split)
+    assert total is not None  # gaps are what shards leave, which know it
+    return sorted(set(range(-(-total // data.batch_size))) - set(begun))
 
 
 def _predict(
     restored: RestoredModel,
     data: SplitToRead,
-    start: int,
+    todo: list[int] | int,
     writer: LineWriter,
     console: rich.console.Console,
     seed: int,
 ) -> None:
-    """Writes this host's lines from example `start` on."""
+    """Writes this host's lines of the batches `todo`, or of all from that one on."""
     from vit22b_transfer.data import batches, image_lengths
     from vit22b_transfer.data import tasks as registered
 
     model = restored.model
-    cut = data.cut_to()
+    cut, size = data.cut_to(), data.batch_size
     total = cut or registered.num_examples(data.task, data.split)
-    if start == total:
+    if isinstance(todo, int):
+        start, only, numbers = todo * size, None, itertools.count(todo)
+        done = start
+    else:
+        start, only, numbers = 0, todo, todo
+        done = max(0, (total or 0) - len(todo) * size)
+    if start == total or only == []:
         return  # stopped between the last line and the merge
     with (
         batches.eval_batches(
@@ -316,22 +308,24 @@ def _predict(
             partitioning=restored.partitioning,
             start_index=start,
             max_examples=cut,
+            only=only,
         ) as rows,
         restored.partitioning.activate(),
         progress.Progress(
-            console, f"{data.task} {data.split}", total=total, done=start
+            console, f"{data.task} {data.split}", total=total, done=done
         ) as bar,
     ):
-        for done, lines in predicting.predicted_lines(
+        for _, lines in predicting.predicted_lines(
             rows,
             model,
             restored.predict,
             restored.params,
-            batch_size=data.batch_size,
-            first_batch=start // data.batch_size,
+            batch_size=size,
+            numbers=numbers,
             seed=seed,
         ):
             writer.write(lines)
+            done += size
             bar.show(done)
         if shortened := rows.counters.lost.get("truncated_inputs"):
             console.print(

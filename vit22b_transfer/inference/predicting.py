@@ -1,10 +1,12 @@
 """Batches to lines of predictions: for a split, or a part of it while training."""
 
 import collections
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vit22b_transfer.inference import prediction_lines
@@ -23,11 +25,19 @@ def make_predict(model: Any, partitioning: Partitioning) -> Predict:
     """
 
     def predict(params, batch, seed, number):
-        rng = jax.random.fold_in(jax.random.key(seed), number)
-        return model.predict_batch_with_aux(params, batch, rng=rng)
+        return model.predict_batch_with_aux(
+            params, batch, rng=_keys(seed, number, batch)
+        )
 
     # Replicated: each host then finds its own rows without a mesh's geometry.
     return jax.jit(predict, out_shardings=partitioning.replicated)
+
+
+def _keys(seed, number, batch):
+    """A key for each example, by the seed and its index in the split."""
+    size = next(iter(batch.values())).shape[0]
+    indices = number * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
 
 
 def predicted_lines(
@@ -37,13 +47,14 @@ def predicted_lines(
     params: Any,
     *,
     batch_size: int,
-    first_batch: int = 0,
+    numbers: Iterable[int] | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """(number of examples up to the batch's end, this host's lines) of each batch.
 
-    rows: items of `data.batches.eval_batches` from batch `first_batch` on.
-    seed: of `decoding.sample`; every batch draws by it and its number.
+    rows: items of `data.batches.eval_batches`, of the batches of these numbers; None:
+      of all from 0 on.
+    seed: of `decoding.sample`; every example draws by it and its index.
 
     Raises:
       NotFiniteError: naming an example whose score is not finite.
@@ -58,7 +69,9 @@ def predicted_lines(
         )
         return start + batch_size, list(lines)
 
-    for number, batch in enumerate(rows, first_batch):
+    if numbers is None:
+        numbers = itertools.count()
+    for number, batch in zip(numbers, rows, strict=False):
         outputs = predict(params, batch.features, np.uint32(seed), np.uint32(number))
         start = number * batch_size
         in_flight.append((start, batch.examples, batch.start_index, outputs))

@@ -2,13 +2,15 @@
 
 PATH appears when it is complete. Until then files beside it hold what there is:
 
-    PATH.run.json             what makes it (the fingerprint); in the end its summary
-    PATH.begun                the first lines, gathered from runs that were stopped
+    PATH.run.json             the manifest: what makes it (the fingerprint); in the end
+                              its summary; what it was made with, which is not compared
+    PATH.begun                whole batches, gathered from runs that were stopped
     PATH.host-00000-of-00002  lines of this run, written by one of its hosts
+    PATH.shard-00003-of-00008.000  lines of a job that does a part of the batches
 
 The parts are merged by index, so a stopped run may be continued on another number of
-hosts. Each line is a JSON object with an `index`; a line counts only with its end of
-line.
+hosts or shards. Each line is a JSON object with an `index`; a line counts only with its
+end of line, a batch only with all its lines.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import dataclasses
 import glob
 import hashlib
 import heapq
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,8 +34,8 @@ Fingerprint = Mapping[str, Any]
 class Recovered:
     """What stopped runs had left: whole lines kept, and lines dropped to be made again.
 
-    `num_dropped` counts cut and unreadable lines, and those beyond the first gap or the
-    last whole batch.
+    `num_dropped` counts cut and unreadable lines, and those of batches that are not
+    whole.
     """
 
     num_lines: int = 0
@@ -54,9 +57,11 @@ class PredictionFiles:
         *,
         host: int = 0,
         num_hosts: int = 1,
+        about: Mapping[str, Any] | None = None,
     ):
         self.path = path
         self.fingerprint = json.loads(json.dumps(fingerprint))
+        self._about = json.loads(json.dumps(about or {}))
         self._record_path = f"{path}.run.json"
         self._begun_path = f"{path}.begun"
         self._host_paths = [
@@ -83,9 +88,9 @@ class PredictionFiles:
         Raises:
           UserError: if something else was written there, finished or not.
         """
-        record = self._record()
+        record = self.record()
         if record is None:
-            for path in (self.path, *self._parts()):
+            for path in (self.path, *self.parts()):
                 if os.path.exists(path):
                     raise UserError(
                         f"{path} exists, but no {self._record_path} says what made it. "
@@ -104,7 +109,7 @@ class PredictionFiles:
 
     def summary(self) -> dict[str, int]:
         """Of the complete file: `num_examples`, `num_bad_images`, `num_empty`."""
-        record = self._record()
+        record = self.record()
         assert record is not None
         return record["summary"]
 
@@ -112,31 +117,37 @@ class PredictionFiles:
         """Gathers the lines of stopped runs, as many as make whole blocks."""
         for path in (self.path, self._record_path, self._begun_path):
             whole_files.remove_unfinished(path)
-        if self._record() is None:
-            _write_json(self._record_path, {"fingerprint": self.fingerprint})
-        parts = self._parts()
-        num_lines = num_kept = kept_size = 0
+        if self.record() is None:
+            self.begin()
+        parts = self.parts()
+        num_kept = 0
         with whole_files.replacing(self._begun_path, "wb") as out:
-            for line in _contiguous(_merged(parts)):
-                out.write(line)
-                num_lines += 1
-                if num_lines % block == 0:
-                    num_kept, kept_size = num_lines, out.tell()
-            out.truncate(kept_size)
+            for _, lines in whole_batches(merged(parts), block):
+                out.writelines(lines)
+                num_kept += block
             all_lines = {index for path in parts for index, _ in _lines(path)}
             cut = sum(_has_rest(path) for path in parts)
         for path in set(parts) - {self._begun_path}:
             os.remove(path)
         return Recovered(num_kept, len(all_lines) - num_kept + cut)
 
+    def begin(self) -> None:
+        """Writes the manifest."""
+        record = {"fingerprint": self.fingerprint, "made_with": self._about}
+        _write_json(self._record_path, record)
+
     def kept(self) -> str:
         """Half a sentence on the lines that a run which starts now goes on from."""
-        num_lines = sum(1 for _ in _contiguous(_merged(self._parts())))
+        num_lines = sum(1 for _ in _contiguous(merged(self.parts())))
         return f"{num_lines} lines of {os.path.basename(self.path)} are kept"
 
     def num_begun(self) -> int:
-        """Number of lines that `recover` gathered: where every host goes on."""
+        """Number of lines that `recover` gathered."""
         return sum(1 for _ in _lines(self._begun_path))
+
+    def begun(self, block: int) -> list[int]:
+        """Numbers of the batches that `recover` gathered: all others are to be made."""
+        return [number for number, _ in whole_batches(_lines(self._begun_path), block)]
 
     @contextlib.contextmanager
     def writer(self) -> Iterator["LineWriter"]:
@@ -144,23 +155,25 @@ class PredictionFiles:
         with open(self._host_path, "wb") as file:
             yield LineWriter(file)
 
-    def merge(self) -> dict[str, int]:
+    def merge(self, *, of_hosts: bool = True) -> dict[str, int]:
         """Puts `path` in place, records and returns its summary, removes the parts.
+
+        of_hosts: whether every host of this run has written a part.
 
         Raises:
           UserError: if a host's lines or an index are missing.
         """
-        for path in self._host_paths:
+        for path in self._host_paths if of_hosts else ():
             if not os.path.exists(path):
                 raise UserError(
                     f"{path} is missing: with several hosts the output must lie on a "
                     "file system that all of them share."
                 )
         counts = {"num_examples": 0, "num_bad_images": 0, "num_empty": 0}
-        parts = self._parts()
+        parts = self.parts()
         last = max((index for path in parts for index, _ in _lines(path)), default=-1)
         with whole_files.replacing(self.path, "wb") as out:
-            for line in _contiguous(_merged(parts)):
+            for line in _contiguous(merged(parts)):
                 out.write(line)
                 example = json.loads(line)
                 counts["num_examples"] += 1
@@ -173,6 +186,7 @@ class PredictionFiles:
                 )
         record = {
             "fingerprint": self.fingerprint,
+            "made_with": self._about,
             "summary": counts,
             "sha256": _sha256(self.path),
         }
@@ -181,7 +195,8 @@ class PredictionFiles:
             os.remove(path)
         return counts
 
-    def _record(self) -> dict[str, Any] | None:
+    def record(self) -> dict[str, Any] | None:
+        """The manifest; None before anything was begun. UserError if it is damaged."""
         if not os.path.exists(self._record_path):
             return None
         advice = f"Restore it, or remove {self.path}* and start again."
@@ -196,10 +211,13 @@ class PredictionFiles:
             )
         return record
 
-    def _parts(self) -> list[str]:
+    def parts(self) -> list[str]:
+        """The files that hold lines until the whole one is there."""
         begun = [self._begun_path] if os.path.exists(self._begun_path) else []
-        hosts = glob.glob(f"{glob.escape(self.path)}.host-*-of-*")
-        return [*begun, *sorted(hosts)]
+        name = glob.escape(self.path)
+        hosts = glob.glob(f"{name}.host-*-of-*")
+        shards = glob.glob(f"{name}.shard-*-of-*.[0-9][0-9][0-9]")
+        return [*begun, *sorted(hosts), *sorted(shards)]
 
     def _check_fingerprint(self, found: Fingerprint) -> None:
         differences = [
@@ -311,8 +329,26 @@ def _has_rest(path: str) -> bool:
     return sum(len(line) for _, line in _lines(path)) != os.path.getsize(path)
 
 
-def _merged(paths: Iterable[str]) -> Iterator[tuple[int, bytes]]:
+def merged(paths: Iterable[str]) -> Iterator[tuple[int, bytes]]:
+    """(index, line) of all parts by index; the same one may come several times."""
     return heapq.merge(*map(_lines, paths), key=lambda item: item[0])
+
+
+def index_of(item: tuple[int, bytes]) -> int:
+    """That of an (index, line)."""
+    return item[0]
+
+
+def whole_batches(
+    lines: Iterable[tuple[int, bytes]], block: int
+) -> Iterator[tuple[int, list[bytes]]]:
+    """(number, its lines) of each batch of which all `block` lines are there."""
+    one_each = (next(same) for _, same in itertools.groupby(lines, index_of))
+    batches = itertools.groupby(one_each, lambda item: item[0] // block)
+    for number, of_batch in batches:
+        found = [line for _, line in of_batch]
+        if len(found) == block:
+            yield number, found
 
 
 def _contiguous(lines: Iterable[tuple[int, bytes]]) -> Iterator[bytes]:

@@ -16,7 +16,10 @@ def sample_tokens(
     top_k: int,
     top_p: float,
 ) -> Int32[Array, "batch"]:
-    """One token per row, drawn as `decoding.sample` says."""
+    """One token per row, drawn as `decoding.sample` says.
+
+    rng: [batch] keys, one for each row.
+    """
     vocab_size = logits.shape[-1]
     if top_k > vocab_size:
         raise UserError(f"top_k is {top_k} but the vocabulary has {vocab_size}.")
@@ -32,7 +35,7 @@ def _draw(rng, logits, top_p):
     if top_p < 1.0:
         kept = nucleus(jax.nn.softmax(logits), top_p)
         logits = jnp.where(kept, logits, -jnp.inf)
-    return jax.random.categorical(rng, logits).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(rng, logits).astype(jnp.int32)
 
 
 def nucleus(

@@ -52,9 +52,9 @@ def check(arguments: Mapping[str, Any], *, force: bool = False) -> Iterator[str]
     knobs = advice.knobs(quick, _plan(quick, device))[:_KNOBS]
     lines = [f"  {'; '.join(knob.lines)}" for knob in knobs]
     raise UserError(
-        f"this training does not fit: it takes {plan.total / jobs.GIB:.1f} GiB on each "
-        f"device, which has {device.memory / jobs.GIB:.1f}. What lowers it, most first, "
-        "as lines of a recipe:\n"
+        f"this training does not fit: it takes {plan.total / jobs.GIB:.1f} GiB on "
+        f"each device, which has {device.memory / jobs.GIB:.1f}. What lowers it, most "
+        "first, as lines of a recipe:\n"
         + "\n".join(lines)
         + "\n`vit22b plan` says by how much; --force starts it all the same."
     )
@@ -71,7 +71,7 @@ def _scanned(job: jobs.Job) -> jobs.Job:
     if getattr(model, "lora", None) is not None:
         return job  # which names kernels by their layers
     for name in ("tower", "text"):
-        part = getattr(model.module, name, None)
+        part: Any = getattr(model.module, name, None)
         if getattr(part, "scan_layers", None) is False:
             changes[name] = dataclasses.replace(part, scan_layers=True)
     if not changes:
@@ -84,10 +84,10 @@ def _scanned(job: jobs.Job) -> jobs.Job:
 def _told(plan: planner.Plan, steps: Any, is_bound: bool) -> str:
     """`plan: at most 1.6 of 80.0 GiB on each of 8 h100; a step takes 0.2 s or more`."""
     device = plan.device
-    size = f"{plan.total / jobs.GIB:.2f}"
+    size = f"{'at most ' if is_bound else ''}{plan.total / jobs.GIB:.2f}"
     text = (
-        f"plan: {'at most ' if is_bound else ''}{size} of {device.memory / jobs.GIB:.1f} "
-        f"GiB on each of {plan.partitioning.mesh.size} {device.name}"
+        f"plan: {size} of {device.memory / jobs.GIB:.1f} GiB on "
+        f" each of {plan.partitioning.mesh.size} {device.name}"
     )
     if device.flops:
         seconds = plan.time.shortest

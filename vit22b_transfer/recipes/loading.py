@@ -92,7 +92,7 @@ def check_complete(recipe: Recipe, root: Callable[..., Any]) -> None:
 
 def install(
     recipe: Recipe, root: Callable[..., Any], search_paths: Sequence[str]
-) -> Callable[[], Any]:
+) -> Callable[..., Any]:
     """`root` with its arguments bound by gin, after gin has read and locked all."""
     check_complete(recipe, root)
     gin.clear_config()

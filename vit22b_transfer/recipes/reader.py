@@ -213,7 +213,7 @@ class Reader:
             module = modules.imported(statement.module)
         except modules.ModuleError as error:
             raise RecipeError(f"{where}: {error}") from error
-        if statement.module.partition(".")[0] != __package__.partition(".")[0]:
+        if statement.module.partition(".")[0] != __name__.partition(".")[0]:
             self.recipe.imports[statement.module] = None
         name = statement.bound_name()
         if not statement.is_from and not statement.alias:

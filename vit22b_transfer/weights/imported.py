@@ -1,4 +1,4 @@
-"""What `vit22b import` wrote into a directory, read back: for inference from it alone."""
+"""What `vit22b import` wrote into a directory, read back for inference."""
 
 import dataclasses
 import os
