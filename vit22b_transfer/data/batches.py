@@ -12,7 +12,12 @@ import tensorflow as tf
 from vit22b_transfer import UserError
 from vit22b_transfer.data import images, placement, streams
 from vit22b_transfer.data import tasks as registered
-from vit22b_transfer.data.converters import Lengths, feature_specs, known_shape
+from vit22b_transfer.data.converters import (
+    ImageTextFeatureConverter,
+    Lengths,
+    feature_specs,
+    known_shape,
+)
 from vit22b_transfer.data.host_batches import (
     ConverterFactory,
     Request,
@@ -245,10 +250,22 @@ def eval_batches(
     def items():
         for batch in host_eval_batches(request, start_index, place.shard, only):
             examples = batch.examples if place.reports else []
+            repeated = repeated_images(batch.features)
             features = place(batch.features)
-            yield EvalBatch(features, examples, batch.start_index), batch.flags, []
+            read = EvalBatch(features, examples, batch.start_index, repeated)
+            yield read, batch.flags, []
 
     return Batches(request, items())
+
+
+def repeated_images(features: Mapping[str, Any]) -> np.ndarray:
+    """Of each row of host arrays, whether its image is that of the row before."""
+    images = features.get(ImageTextFeatureConverter.IMAGES)
+    if images is None:
+        return np.zeros(0, bool)
+    pairs = zip(images, images[1:], strict=False)
+    same = [np.array_equal(one, other) for one, other in pairs]
+    return np.array([False, *same][: len(images)])
 
 
 def batch_shapes(

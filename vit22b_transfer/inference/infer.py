@@ -323,6 +323,7 @@ def _predict(
             batch_size=size,
             numbers=numbers,
             seed=seed,
+            shared=restored.shared,
         ):
             writer.write(lines)
             done += size

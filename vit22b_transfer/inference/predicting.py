@@ -3,7 +3,7 @@
 import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,21 @@ _BATCHES_AHEAD = 2
 Predict = Callable[[Any, Any, np.uint32, np.uint32], tuple[Any, Any]]
 
 
+@runtime_checkable
+class SharedPredict(Protocol):
+    """Predictions of batches whose images repeat: `shared_images.SharedImages`."""
+
+    def pays(self, batch: Any) -> bool:
+        """Whether enough of them do."""
+        ...
+
+    def __call__(
+        self, params: Any, batch: Any, seed: np.uint32, number: np.uint32
+    ) -> tuple[Any, Any]:
+        """As `Predict`, of a whole `data.batches.EvalBatch`."""
+        ...
+
+
 def make_predict(model: Any, partitioning: Partitioning) -> Predict:
     """The jitted (params, batch, seed, number of the batch) -> (predictions, aux).
 
@@ -26,14 +41,14 @@ def make_predict(model: Any, partitioning: Partitioning) -> Predict:
 
     def predict(params, batch, seed, number):
         return model.predict_batch_with_aux(
-            params, batch, rng=_keys(seed, number, batch)
+            params, batch, rng=example_keys(seed, number, batch)
         )
 
     # Replicated: each host then finds its own rows without a mesh's geometry.
     return jax.jit(predict, out_shardings=partitioning.replicated)
 
 
-def _keys(seed, number, batch):
+def example_keys(seed: jax.Array, number: jax.Array, batch: Any) -> jax.Array:
     """A key for each example, by the seed and its index in the split."""
     size = next(iter(batch.values())).shape[0]
     indices = number * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
@@ -49,12 +64,14 @@ def predicted_lines(
     batch_size: int,
     numbers: Iterable[int] | None = None,
     seed: int = 0,
+    shared: SharedPredict | None = None,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """(number of examples up to the batch's end, this host's lines) of each batch.
 
     rows: items of `data.batches.eval_batches`, of the batches of these numbers; None:
       of all from 0 on.
     seed: of `decoding.sample`; every example draws by it and its index.
+    shared: predicts batches in which it says that images repeat.
 
     Raises:
       NotFiniteError: naming an example whose score is not finite.
@@ -72,7 +89,11 @@ def predicted_lines(
     if numbers is None:
         numbers = itertools.count()
     for number, batch in zip(numbers, rows, strict=False):
-        outputs = predict(params, batch.features, np.uint32(seed), np.uint32(number))
+        drawn = np.uint32(seed), np.uint32(number)
+        if shared is not None and shared.pays(batch):
+            outputs = shared(params, batch, *drawn)
+        else:
+            outputs = predict(params, batch.features, *drawn)
         start = number * batch_size
         in_flight.append((start, batch.examples, batch.start_index, outputs))
         if len(in_flight) > _BATCHES_AHEAD:

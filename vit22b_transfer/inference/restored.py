@@ -18,7 +18,8 @@ from vit22b_transfer.checkpoints import (
     restoring,
 )
 from vit22b_transfer.host import progress
-from vit22b_transfer.inference import predicting
+from vit22b_transfer.inference import predicting, shared_images
+from vit22b_transfer.models import multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.training.state import abstract_variables, shardings_of
 
@@ -42,6 +43,15 @@ class RestoredModel:
     def predict(self) -> predicting.Predict:
         """The jitted function of `predicting.make_predict`."""
         return predicting.make_predict(self.model, self.partitioning)
+
+    @functools.cached_property
+    def shared(self) -> shared_images.SharedImages | None:
+        """What predicts batches whose images repeat; None for models of other kinds."""
+        model = self.model
+        is_one = isinstance(model, multimodal.ImageTextModel)
+        if not is_one or model.module.tower is None:
+            return None
+        return shared_images.SharedImages(model, self.partitioning)
 
     def judging(self, data: "SplitToRead") -> tuple["RestoredModel", "SplitToRead"]:
         """What predicts a task, and the split with the feature lengths that it takes.
