@@ -55,6 +55,7 @@ OPEN = {
     "CLASSES": "'/classes.txt'",
     "EMBED_DIM": "192",
     "TEXT_LENGTH": "8",
+    "ANSWERS": "'/answers.txt'",
 }
 
 

@@ -53,6 +53,11 @@ def add_to(add: Add) -> None:
         )
         if name == "answer":
             command.add_argument(
+                "--answers",
+                metavar="FILE.txt",
+                help="answer with one of its lines, and nothing else",
+            )
+            command.add_argument(
                 "--question",
                 default="",
                 help="asked of every image (default: a list's)",
@@ -120,6 +125,9 @@ def run(
         overrides += [*args.overrides, *shard_override(args.shard)]
     with _output(args.out) as output:
         overrides.append(f"OUTPUT={_literal(output)}")
+        if getattr(args, "answers", None):
+            files.append("gin_configs/models/answer_list.gin")
+            overrides.append(f"ANSWERS={_literal(os.path.abspath(args.answers))}")
         files += args.gin_file
         print(f"as a recipe: {as_command(files, overrides)}", file=sys.stderr)
         # Without a file only the texts are for whoever reads the output.

@@ -31,12 +31,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from vit22b_transfer import UserError
-from vit22b_transfer.inference import sampling
-
-PAD_ID = 0
+from vit22b_transfer.inference import beams, sampling
+from vit22b_transfer.inference.beams import PAD_ID, length_penalty
 
 Cache = Any
 InitCache = Callable[[int], Cache]
@@ -176,7 +175,7 @@ def _decode_one_by_one(init_cache, step_fn, choose, *, shape, eos_id, settings):
         logits, cache = step_fn(state.last[:, None], state.cache, state.index, ancestry)
         logits = logits[:, 0].astype(jnp.float32)
         chosen = choose(logits, state.index)
-        log_probs = _log_probs(logits, chosen[:, None])[:, 0]
+        log_probs = beams.log_probs_of(logits, chosen[:, None])[:, 0]
         chosen = jnp.where(state.ended, PAD_ID, chosen)
         return _Sequences(
             index=state.index + 1,
@@ -199,50 +198,6 @@ def _decode_one_by_one(init_cache, step_fn, choose, *, shape, eos_id, settings):
     )
     end = lax.while_loop(unfinished, step, start)
     return Decoded(end.tokens, end.scores, end.index, settings)
-
-
-def _log_probs(logits, ids):
-    """float32 log-probabilities of the tokens `ids` [..., n] under logits [..., V].
-
-    Shifted by the maximum as in log_softmax, so that none is above zero: the bound that
-    ends beam search relies on it. The whole [..., V] of them is never formed.
-    """
-    logits = logits.astype(jnp.float32)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    total = jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)
-    return (jnp.take_along_axis(logits, ids, axis=-1) - top) - jnp.log(total)
-
-
-class _Beams(NamedTuple):
-    """State of beam search.
-
-    The alive beams are sorted, best first; a log-probability of -inf marks an empty
-    place. Of the finished hypotheses only the best is ever returned, and a hypothesis
-    that is not the best now never becomes it, so the best is all that is kept.
-    """
-
-    index: Int32[Array, ""]
-    alive: Int32[Array, "batch beams length"]
-    log_probs: Float32[Array, "batch beams"]
-    finished: Int32[Array, "batch length"]
-    score: Float32[Array, "batch"]
-    ancestry: Bool[Array, "batch beams beams length"]
-    cache: Cache
-
-
-class _Candidates(NamedTuple):
-    """One-token continuations of the alive beams, best first."""
-
-    parent: Int32[Array, "batch candidates"]
-    token: Int32[Array, "batch candidates"]
-    log_probs: Float32[Array, "batch candidates"]
-
-
-def length_penalty(
-    length: int | Float[Array, "..."], alpha: float
-) -> float | Float[Array, "..."]:
-    """((5 + length) / 6) ** alpha (Wu et al. 2016, eq. 14); EOS counts."""
-    return ((5.0 + length) / 6.0) ** alpha
 
 
 def beam_search(
@@ -293,16 +248,18 @@ def beam_search(
             state.alive, jnp.maximum(index - 1, 0), axis=2, keepdims=False
         )
         logits, cache = step_fn(last, state.cache, index, state.ancestry)
-        candidates = _expand(logits, state.log_probs)
+        candidates = beams.expand(logits, state.log_probs)
         ends = candidates.token == eos_id
-        finished, score = _keep_finished(state, candidates, ends, alpha)
-        alive, log_probs, ancestry = _keep_alive(state, candidates, ends)
-        return _Beams(index + 1, alive, log_probs, finished, score, ancestry, cache)
+        finished, score = beams.keep_finished(state, candidates, ends, alpha)
+        alive, log_probs, ancestry, _ = beams.keep_alive(state, candidates, ends)
+        return beams.Beams(
+            index + 1, alive, log_probs, finished, score, ancestry, cache
+        )
 
     end = lax.while_loop(
         unfinished,
         step,
-        _initial_beams(
+        beams.initial(
             init_cache(num_beams),
             num_beams=num_beams,
             batch_size=batch_size,
@@ -329,81 +286,3 @@ def _penalised(decoded, eos_id, alpha, settings):
     )
     penalty = length_penalty(lengths.astype(jnp.float32), alpha)
     return decoded.replace(scores=decoded.scores / penalty, settings=settings)
-
-
-def _initial_beams(cache, *, batch_size, num_beams, max_decode_length):
-    tokens = jnp.full((batch_size, num_beams, max_decode_length), PAD_ID, jnp.int32)
-    # All beams begin equal: with more than one alive the search would follow copies.
-    first = jnp.where(jnp.arange(num_beams) == 0, 0.0, -jnp.inf)
-    return _Beams(
-        index=jnp.int32(0),
-        alive=tokens,
-        log_probs=jnp.broadcast_to(
-            first.astype(jnp.float32)[None], (batch_size, num_beams)
-        ),
-        finished=tokens[:, 0],
-        score=jnp.full(batch_size, -jnp.inf, jnp.float32),
-        ancestry=jnp.broadcast_to(
-            jnp.eye(num_beams, dtype=bool)[None, :, :, None],
-            (batch_size, num_beams, num_beams, max_decode_length),
-        ),
-        cache=cache,
-    )
-
-
-def _expand(logits, log_probs):
-    """The 2K best continuations: K beams have at most K ends, so K go on."""
-    batch_size, num_beams, vocab_size = logits.shape
-    per_beam = min(2 * num_beams, vocab_size)
-    # In float32: XLA's CPU top_k of bfloat16 falls back to a sort, 100 times slower.
-    _, ids = lax.top_k(logits.astype(jnp.float32), per_beam)
-    totals = log_probs[:, :, None] + _log_probs(logits, ids)
-    totals, places = lax.top_k(
-        totals.reshape(batch_size, num_beams * per_beam), 2 * num_beams
-    )
-    token = jnp.take_along_axis(
-        ids.reshape(batch_size, num_beams * per_beam), places, axis=1
-    )
-    parent = places // per_beam
-    return _Candidates(parent.astype(jnp.int32), token.astype(jnp.int32), totals)
-
-
-def _keep_finished(state, candidates, ends, alpha):
-    """Tokens and score of the best hypothesis, the candidates that end included."""
-    penalty = length_penalty(state.index.astype(jnp.float32) + 1.0, alpha)
-    scores = jnp.where(ends, candidates.log_probs / penalty, -jnp.inf)
-    best = jnp.argmax(scores, axis=1)[:, None]
-    score = jnp.take_along_axis(scores, best, axis=1)[:, 0]
-    tokens = _continue(state, candidates, best)[:, 0]
-    better = score > state.score
-    return (
-        jnp.where(better[:, None], tokens, state.finished),
-        jnp.where(better, score, state.score),
-    )
-
-
-def _keep_alive(state, candidates, ends):
-    """Tokens, log-probabilities and ancestry of the K best that do not end."""
-    num_beams, length = state.alive.shape[1:]
-    log_probs, kept = lax.top_k(
-        jnp.where(ends, -jnp.inf, candidates.log_probs), num_beams
-    )
-    parent = jnp.take_along_axis(candidates.parent, kept, axis=1)
-    inherited = jnp.take_along_axis(state.ancestry, parent[:, :, None, None], axis=1)
-    own = jnp.eye(num_beams, dtype=bool)[None, :, :, None]
-    past = (jnp.arange(length) <= state.index)[None, None, None, :]
-    return (
-        _continue(state, candidates, kept),
-        log_probs,
-        jnp.where(past, inherited, own),
-    )
-
-
-def _continue(state, candidates, chosen):
-    """Token sequences [B, n, T] of the candidates at the places `chosen` [B, n]."""
-    parent = jnp.take_along_axis(candidates.parent, chosen, axis=1)
-    token = jnp.take_along_axis(candidates.token, chosen, axis=1)
-    past = jnp.take_along_axis(state.alive, parent[:, :, None], axis=1)
-    return lax.dynamic_update_slice(
-        past, token[:, :, None], (jnp.int32(0), jnp.int32(0), state.index)
-    )

@@ -398,7 +398,7 @@ def decode_settings(decode_fn: Any) -> dict[str, Any]:
             lambda num_beams: (),
             step_fn,
             batch_size=1,
-            max_decode_length=2,
+            max_decode_length=1 << 12,  # longer than any answer of a list
             eos_id=1,
             rng=rng,
         )
