@@ -182,4 +182,6 @@ def test_a_file_of_answers_is_part_of_the_settings(tmp_path):
     assert infer.decode_settings(bound) != said
     init_cache, step_fn, _ = random_decoder(0, vocab=300)
     with pytest.raises(UserError, match="an answer has 8 tokens with its end"):
-        bound(init_cache, step_fn, batch_size=ROWS, max_decode_length=LENGTH, eos_id=EOS)
+        bound(
+            init_cache, step_fn, batch_size=ROWS, max_decode_length=LENGTH, eos_id=EOS
+        )

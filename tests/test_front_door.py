@@ -117,75 +117,131 @@ def test_what_is_missing_is_said_with_what_to_do(arguments, message, capfd):
     assert message in capfd.readouterr().err
 
 
-# ----- A run's folder says all it needs -------------------------------------------
+# ----- From a file of captions to a tuned model, and what its folder says ----------
 
 
-TRAINING = [
-    "--gin_file=gin_configs/recipes/my_captions.gin",
-    "--gin_file=gin_configs/runs/try.gin",
-    "--gin.vit.vit22b_config.depth=1",
-    "--gin.t5.T5Config.num_encoder_layers=1",
-    "--gin.t5.T5Config.num_decoder_layers=1",
-    "--gin.multimodal.ImageTextModel.decode_fn=@decoding.greedy",
-    "--gin.IMAGE_SIZE=(32, 32)",
-    "--gin.VOCAB_SIZE=320",
-    "--gin.TRAIN_STEPS=2",
-    "--gin.WARMUP_STEPS=1",
-    "--gin.BATCH_SIZE=2",
-]
+# What a user might edit in the recipe, for a training of a second.
+SMALL = """
+from vit22b_transfer.models import vit
+from vit22b_transfer.models import t5
+from vit22b_transfer.models import multimodal
+from vit22b_transfer.inference import decoding
+vit.vit22b_config.depth = 1
+t5.T5Config:
+  num_encoder_layers = 1
+  num_decoder_layers = 1
+multimodal.ImageTextModel.decode_fn = @decoding.greedy
+IMAGE_SIZE = (32, 32)
+TRAIN_STEPS = 2
+WARMUP_STEPS = 1
+BATCH_SIZE = 2
+"""
 
 
 @pytest.fixture(scope="module")
-def run(home):
-    """The MODEL_DIR of a short training on the photographs, moved since."""
+def project(home):
+    """A project on the photographs, trained and evaluated."""
     images = [{"id": n, "file_name": name} for n, name in enumerate(IMAGES)]
     captions = [
-        {"id": n, "image_id": n, "caption": f"a photograph, the {n}th"}
-        for n in range(len(IMAGES))
+        {"id": n, "image_id": n % 5, "caption": f"a photograph, the {n}th"}
+        for n in range(10)
     ]
     content = json.dumps({"images": images, "annotations": captions})
     (home / "train.json").write_text(content)
-    names = {"MY_CAPTIONS_JSON": "train.json", "MY_VALIDATION_JSON": "train.json"}
-    names |= {"MY_IMAGES": "photos", "MY_NEW_IMAGES": "photos"}
-    names["VIT22B_VOCABULARY"] = str(home / "my.model")
-    with contextlib.chdir(home), no_tasks(), pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(name, value)
-        vit22b("vocab", "--out", "my.model", "--vocab_size", "300", "train.json")
-        vit22b("train", *TRAINING, "--gin.MODEL_DIR='made'")
-    shutil.move(home / "made", home / "run")
-    os.rename(home / "my.model", home / "away.model")
-    return home / "run"
+    use_one_device(home / "mesh")
+    with contextlib.chdir(home), no_tasks():
+        vit22b("init", "project", "--captions", "train.json", "--images", "photos")
+        with open("project/recipe.gin", "a") as file:
+            file.write(SMALL)
+        shutil.move("mesh/gin_configs", "project/gin_configs")
+        os.chdir("project")
+        sys.path.insert(0, str(home / "project"))
+        vit22b("train")
+        vit22b("eval")
+    return home / "project"
 
 
-def test_a_run_is_evaluated_and_captions_from_its_folder_alone(run, home, monkeypatch):
-    assert {"recipe.gin", "predict.gin", "vocabulary.json", "vocabulary.model"} <= set(
-        os.listdir(run)
-    )
+def test_a_project_holds_out_whole_images_and_has_its_vocabulary(project, home):
+    parts = [
+        json.loads((project / "data" / f"{name}.json").read_text())
+        for name in ("train", "validation")
+    ]
+    ids = [{x["image_id"] for x in part["annotations"]} for part in parts]
+    assert [len(part) for part in ids] == [4, 1] and not ids[0] & ids[1]
+    assert [{x["id"] for x in part["images"]} for part in parts] == ids
+    together = [x for part in parts for x in part["annotations"]]
+    given = json.loads((home / "train.json").read_text())["annotations"]
+    assert sorted(together, key=lambda x: x["id"]) == given
+    scores = json.loads((project / "run" / "metrics.json").read_text())
+    (entry,) = scores.values()
+    assert "cider_d" in entry["metrics"] and entry["num_scored"] <= 1
+    assert (project / "vocabulary.model").is_file()
+
+
+def test_a_run_is_evaluated_from_its_folder_alone(project, capfd, monkeypatch):
+    run = project / "run"
+    stored = {"recipe.gin", "predict.gin", "vocabulary.json", "vocabulary.model"}
+    assert stored <= set(os.listdir(run))
     recipe = (run / "recipe.gin").read_text()
-    assert "import tasks.my_captions\n" in recipe
-    assert "MODEL_DIR = %gin.REQUIRED" in recipe and "include" not in recipe
-    for name in ("MY_CAPTIONS_JSON", "MY_VALIDATION_JSON"):
-        monkeypatch.setenv(name, "train.json")
-    monkeypatch.setenv("MY_IMAGES", "photos")
+    assert "import tasks.my_captions\n" in recipe and "include" not in recipe
+    assert "MODEL_DIR = %gin.REQUIRED" in recipe.splitlines()
+    assert "BATCH_SIZE = 2" in recipe.splitlines()
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(str(project))
+    (project / "recipe.gin").rename(project / "edited.gin")
     vit22b("eval", "run")
-    scores = json.loads((run / "metrics.json").read_text())
-    assert scores["my_captions/validation"]["num_bad_images"] == 1
-    # Predictions of given images need no task, nor the folder of its module.
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(home)])
-    monkeypatch.delitem(sys.modules, "tasks.my_captions", raising=False)
-    vit22b("infer", "run", "--images", "photos", "--out", "of_run.jsonl")
+    # The predictions of the project's own evaluation are those of this recipe.
+    assert "reusing the predictions" in capfd.readouterr().out
+
+
+def test_a_moved_run_captions_without_its_tasks(project, home):
+    shutil.copytree(project / "run", home / "moved")
+    assert "tasks" not in (home / "moved" / "predict.gin").read_text()
+    vit22b("infer", "moved", "--images", "photos", "--out", "of_run.jsonl")
     lines = lines_of(home / "of_run.jsonl")
     assert len(lines) == 5 and lines[1]["prompt"] == "caption en"
-    assert "tasks" not in (run / "predict.gin").read_text()
-    # The whole recipe reads back as it was.
-    stored = recipe.partition("MODEL_DIR")[2].splitlines()
-    assert "BATCH_SIZE = 2" in recipe.splitlines() and len(stored) > 20
+    assert not [name for name in sys.modules if name.startswith("tasks.my")]
 
 
-def test_the_stored_vocabulary_is_looked_at_before_it_is_used(run, tmp_path, capfd):
-    copied = shutil.copytree(run, tmp_path / "copied")
-    said = {"file": "../away.model", "extra_ids": 0}
-    (copied / folders.VOCABULARY).write_text(json.dumps(said))
-    vit22b("caption", "photos", "--model", str(copied), code=1)
-    assert "names no vocabulary" in capfd.readouterr().err
+def test_the_stored_vocabulary_is_looked_at_before_it_is_used(project, tmp_path, capfd):
+    copied = shutil.copytree(project / "run", tmp_path / "copied")
+    for said in ({"file": "../vocabulary.model"}, {"file": "bytes", "extra_ids": "1"}):
+        (copied / folders.VOCABULARY).write_text(json.dumps(said))
+        vit22b("caption", "photos", "--model", str(copied), code=1)
+        assert "names no vocabulary" in capfd.readouterr().err
+
+
+def test_a_project_of_questions_starts_from_an_import(home, tmp_path, capfd):
+    asked = [
+        {"question_id": n, "image_id": n % 2, "question": f"Which is the {n}th?"}
+        for n in range(6)
+    ]
+    answers = [
+        {
+            "question_id": n,
+            "image_id": n % 2,
+            "answers": [{"answer": "this", "answer_id": 1}],
+            "multiple_choice_answer": "this",
+        }
+        for n in range(6)
+    ]
+    for n, name in enumerate(("grey.png", "tiny.png")):
+        shutil.copy(home / "photos" / name, tmp_path / f"{n}.png")
+    (tmp_path / "q.json").write_text(json.dumps({"questions": asked}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": answers}))
+    files = ["--questions", str(tmp_path / "q.json")]
+    images = ["--images", str(tmp_path)]
+    vit22b("init", "asked", *files, *images, code=1)
+    assert "--questions needs --annotations" in capfd.readouterr().err
+    files += ["--annotations", str(tmp_path / "a.json"), "--from", "imported"]
+    vit22b("init", "asked", *files, *images)
+    assert "3 examples; 1 of 2 images" in capfd.readouterr().out
+    with contextlib.chdir(home / "asked"):
+        sys.path.insert(0, str(home / "asked"))
+        vit22b("config", "show", "--gin_file=recipe.gin")
+    shown = capfd.readouterr().out
+    assert "ImageTextModel.module = @prefix_lm.PrefixLMModule()" in shown
+    task = (home / "asked" / "tasks" / "my_vqa.py").read_text()
+    assert 'IMAGE_FILE = "{image_id}.png"' in task
+    vit22b("init", "asked", *files, *images, code=1)
+    assert "is not an empty directory" in capfd.readouterr().err

@@ -135,7 +135,9 @@ def _init(args: argparse.Namespace) -> None:
     texts = {
         "README.md": _README.format(name=name, trial=_TRIAL),
         recipe: (source / recipe).read_text(encoding="utf-8"),
-        task: filled((source / task).read_text(encoding="utf-8"), sample.paths),
+        task: init_data.filled(
+            (source / task).read_text(encoding="utf-8"), sample.paths
+        ),
     }
     project = pathlib.Path(args.directory)
     there = [file for file in [*texts, "data"] if os.path.lexists(project / file)]
@@ -159,21 +161,6 @@ def _init(args: argparse.Namespace) -> None:
         f"\nNext, a short try:\n\n{enter}{_BYTES} vit22b train --gin_file={recipe} "
         f"--gin_file={_TRIAL} --gin.MODEL_DIR=\"'$PWD/trial'\""
     )
-
-
-def filled(text: str, paths: Mapping[str, str]) -> str:
-    """The shipped task with other paths."""
-    for variable, path in paths.items():
-        assert text.count(f'"{variable}"') == 1, variable
-        # As a text of Python, whatever the path holds.
-        text = text.replace(f'"{variable}"', _quoted(path))
-    return text
-
-
-def _quoted(text: str) -> str:
-    """A literal, in double quotes where that is as good."""
-    plain = text.isprintable() and not set(text) & set('"\\')
-    return f'"{text}"' if plain else repr(text)
 
 
 def _draw(target: pathlib.Path, sample: _Sample) -> None:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from vit22b_transfer import UserError
@@ -96,7 +97,6 @@ def write(args: argparse.Namespace) -> None:
 
 
 def _write(project: pathlib.Path, data: _Data, start: str | None) -> None:
-    from vit22b_transfer.commands.init import filled
     from vit22b_transfer.recipes import shipped
 
     start = None if start is None else os.path.abspath(os.path.expanduser(start))
@@ -291,6 +291,21 @@ def _questions(args: argparse.Namespace) -> _Data:
         examples=len(train["questions"]),
         longest=(asked, said),
     )
+
+
+def filled(text: str, paths: Mapping[str, str]) -> str:
+    """The shipped task with other paths."""
+    for variable, path in paths.items():
+        assert text.count(f'"{variable}"') == 1, variable
+        # As a text of Python, whatever the path holds.
+        text = text.replace(f'"{variable}"', _quoted(path))
+    return text
+
+
+def _quoted(text: str) -> str:
+    """A literal, in double quotes where that is as good."""
+    plain = text.isprintable() and not set(text) & set('"\\')
+    return f'"{text}"' if plain else repr(text)
 
 
 def _has_text(entry: Any, field: str) -> bool:

@@ -91,11 +91,14 @@ class EvalBatch:
     never pixels. They are the rows with an example; the first is number `start_index`
     of the split. With several hosts each gets the rows that it read, so that together
     they have every example once. Rows without an example are zero, weights included.
+    `repeated` says of each row that this host read whether its image is that of the row
+    before, pixel for pixel.
     """
 
     features: placement.Features
     examples: list[dict[str, Any]]
     start_index: int
+    repeated: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, bool))
 
 
 class Batches(Generic[Item], Iterator[Item]):
