@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import seqio
@@ -70,12 +70,20 @@ def use_one_device(folder: Path) -> None:
     mesh.write_text(_ONE_DEVICE)
 
 
-def run_in_process(commands: str, folder: Path, **variables: str) -> None:
+def run_in_process(
+    commands: str,
+    folder: Path,
+    *,
+    edit: Callable[[], object] = lambda: None,
+    **variables: str,
+) -> None:
     """Runs the lines in the folder; every `vit22b` of theirs must succeed.
 
-    Tasks that it registers are forgotten, so that others can have their names.
+    Tasks that it registers are forgotten, so that others can have their names. `edit`
+    is called behind what is done at once, such as `vit22b init`.
     """
     calls = recorded_calls(commands, folder, **variables)
+    edit()
     with no_tasks():
         for directory, environment, arguments in calls:
             os.environ.clear()

@@ -6,7 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
+import gemma_peers
 import jax
+import photographs
 import pytest
 import tiny_classifier
 from shell_commands import (
@@ -207,6 +209,43 @@ def test_my_captions_runs_as_written(own_data):
     metrics = json.loads((folder / "trial" / "metrics.json").read_text())
     assert "cider_d" in metrics["my_captions/validation"]["metrics"]
     assert (folder / "trial" / "checkpoint_20").is_dir()
+
+
+@pytest.mark.slow
+def test_front_door_runs_as_written(tmp_path, capfd):
+    (tmp_path / "photos").mkdir()
+    photographs.write(tmp_path / "photos")
+    (tmp_path / "photos" / "tall.png").rename(tmp_path / "photos" / "cat.png")
+    model = gemma_peers.paligemma_model("Gemma2", vocab_size=320, num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "paligemma")
+    (tmp_path / "texts.txt").write_text("a cat and a dog\n")
+    vocabularies.train(
+        [str(tmp_path / "texts.txt")],
+        str(tmp_path / "paligemma" / "tokenizer.model"),
+        vocab_size=280,
+    )
+    use_one_device(tmp_path)
+    run_in_process(block("test: front-door"), tmp_path)
+    lines = (tmp_path / "captions.jsonl").read_text().splitlines()
+    assert len(lines) == 12 and all("prediction" in json.loads(x) for x in lines)
+    assert capfd.readouterr().out.splitlines()[-1].startswith("photos/cat.png\t")
+
+
+@pytest.mark.slow
+def test_own_model_runs_as_written(own_data, capfd):
+    folder, broken = own_data
+
+    def edit():
+        with open(folder / "my_project" / "recipe.gin", "a") as file:
+            file.write("TRAIN_STEPS = 2\nWARMUP_STEPS = 1\nIMAGE_SIZE = (32, 32)\n")
+        use_one_device(folder / "my_project")
+
+    run_in_process(block("test: own-model"), folder, edit=edit)
+    scores = json.loads((folder / "my_project" / "run" / "metrics.json").read_text())
+    assert "cider_d" in scores["my_captions/validation"]["metrics"]
+    shown = capfd.readouterr().out.splitlines()[-6:]
+    assert [("error: " in line) for line in shown].count(True) == 1
+    assert broken in next(line for line in shown if "error: " in line)
 
 
 def save_public_siglip(folder):
