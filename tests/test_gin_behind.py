@@ -283,6 +283,7 @@ def test_sampling_arrives():
         )
 
     settings = ("temperature", 0.7), ("top_k", 50), ("top_p", 0.9)
+    settings += (("keys", "of examples"),)
     assert decoded().settings == (("method", "sample"), *settings)
 
 

@@ -107,11 +107,10 @@ def test_files_of_the_repository_that_are_named_exist():
 @pytest.mark.parametrize("mark, commands", READ, ids=[mark[6:] for mark, _ in READ])
 def test_what_is_only_read_has_a_complete_recipe(mark, commands, tmp_path):
     for _, _, arguments in recorded_calls(commands, tmp_path):
-        args, overrides = cli._parser().parse_known_args(arguments)
-        overrides = [override.removeprefix("--gin.") for override in overrides]
+        args = cli.parsed(arguments)
         with no_tasks():
             shipped.offer_tasks()
-            recipe = loading.read(args.gin_file, overrides, shipped.search_paths())
+            recipe = loading.read(args.gin_file, args.overrides, shipped.search_paths())
         module, _, function = runs.FUNCTIONS[args.command].rpartition(".")
         root = getattr(importlib.import_module(module), function)
         loading.check_complete(recipe, root)
