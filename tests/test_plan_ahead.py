@@ -26,6 +26,7 @@ def of_memory(monkeypatch, memory, name="h100"):
     monkeypatch.setattr(devices, "here", lambda: device)
 
 
+@pytest.mark.slow
 def test_the_quick_plan_is_a_bound_of_the_plan(arguments):
     job = jobs.Job.from_arguments(arguments)
     quick = ahead._scanned(job)
