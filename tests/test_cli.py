@@ -130,7 +130,7 @@ def test_versions_are_told_without_importing_what_they_are_of():
     "arguments, message",
     [
         (["trian"], "invalid choice: 'trian'"),
-        (["train"], "the following arguments are required: --gin_file"),
+        (["cache-features"], "the following arguments are required: --gin_file"),
         (["train", "--gin_file=x", "--steps=3"], "unknown argument --steps=3"),
         (["train", "--gin_file=x", "--gin.A"], "--gin.A needs a value: --gin.A=VALUE"),
         (["demo", "--gin.A=3"], "unknown argument --gin.A=3"),

@@ -40,13 +40,12 @@ def test_the_printed_command_has_a_complete_recipe(tmp_path, monkeypatch, capsys
         "cd 'my project' && VIT22B_VOCABULARY=bytes vit22b train "
     )
     ((directory, _, arguments),) = recorded_calls(command, tmp_path)
-    args, overrides = cli._parser().parse_known_args(arguments)
-    overrides = [override.removeprefix("--gin.") for override in overrides]
+    args = cli.parsed(arguments)
     with no_tasks():
         os.chdir(directory)
         sys.path.insert(0, directory)
         shipped.offer_tasks()
-        recipe = loading.read(args.gin_file, overrides, shipped.search_paths())
+        recipe = loading.read(args.gin_file, args.overrides, shipped.search_paths())
         task = importlib.import_module(f"tasks.my_{task}")
         assert Path(task.__file__).is_relative_to(tmp_path)
     loading.check_complete(recipe, train.fine_tune)

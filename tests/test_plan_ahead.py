@@ -26,6 +26,7 @@ def of_memory(monkeypatch, memory, name="h100"):
     monkeypatch.setattr(devices, "here", lambda: device)
 
 
+@pytest.mark.slow
 def test_the_quick_plan_is_a_bound_of_the_plan(arguments):
     job = jobs.Job.from_arguments(arguments)
     quick = ahead._scanned(job)
@@ -47,6 +48,7 @@ def test_what_fits_is_told_in_a_line(arguments, monkeypatch):
     assert "all 100 take" in line
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_helps(arguments, monkeypatch):
     of_memory(monkeypatch, 1e5)
     with pytest.raises(UserError, match="does not fit: it takes") as error:

@@ -188,6 +188,7 @@ def test_shards_end_with_the_bytes_of_one_run(restored, tmp_path, capsys):
     assert again is not None and again.reused
 
 
+@pytest.mark.slow
 def test_a_whole_run_goes_on_from_what_shards_left(restored, tmp_path):
     output = str(tmp_path / "out.jsonl")
     assert infer.predict_shard(restored, DATA, (1, 3), output=output) is None
@@ -197,6 +198,7 @@ def test_a_whole_run_goes_on_from_what_shards_left(restored, tmp_path):
     assert pathlib.Path(output).read_bytes() == pathlib.Path(whole.path).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_drawn_depends_on_the_example_not_on_its_batch(restored, tmp_path):
     sizes = []
     for size in (BATCH_SIZE, 8):

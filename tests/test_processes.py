@@ -243,11 +243,11 @@ def test_launch_examples_use_what_there_is():
     name, *kubernetes = container["command"]
     assert name == "vit22b"
     for command_line in (slurm, kubernetes):
-        args, overrides = cli._parser().parse_known_args(command_line)
+        args = cli.parsed(command_line)
         assert args.command == "train" and args.distributed
         assert all((ROOT / file).is_file() for file in args.gin_file)
-        assert [text.partition("=")[0] for text in overrides] == ["--gin.MODEL_DIR"]
-        loading.read(args.gin_file, [overrides[0][6:]], [str(ROOT)])
+        assert [text.partition("=")[0] for text in args.overrides] == ["MODEL_DIR"]
+        loading.read(args.gin_file, args.overrides, [str(ROOT)])
     names = {variable["name"]: variable for variable in container["env"]}
     assert set(processes.VARIABLES) <= set(names)
     assert names["JAX_NUM_PROCESSES"]["value"] == str(job["spec"]["completions"])

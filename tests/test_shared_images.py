@@ -49,7 +49,7 @@ def test_repeated_images_are_those_of_the_row_before():
 
 @pytest.mark.parametrize(
     "make, devices",
-    [(t5, 1), (t5, 2), (prefix_lm, 1)],
+    [pytest.param(t5, 1, marks=pytest.mark.slow), (t5, 2), (prefix_lm, 1)],
     ids=["T5", "T5 on two", "Gemma"],
 )
 def test_predictions_are_those_of_encoding_each(make, devices):

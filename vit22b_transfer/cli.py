@@ -35,12 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from vit22b_transfer.recipes import shipped
 
-    parser = _parser()
-    argv = sys.argv[1:] if argv is None else argv
-    # Apart from the others: argparse takes what holds a space for no option.
-    overrides = [argument for argument in argv if argument.startswith("--gin.")]
-    args, rest = parser.parse_known_args([a for a in argv if a not in overrides])
-    args.overrides = [_override(parser, args, a) for a in [*rest, *overrides]]
+    args = parsed(sys.argv[1:] if argv is None else argv)
     # TensorFlow's warnings are stack traces of what our errors say in a line.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(format="vit22b: %(levelname)s: %(message)s")
@@ -54,6 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         processes.leave(code)
     return code
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command, its --gin.NAME=VALUE as `overrides`.
+
+    Wrong usage is told, and ends the process.
+    """
+    parser = _parser()
+    # Apart from the others: argparse takes what holds a space for no option.
+    overrides = [argument for argument in argv if argument.startswith("--gin.")]
+    args, rest = parser.parse_known_args([a for a in argv if a not in overrides])
+    args.overrides = [_override(parser, args, a) for a in [*rest, *overrides]]
+    return args
 
 
 def _exit_code(args: argparse.Namespace) -> int:

@@ -31,12 +31,14 @@ def recipe_of(folder: str | None) -> str:
     """The gin file of a folder; None: of the current one.
 
     Raises:
-      UserError: if there is no recipe.
+      RecipeError: if there is none.
     """
+    from vit22b_transfer.recipes.reader import RecipeError
+
     path = os.path.join(folder or "", RECIPE)
     if not os.path.isfile(path):
         what = f"{folder} holds no {RECIPE}" if folder else "no recipe is named"
-        raise UserError(
+        raise RecipeError(
             f"{what}. Give --gin_file, or a folder that holds a {RECIPE}: that of a "
             "run, or one that `vit22b init` made."
         )

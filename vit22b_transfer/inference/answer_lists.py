@@ -207,8 +207,10 @@ def from_trie(
         parent = jnp.broadcast_to(
             jnp.arange(num_beams, dtype=jnp.int32)[None, :, None], tokens.shape
         )
-        flat = (x.reshape(batch_size, -1) for x in (totals, parent, tokens, after))
-        candidates, after = _best(*flat, num_beams)
+        totals, parent, tokens, after = (
+            x.reshape(batch_size, -1) for x in (totals, parent, tokens, after)
+        )
+        candidates, after = _best(totals, parent, tokens, after, num_beams)
         return advanced(search, candidates, after, cache)
 
     def unfinished(search):

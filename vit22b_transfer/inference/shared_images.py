@@ -31,7 +31,9 @@ class SharedImages:
 
     def __init__(self, model: multimodal.ImageTextModel, partitioning: Partitioning):
         self._model, self._partitioning = model, partitioning
-        self._tower = model.module.tower.without_pooling().build()
+        tower = model.module.tower
+        assert tower is not None
+        self._tower = tower.without_pooling().build()
 
     def pays(self, batch: Any) -> bool:
         """Whether half of a batch's images at least are repeated.

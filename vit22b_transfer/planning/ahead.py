@@ -87,7 +87,7 @@ def _told(plan: planner.Plan, steps: Any, is_bound: bool) -> str:
     size = f"{'at most ' if is_bound else ''}{plan.total / jobs.GIB:.2f}"
     text = (
         f"plan: {size} of {device.memory / jobs.GIB:.1f} GiB on "
-        f" each of {plan.partitioning.mesh.size} {device.name}"
+        f"each of {plan.partitioning.mesh.size} {device.name}"
     )
     if device.flops:
         seconds = plan.time.shortest

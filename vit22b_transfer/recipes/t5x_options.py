@@ -24,6 +24,7 @@ SHARED = (
     "vit22b_transfer.data.served_inputs.",
     "vit22b_transfer.data.t5x_tasks.",
     "vit22b_transfer.data.vocabularies.",
+    "vit22b_transfer.inference.answer_lists.",
     "vit22b_transfer.inference.decoding.",
     "vit22b_transfer.training.optimizers.",
     "vit22b_transfer.t5x_adapter.",
@@ -181,6 +182,7 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
                 "every step of T5X counts. Leave gin_configs/runs/spike_guard.gin out",
                 (None,),
             ),
+            "run_files": _OF_TRAINING,
             "qk_clip": _refused(
                 "T5X's step clips no heads. Leave gin_configs/runs/qk_clip.gin out",
                 (None,),
@@ -277,6 +279,8 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
             "task": _macro("INFER_TASK"),
             "split": _macro("INFER_SPLIT"),
             "output": _macro("OUTPUT"),
+            "recipe": _own("T5X writes no manifest"),
+            "shard": _refused("T5X deals out shards by infer.num_shards", (None,)),
         },
     ),
     _RULES: (
