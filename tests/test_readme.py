@@ -64,7 +64,7 @@ def test_every_block_is_run_or_says_why_not():
     for page, mark, commands in BLOCKS:
         kind, _, rest = mark.partition(": ")
         is_covered = {
-            "ci": lambda name: re.search(f"^run_(block|tests) {name}$", ci, re.M),
+            "ci": lambda name: re.search(rf"^ *run_(block|tests) {name}$", ci, re.M),
             "test": lambda name: f"test_{name.replace('-', '_')}_runs_as_w" in tests,
             "read": lambda why: len(why) > 5,
             "elsewhere": lambda file: (ROOT / file).is_file(),
