@@ -304,6 +304,7 @@ def command(folder, *arguments):
         return cli.main(["suite", *arguments])
 
 
+@pytest.mark.slow
 def test_the_command_runs_what_the_folder_allows_and_goes_on(folder, capsys):
     words = ["--tower=random", "--data=data", "--gin_file=tower.gin"]
     words += ["--gin.FewShot.shots=(1, 2)", "--gin.Sgd.epochs=2"]
@@ -339,6 +340,7 @@ def test_the_command_runs_what_the_folder_allows_and_goes_on(folder, capsys):
     assert 'id="row-1"' in page and 'id="row-8"' in page and "<polyline" in page
 
 
+@pytest.mark.slow
 def test_rows_fail_by_themselves_and_values_for_no_row_are_wrong(folder, capsys):
     words = ["--tower=random", "--data=data", "--gin_file=tower.gin"]
     words += ["--rows=8", "--out=other"]
@@ -352,6 +354,7 @@ def test_rows_fail_by_themselves_and_values_for_no_row_are_wrong(folder, capsys)
     assert "names no 'ZeroShot'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_or_a_gin_file_of_a_tower_gives_the_same_lines(folder, capsys):
     words = ["--data=data", "--rows=8", "--gin.FewShot.shots=(1, 2)"]
     (step,) = (folder / "out" / "random_tower").rglob("checkpoint_0")
