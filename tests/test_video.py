@@ -271,6 +271,7 @@ class Greys(features.FeatureSource):
         return {"checkpoint": "none"}
 
 
+@pytest.mark.slow
 def test_a_head_of_frames_tells_what_no_frame_does(tmp_path):
     root = tmp_path / "clips"
     write_clips(root, "training", 8)
