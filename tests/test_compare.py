@@ -31,8 +31,8 @@ def folder(tmp_path_factory):
 
 def paired(folder, name, **options):
     task = CAPTIONS if name == "captions" else QUESTIONS
-    files = [str(folder / f"{name}_{end}.jsonl") for end in "ab"]
-    return paired_files.pair(*files, task, split="test", **options)
+    one, other = (str(folder / f"{name}_{end}.jsonl") for end in "ab")
+    return paired_files.pair(one, other, task, split="test", **options)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,8 @@ def test_mcnemar_is_of_metrics_that_are_right_or_wrong(answered):
 
 
 def test_the_other_way_round_all_is_turned(folder, answered):
-    files = [str(folder / f"vqa_{end}.jsonl") for end in "ba"]
-    turned = paired_files.pair(*files, QUESTIONS)
+    first, second = (str(folder / f"vqa_{end}.jsonl") for end in "ba")
+    turned = paired_files.pair(first, second, QUESTIONS)
     one, other = change(answered, "exact_match"), change(turned, "exact_match")
     assert other.difference.interval.value == -one.difference.interval.value
     assert other.exact.probability == one.exact.probability
@@ -106,6 +106,7 @@ def test_a_file_against_itself_shows_nothing(folder):
     same = paired_files.pair(path, path, CAPTIONS)
     assert not same.flips and all(c.needed is None for c in same.changes)
     for found in same.changes:
+        assert found.difference is not None
         assert found.difference.interval[:3] == (0, 0, 0), found.metric
     assert "no difference of cider_d is shown" in paired_files.sentence(
         same.changes[-1]
@@ -122,9 +123,10 @@ def test_captions_differ_by_what_both_score(captioned):
     values = [text_metrics.captioning(references, one) for one in texts]
     for found in captioned.changes:
         gap = values[0][found.metric] - values[1][found.metric]
+        assert found.difference is not None
         assert found.difference.interval.value == pytest.approx(gap), found.metric
     scores = [text_metrics.cider_d_scores(references, one).scores for one in texts]
-    gaps = np.subtract(*scores)
+    gaps = np.array(scores[0]) - np.array(scores[1])
     largest = captioned.flips[0]
     place = int(np.argmax(np.abs(gaps)))
     assert largest.gap == gaps[place] and largest.first["index"] == place
@@ -136,6 +138,7 @@ def test_the_order_of_lines_does_not_matter(folder, captioned, tmp_path):
     path = prediction_samples.write(tmp_path / "turned.jsonl", lines)
     turned = paired_files.pair(str(folder / "captions_a.jsonl"), path, CAPTIONS)
     for one, other in zip(turned.changes, captioned.changes, strict=True):
+        assert one.difference and other.difference
         assert one.difference.interval == other.difference.interval
         assert one._replace(difference=None) == other._replace(difference=None)
 

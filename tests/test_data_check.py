@@ -240,7 +240,8 @@ class Letters(seqio.Vocabulary):
     def _encode_tf(self, s):
         raise NotImplementedError
 
-    _decode_tf = _encode_tf
+    def _decode_tf(self, ids):
+        raise NotImplementedError
 
 
 def test_what_a_vocabulary_lacks_is_named():

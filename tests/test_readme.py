@@ -6,12 +6,10 @@ import shutil
 from pathlib import Path
 
 import gemma_peers
-import html_checks
 import jax
 import numpy as np
 import photographs
 import PIL.Image
-import prediction_samples
 import pytest
 import tiny_classifier
 import tiny_dense
@@ -437,51 +435,6 @@ def test_public_weights_runs_as_written(own_data, capsys):
     assert "initial checkpoint" in shown and "encoder/projection" in shown
     assert (folder / "exported" / "model.safetensors").is_file()
     assert "shared.weight" in shown
-
-
-def write_predictions(folder):
-    """Two runs' predictions of the validation images, as an evaluation leaves them."""
-    content = json.loads((folder / "validation.json").read_text())
-    captions = {image["id"]: [] for image in content["images"]}
-    for entry in content["annotations"]:
-        captions[entry["image_id"]].append(entry["caption"])
-    for name, said in (("run_a", 0), ("run_b", -1)):
-        lines = [
-            {
-                "image_id": str(number),
-                "prompt": "caption en",
-                "prediction": texts[said] if number % 2 else texts[0],
-                "target": texts[0],
-                "references": texts,
-            }
-            for number, texts in captions.items()
-        ]
-        (folder / name).mkdir()
-        path = folder / name / "predictions.jsonl"
-        prediction_samples.write(path, lines, "my_captions", "validation")
-        entry = {"my_captions/validation": {"predictions": path.name, "metrics": {}}}
-        (folder / name / "metrics.json").write_text(json.dumps(entry))
-
-
-def test_results_runs_as_written(own_data, capsys):
-    folder, _ = own_data
-    write_predictions(folder)
-    run_in_process(
-        block("test: results"),
-        folder,
-        MY_CAPTIONS_JSON="train.json",
-        MY_VALIDATION_JSON="validation.json",
-        MY_IMAGES="images",
-        VIT22B_VOCABULARY="bytes",
-    )
-    shown = capsys.readouterr().out
-    assert "captions_results.json: 8 entries" in shown
-    assert "comparing my_captions/validation" in shown
-    assert "cut at 32" in shown
-    assert len(json.loads((folder / "scores.json").read_text())["slices"]) == 1
-    for page in ("compare.html", "run_a/report.html", "data.html"):
-        _, tags = html_checks.checked((folder / page).read_text())
-        assert tags.count("img") >= 2, page
 
 
 def test_init_runs_as_written(tmp_path, capfd):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from typing import Any
 
 import numpy as np
 import prediction_samples
@@ -112,6 +113,7 @@ def test_the_interval_of_bleu_is_that_of_resampled_corpora(captioned):
     found = example_numbers.interval(
         captioned.numbers["bleu2"], captioned.images, resamples=60
     )
+    assert found is not None
     rng = np.random.default_rng(0)
     drawn = []
     for chosen in rng.integers(0, 24, (60, 24)):
@@ -152,7 +154,7 @@ def test_captions_for_coco_are_read_by_its_own_tools(folder):
     assert all(type(entry["image_id"]) is int for entry in entries)
     assert entries[3] == {"image_id": 503, "caption": ""}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco.COCO()
+        truth: Any = coco.COCO()
         truth.dataset = {"images": [{"id": 500 + n} for n in range(24)]}
         truth.createIndex()
         loaded = truth.loadRes(out)  # asserts that the ids are those of its images

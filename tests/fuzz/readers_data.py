@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import types
+import unittest.mock
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from vit22b_transfer.data import (
     preprocessors,
     sources,
     streams,
+    tasks,
     vocabularies,
 )
 from vit22b_transfer.demo import scenes
 from vit22b_transfer.evaluation import (
     evaluate,
+    example_numbers,
     human_alignment,
     human_responses,
     paired_files,
@@ -339,12 +342,17 @@ def _run(folder):
 
 
 def _read_run(folder):
-    """As `vit22b report` and `vit22b compare` of a run and itself."""
+    """As `vit22b report` and `vit22b compare` of a run and itself; no resamples."""
     _register()
-    report_page.html(folder, lambda task: None)
-    _, (path, _) = run_files.chosen([folder, folder], None)
-    made = paired_files.pair(path, path, TASK)
-    compare_page.html(made, None)
+    none = {"return_value": None}
+    with (
+        unittest.mock.patch.object(example_numbers, "interval", **none),
+        unittest.mock.patch.object(example_numbers, "difference", **none),
+    ):
+        report_page.html(folder, tasks.check_name)
+        _, (path, _) = run_files.chosen([folder, folder], None)
+        made = paired_files.pair(path, path, TASK)
+        compare_page.html(made, None)
     result_files.entries(made.first.lines, "coco", path)
 
 

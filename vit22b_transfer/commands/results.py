@@ -206,7 +206,7 @@ def _files(args: argparse.Namespace) -> list[str]:
     """The files of predictions that are compared."""
     from vit22b_transfer.evaluation import run_files
 
-    given = [args.first, args.second]
+    given: list[str] = [args.first, args.second]
     folders = [path for path in given if os.path.isdir(path)]
     if not folders:
         if args.entry:
@@ -215,7 +215,7 @@ def _files(args: argparse.Namespace) -> list[str]:
     entry, found = run_files.chosen(folders, args.entry)
     print(f"comparing {entry}")
     files = dict(zip(folders, found, strict=True))
-    return [files.get(path, path) for path in given]
+    return [files[path] if path in files else path for path in given]
 
 
 def _changed(args: argparse.Namespace) -> list[str] | None:

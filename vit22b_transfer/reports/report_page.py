@@ -111,8 +111,7 @@ def _section(
         register(task)
         made = scored_files.report(scored_files.judge(path, task, split))
     except UserError as error:
-        values = said.get("metrics", {}) if isinstance(said, dict) else {}
-        values = values if isinstance(values, dict) else {}
+        values = _metrics(said)
         problem = f"No intervals, slices or examples: {error}"
         column = {"value": [_shown(value) for value in values.values()]}
         return tag(
@@ -145,7 +144,7 @@ def _scores(made: Report, said: Any) -> list[Markup]:
             for name in names
         ],
     }
-    of_model = said.get("metrics", {}) if isinstance(said, dict) else {}
+    of_model = _metrics(said)
     extra = [n for n in of_model if n not in judged.metrics]
     columns["value"] += [_shown(of_model[name]) for name in extra]
     for name in ("95 % interval", "clustered error"):
@@ -159,6 +158,12 @@ def _scores(made: Report, said: Any) -> list[Markup]:
         table([*names, *map(cut, extra)], columns),
         tag("p", note, class_="soft small"),
     ]
+
+
+def _metrics(said: Any) -> Mapping[str, Any]:
+    """The metrics of an entry of `metrics.json`; none if it is none of ours."""
+    values = said.get("metrics") if isinstance(said, dict) else None
+    return values if isinstance(values, dict) else {}
 
 
 def _slices(made: Report) -> list[Markup]:
