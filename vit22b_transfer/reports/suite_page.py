@@ -94,7 +94,8 @@ def _towers(towers: Sequence[Results]) -> Markup:
             aria_hidden="true",
         )
         said = (
-            f" {tower.tower.get('name', '')}: weights {tower.tower.get('fingerprint', '')}, {done} of "
+            f" {tower.tower.get('name', '')}: weights "
+            f"{tower.tower.get('fingerprint', '')}, {done} of "
             f"{len(tower.lines)} rows done, {seconds:,.0f} s"
         )
         lines.append(tag("li", dot, said))
