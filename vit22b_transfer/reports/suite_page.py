@@ -73,7 +73,8 @@ def html(towers: Sequence[Results]) -> str:
 
 
 def _name(tower: Results) -> str:
-    return tower.tower.get("name", "") or "a tower"
+    """A tower's name without the folders before it."""
+    return tower.tower.get("name", "").rstrip("/").rpartition("/")[2] or "a tower"
 
 
 def _towers(towers: Sequence[Results]) -> Markup:
@@ -93,7 +94,8 @@ def _towers(towers: Sequence[Results]) -> Markup:
             aria_hidden="true",
         )
         said = (
-            f" {_name(tower)}: weights {tower.tower.get('fingerprint', '')}, {done} of "
+            f" {tower.tower.get('name', '')}: weights "
+            f"{tower.tower.get('fingerprint', '')}, {done} of "
             f"{len(tower.lines)} rows done, {seconds:,.0f} s"
         )
         lines.append(tag("li", dot, said))

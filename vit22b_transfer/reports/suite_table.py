@@ -29,11 +29,13 @@ def show(
             if number is None:
                 cells.append(beside.state(line))
             else:
-                cells.append(f"{beside.shown(number)} {number.unit}".strip())
+                span = f" ({beside.interval(number)})" if len(by_row) > 1 else ""
+                cells.append(f"{beside.shown(number)} {number.unit}".strip() + span)
             spans.append("" if number is None else beside.interval(number))
         tower = _name(lines, place) if len(by_row) > 1 else "ours"
         columns[tower] = cells
-        columns[f"95 %, {tower}" if len(by_row) > 1 else "95 % interval"] = spans
+        if len(by_row) == 1:
+            columns["95 % interval"] = spans
     columns["ViT-22B"] = [beside.paper(entry) for entry in entries]
     tables.print_table(console or rich.console.Console(), names, columns, heading="row")
     said = progress.console() if console is None else console
@@ -53,4 +55,5 @@ def _name(lines: dict[int, Line], place: int) -> str:
     """A tower's name, short enough for a column and different from the others'."""
     first = next(iter(lines.values()), None)
     name = "" if first is None else first.tower.get("name", "")
-    return f"{place + 1}: {file_errors.brief(name, 40)}"
+    last = name.rstrip("/").rpartition("/")[2]
+    return f"{place + 1}: {file_errors.brief(last, 40)}"
