@@ -110,14 +110,16 @@ def test_a_part_of_captions_has_the_bleu_of_that_part_and_the_whole_cider(captio
 
 
 def test_the_interval_of_bleu_is_that_of_resampled_corpora(captioned):
-    found = example_numbers.interval(
-        captioned.numbers["bleu2"], captioned.images, resamples=60
-    )
-    assert found is not None
+    """Images of two captions each: both are drawn together."""
+    images = captioned.images // 2
+    numbers = captioned.numbers["bleu2"]
+    found = example_numbers.interval(numbers, images, resamples=60)
+    assert found is not None and found.value == pytest.approx(numbers.value())
     rng = np.random.default_rng(0)
     drawn = []
-    for chosen in rng.integers(0, 24, (60, 24)):
-        lines = [captioned.lines[place] for place in chosen]
+    for chosen in rng.integers(0, 12, (60, 12)):
+        places = np.ravel([[2 * image, 2 * image + 1] for image in chosen])
+        lines = [captioned.lines[place] for place in places]
         drawn.append(
             text_metrics.captioning(
                 [line["references"] for line in lines],
@@ -136,6 +138,10 @@ def test_images_without_labels_are_in_no_part():
     found = example_numbers.interval(numbers, np.arange(4))
     assert found == intervals.bootstrap(np.array([1.0, 1.0, 0.0]), np.ones(3, int))
     assert example_numbers.interval(numbers.of([0, 1]), np.arange(2)) is None
+    # Two are compared where both score.
+    other = example_numbers.mean_of([0.0, 1.0, 0.0, np.nan])
+    gap = example_numbers.difference(numbers, other, np.arange(4))
+    assert gap is not None and gap.interval.value == 1.0  # of the images 0 and 2
 
 
 # ----- Official servers -----------------------------------------------------------
