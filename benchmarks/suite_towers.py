@@ -1,8 +1,9 @@
 """The suite on three towers: fresh weights, trained on labels, taught by the second.
 
 Claim: `vit22b suite` tells towers apart as it should: on pictures of a folder of
-lay_out_pictures.py a tower that was trained on them, and a smaller one that learned from
-it, are above one of fresh weights in every row of accuracy. The two may change places.
+lay_out_pictures.py a tower that was trained on them, and a smaller one that learned
+from it, are above one of fresh weights in every row of accuracy. These two may change
+places.
 
     python benchmarks/lay_out_pictures.py digits digits
     python benchmarks/suite_towers.py digits --side 8 --patch 4 --out towers
