@@ -1,6 +1,7 @@
 """Answers from a list: never another one, and the best where beams are wide enough."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,7 @@ def test_no_other_answer_is_ever_given(answers, num_beams, seed):
         np.testing.assert_allclose(score, scored(table, text)[row], atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(lists, st.integers(0, 3))
 def test_with_a_beam_for_each_it_is_the_best_of_all(answers, seed):
@@ -89,6 +91,34 @@ def test_with_a_beam_for_each_it_is_the_best_of_all(answers, seed):
         best = max(every, key=lambda one, row=row: every[one][row])
         assert texts[row] == best
         np.testing.assert_allclose(score, every[best][row], atol=1e-4)
+
+
+def test_with_no_beam_to_spare_answers_that_begin_others_are_found():
+    """Every 13th text of up to five tokens, as many beams, 200 decoders.
+
+    Scores per token: what is less probable than an answer that has ended can still win.
+    """
+    tokens = (2, 3, 4)
+    texts = [one for n in range(1, 6) for one in itertools.product(tokens, repeat=n)]
+    answers, rows = [(2,), (3, 4), *texts[5::13]], 200
+    init_cache, step_fn, table = random_decoder(7, batch=rows, vocab=5)
+    found = answer_lists.from_trie(
+        init_cache,
+        step_fn,
+        answer_lists.trie(answers, EOS),
+        batch_size=rows,
+        max_decode_length=LENGTH,
+        eos_id=EOS,
+        num_beams=len(answers),
+        alpha=1.0,
+    )
+    penalties = [decoding.length_penalty(len(one) + 1, 1.0) for one in answers]
+    every = np.stack([scored(table, one) for one in answers])
+    every /= np.array(penalties)[:, None]
+    np.testing.assert_allclose(found.scores, every.max(axis=0), atol=1e-4)
+    for row, best in zip(np.asarray(found.tokens), every.argmax(axis=0), strict=True):
+        expected = [*answers[best], EOS]
+        assert row[: len(expected)].tolist() == expected
 
 
 def test_a_length_penalty_ranks_by_what_it_divides():

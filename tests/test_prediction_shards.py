@@ -106,7 +106,8 @@ def test_a_started_batch_is_never_made_again_by_another_number_of_shards(tmp_pat
     run_shard(tmp_path, 0, 2, batches=2, cut=0)  # batches 0 and 2
     shards = ShardFiles(files(tmp_path))
     assert shards.missing(BLOCK, TOTAL) == [1, 3, 4, 5]
-    run_shard(tmp_path, 1, 3, batches=1, cut=20)  # 1, and a piece of 4
+    # 1, and of 4 the first of its two lines.
+    run_shard(tmp_path, 1, 3, batches=1, cut=999)
     assert shards.missing(BLOCK, TOTAL) == [3, 4, 5]
     whole = files(tmp_path)
     assert whole.recover(BLOCK).num_lines == 6
