@@ -12,6 +12,7 @@ from prediction_samples import CAPTIONS, QUESTIONS
 from vit22b_transfer import UserError, cli
 from vit22b_transfer.evaluation import intervals, paired_files, run_files, text_metrics
 from vit22b_transfer.reports import compare_page
+from vit22b_transfer.reports.example_cards import Pictures, card
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +229,18 @@ def test_pictures_that_are_not_there_are_said(folder):
     made = paired(folder, "vqa")
     text, tags = html_checks.checked(compare_page.html(made, None))
     assert "No pictures:" in text and "questions.json" in text and "img" not in tags
+
+
+def test_the_image_of_another_example_is_not_shown(folder):
+    made = paired(folder, "captions")
+    line = made.first.lines[3]
+    pictures = Pictures(CAPTIONS, "test")
+    assert "<img" in card(pictures, line, [])
+    assert "the split has another image there" in card(
+        pictures, line | {"image_id": "777"}, []
+    )
+    outside = card(pictures, line | {"index": 99}, [])
+    assert "its place is not in the split" in outside and "<img" not in outside
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def folder(tmp_path_factory):
     grey = Image.open(folder / "grey.png")
     small = wide.resize((wide.width // 2, wide.height // 2))
     small.save(folder / "leak.jpg", quality=60)
+    square = Image.open(folder / "square.png").convert("RGB")
+    square.resize((90, 90)).save(folder / "small.jpg")
     wide.convert("CMYK").save(folder / "print.jpg")
     grey.save(folder / "turned.jpg", exif=turned)
     (folder / "cut.jpg").write_bytes((folder / "wide.jpg").read_bytes()[:2000])
@@ -52,7 +54,11 @@ def folder(tmp_path_factory):
             "cut.jpg": ["nothing"],
             "gone.jpg": ["not there"],
         },
-        "test": {"leak.jpg": ["a rocket at night"], "odd.png": ["a cup", "  "]},
+        "test": {
+            "leak.jpg": ["a rocket at night"],
+            "odd.png": ["a cup", "  "],
+            "small.jpg": ["a woman"],
+        },
     }
     for split, captions in splits.items():
         entries = [{"id": n, "file_name": name} for n, name in enumerate(captions)]
@@ -91,7 +97,7 @@ def test_records_that_do_not_fit_together_are_counted_by_reason(checked):
     assert train.left_out == {"missing image file": 1}
     assert test.left_out == {"annotation without image": 1, "empty caption": 1}
     assert "gone.jpg" in train.said and "annotation 99" in test.said
-    assert (train.records, test.records) == (7, 2)
+    assert (train.records, test.records) == (7, 3)
     assert "late.json" in late.problem and not late.records
 
 
@@ -100,14 +106,17 @@ def test_odd_images_are_named(checked):
     assert names(train.unread) == ["cut.jpg"]
     assert "truncated" in next(iter(train.unread.values()))
     assert names(train.cmyk) == ["print.jpg"] and names(train.turned) == ["turned.jpg"]
-    assert (train.images, train.looked_at, test.images) == (5, 5, 2)
+    assert (train.images, train.looked_at, test.images) == (5, 5, 3)
 
 
 def test_a_test_image_that_was_trained_on_is_found(checked):
-    (leak,) = checked.leaks
+    leak, other = checked.leaks
     assert names(path for _, path in leak) == ["leak.jpg", "print.jpg", "wide.jpg"]
-    assert {split for split, _ in leak} == {"train", "test"}
-    assert checked.duplicates == [leak] and not checked.plain
+    assert names(path for _, path in other) == ["small.jpg", "square.png"]
+    assert {split for split, _ in leak} == {split for split, _ in other}
+    assert checked.duplicates == [leak, other] and not checked.plain
+    alone = data_check.check(TASK, ["train"], size=32, limits={})
+    assert len(alone.duplicates) == 1 and not alone.leaks
 
 
 def test_texts_are_counted(checked):
@@ -245,10 +254,10 @@ class Letters(seqio.Vocabulary):
 
 
 def test_what_a_vocabulary_lacks_is_named():
-    texts = ["bcd", "bcd", "bö", "a", "x\u202ey", "b\ufffd", " "]
+    texts = ["bcd", "bcd", "bö", "bö", "a", "x\u202ey", "b\ufffd", " "]
     found = text_checks.check(texts, Letters(), limit=3, eos=False)
-    assert (found.count, found.unknown, found.empty) == (7, 3, 1)
-    assert found.unknown_characters == {"ö": 1, "\u202e": 1, "\ufffd": 1}
+    assert (found.count, found.unknown, found.empty) == (8, 4, 1)
+    assert found.unknown_characters == {"ö": 2, "\u202e": 1, "\ufffd": 1}
     assert found.changed == 1 and found.samples["changed"] == ["a"]  # read as q
     assert found.control == 2 and found.past == 0
     assert found.pieces == len({"b", "c", "d", "a", "x", "y", " ", "unknown"})
@@ -262,10 +271,10 @@ def test_what_a_vocabulary_lacks_is_named():
 
 def test_the_page_shows_what_was_found(checked):
     text, tags = html_checks.checked(check_page.html(checked))
-    assert "In several splits: 1 groups" in text
+    assert "In several splits: 2 groups" in text
     assert "annotation without image" in text and "alert(1)" in text
-    # Three of the leak, and the sheet of seven.
-    assert tags.count("img") == 10
+    # Five of the leaks, and the sheet of seven.
+    assert tags.count("img") == 12
 
 
 def test_the_command_takes_a_task_or_files(folder, tmp_path, capsys, monkeypatch):

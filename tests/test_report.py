@@ -115,6 +115,10 @@ def test_lines_that_no_run_writes_are_left_out(tmp_path):
     lines += ["[1]", '{"step": "1", "e": 3}', '{"step": 1, "e": 4}', '{"step": 2']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert curves.read(str(tmp_path)) == ({"e": [(1, 4.0)]}, 3)
+    lines = [json.dumps({"step": n, "e": n}) for n in range(1, 403)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    points = curves.read(str(tmp_path)).points["e"]  # every second, and the last
+    assert len(points) == 201 and points[-1] == (402, 402.0)
     many = {f"n{i}": i for i in range(9999)}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1} | many))
     assert len(curves.read(str(tmp_path)).points) == 500
