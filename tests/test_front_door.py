@@ -204,7 +204,20 @@ def test_a_moved_run_captions_without_its_tasks(project, home):
     vit22b("infer", "moved", "--images", "photos", "--out", "of_run.jsonl")
     lines = lines_of(home / "of_run.jsonl")
     assert len(lines) == 5 and lines[1]["prompt"] == "caption en"
+    # Names in a list are relative to the list, or to a root; never to the run.
+    (home / "named.jsonl").write_text('{"image": "grey.png"}\n')
+    root = ["--images_root", str(home / "photos")]
+    vit22b(
+        "infer", "moved", "--images", "named.jsonl", *root, "--out", "named_out.jsonl"
+    )
+    assert [line.get("error") for line in lines_of(home / "named_out.jsonl")] == [None]
     assert not [name for name in sys.modules if name.startswith("tasks.my")]
+
+
+def test_arguments_of_images_without_images_are_errors(tmp_path, capfd):
+    set_anyway = ["--out", "o.jsonl", "--paths_outside"]
+    vit22b("infer", str(tmp_path), *set_anyway, code=1)
+    assert "--out, --paths_outside would have no effect" in capfd.readouterr().err
 
 
 @pytest.mark.slow

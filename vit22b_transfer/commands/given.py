@@ -83,7 +83,8 @@ def add_output(command: argparse.ArgumentParser) -> None:
         help="also write the answers as OpenAI's batches have them",
     )
     command.add_argument(
-        "--folder",
+        "--images_root",
+        metavar="DIR",
         help="what names in lists are relative to (default: each list's own)",
     )
     command.add_argument(
@@ -102,6 +103,21 @@ def add_output(command: argparse.ArgumentParser) -> None:
         help="names in lists may lead out of their folder",
     )
     add_shard(command)
+
+
+# Of `add_output`, what the inference of a recipe has no use for.
+_OF_IMAGES = (
+    "prompt out openai images_root image_file vocabulary batch_size paths_outside"
+).split()
+
+
+def check_unused(args: argparse.Namespace) -> None:
+    """Raises a UserError if an argument of given images is set and no image is."""
+    if unused := [f"--{name}" for name in _OF_IMAGES if getattr(args, name)]:
+        raise UserError(
+            f"without --images {', '.join(unused)} would have no effect. Name the "
+            "images, or set what the recipe has for it, such as --gin.OUTPUT."
+        )
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -212,8 +228,8 @@ def _overrides(
     from vit22b_transfer.data import given_images
 
     options: dict[str, Any] = {}
-    if args.folder:
-        options["folder"] = args.folder
+    if args.images_root:
+        options["folder"] = args.images_root
     if args.image_file:
         options["image_file"] = args.image_file
     if args.paths_outside:

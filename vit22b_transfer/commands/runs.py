@@ -217,6 +217,8 @@ def _run(args: argparse.Namespace) -> None:
             raise UserError("--images needs the FOLDER of a run, whose model is taken.")
         given.run(args, args.folder, args.images, asked=False)
         return
+    if args.command == "infer":
+        given.check_unused(args)
     if args.distributed:
         from vit22b_transfer.partitioning import processes
 
