@@ -70,8 +70,11 @@ def source(vectors=None, ids=(), labels=None, classes=2):
     found = Arrays(None, "", "", ONE_DEVICE, (2, 2), 1)
     if vectors is not None:
         labels = np.full(len(vectors), -1) if labels is None else labels
-        told = (("pooled",), labels, classes, "some images", {}, tuple(ids), tuple(ids))
-        object.__setattr__(found, "given", features.SplitFeatures(vectors, *told))
+        told = (("pooled",), labels, classes, "some images", {})
+        names = np.arange(len(vectors)), tuple(ids), tuple(ids)
+        object.__setattr__(
+            found, "given", features.SplitFeatures(vectors, *told, *names)
+        )
     return found
 
 
