@@ -48,7 +48,12 @@ ALTERNATIVES = [
     [{"gemma", "paligemma"}, {"gemma_tiny"}],
     [{"image_text"}, {"prefix_lm", "paligemma"}],
     [{"text_tower"}, {"text_tower_t5"}],
-    [{"beam_search"}, {"sample"}, {"image_text", "prefix_lm", "paligemma"}],
+    [
+        {"answer_list"},
+        {"beam_search"},
+        {"sample"},
+        {"image_text", "prefix_lm", "paligemma"},
+    ],
     [{path.stem} for path in files("meshes")],
     [{"optimizer_adafactor"}, {"optimizer_sgd"}, {"optimizer_vit22b"}],
     [{"schedule_constant"}, {"schedule_rsqrt", "schedule_vit22b"}],

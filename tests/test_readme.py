@@ -381,9 +381,6 @@ def make_heads_small(folder):
 @pytest.mark.slow
 def test_suite_runs_as_written(tmp_path, capsys):
     tiny_classifier.draw_folders(tmp_path / "pictures", train=3, validation=2, size=32)
-    gin = (ROOT / "gin_configs" / "models" / "vit_mini.gin").read_text()
-    gin = gin.replace("width = 128", "width = 32").replace("depth = 3", "depth = 1")
-    (tmp_path / "tower.gin").write_text(f"{gin}\nIMAGE_SIZE = (32, 32)\n")
     use_one_device(tmp_path)
     run_in_process(block("test: suite"), tmp_path)
     shown = capsys.readouterr().out
