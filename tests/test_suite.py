@@ -11,7 +11,12 @@ import tiny_classifier
 from shell_commands import no_tasks, use_one_device
 
 from vit22b_transfer import UserError, cli
-from vit22b_transfer.experiments import suite, suite_findings, suite_rows
+from vit22b_transfer.experiments import (
+    head_training,
+    suite,
+    suite_findings,
+    suite_rows,
+)
 from vit22b_transfer.experiments import suite_results as results
 from vit22b_transfer.experiments.outcomes import Outcome
 from vit22b_transfer.experiments.suite_parts import Part
@@ -137,6 +142,20 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(tmp_path):
     again = run(table(1, 2, 3), work, tmp_path)
     assert [line.status for line in again] == ["done"] * 3
     assert work.ran == [1, 2, 3, 1, 2]
+
+
+def test_a_signal_that_stops_a_training_stops_the_suite(tmp_path):
+    def stop(row):
+        if row == 2:
+            raise head_training.StoppedError("stopped at step 3 of 9")
+
+    work = Work(stop)
+    with pytest.raises(head_training.StoppedError, match="at step 3"):
+        run(table(1, 2, 3), work, tmp_path)
+    assert work.ran == [1, 2]
+    work.before = lambda row: None
+    assert [line.status for line in run(table(1, 2, 3), work, tmp_path)] == ["done"] * 3
+    assert work.ran == [1, 2, 2, 3]
 
 
 def test_a_recipe_that_is_wrong_fails_its_row_alone(tmp_path):

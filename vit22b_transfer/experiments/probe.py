@@ -93,7 +93,11 @@ def run_probe(
         for part, split in splits.items():
             images = {"images": len(split.labels)}
             facts[part] = dataclasses.asdict(parts[part]) | images
-    lines = [_line(name, outcome, facts, left_out) for outcome in found]
+    found = [
+        dataclasses.replace(outcome, notes={**outcome.notes, **left_out})
+        for outcome in found
+    ]
+    lines = [_line(name, outcome, facts) for outcome in found]
     append_lines(path, lines)
     show(lines)
     progress.console().print(f"written to {path}", markup=False)
@@ -279,7 +283,7 @@ def _protocol(probe: Any) -> dict[str, Any]:
     return fields
 
 
-def _line(probe, outcome, facts, left_out) -> dict[str, Any]:
+def _line(probe, outcome, facts) -> dict[str, Any]:
     low, high = outcome.interval
     return {
         "probe": probe,
@@ -288,7 +292,7 @@ def _line(probe, outcome, facts, left_out) -> dict[str, Any]:
         "interval": [low, high],
         "interval_kind": f"{outcomes.INTERVAL}, over {len(outcome.scores)} images",
         "settings": dict(outcome.settings),
-        "notes": {**outcome.notes, **left_out},
+        "notes": dict(outcome.notes),
         **facts,
     }
 

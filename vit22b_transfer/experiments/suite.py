@@ -18,7 +18,7 @@ from typing import Any
 import rich.console
 
 from vit22b_transfer import UserError
-from vit22b_transfer.experiments import probe
+from vit22b_transfer.experiments import head_training, probe
 from vit22b_transfer.experiments import suite_results as results
 from vit22b_transfer.experiments.suite_parts import Part
 from vit22b_transfer.experiments.suite_results import Line
@@ -194,6 +194,8 @@ def _attempt(job, prepared, findings, folder, show_faults, console) -> str:
         found = job.part.finding(result, job.name)
         pictures = [_inside(picture, place, folder) for picture in found.pictures]
         findings.append(dataclasses.replace(found, pictures=pictures))
+    except head_training.StoppedError:
+        raise  # a signal is for the whole suite, which goes on there the next time
     except Exception as error:  # a fault of ours must not cost the rows behind it
         if show_faults:
             console.print(traceback.format_exc(), markup=False)
