@@ -149,7 +149,12 @@ def _vocabulary(reached: list[Any]) -> dict[str, bytes]:
     content = None
     if file is not None:
         with open(file, "rb") as opened_file:
-            content = opened_file.read(_MAX_BYTES)
+            content = opened_file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise UserError(
+                f"{file} has more than {_MAX_BYTES >> 20} MiB: no SentencePiece file "
+                "that a run keeps. Check $VIT22B_VOCABULARY."
+            )
     return vocabulary_files(content, extra_ids)
 
 
