@@ -87,7 +87,7 @@ def test_a_cut_last_line_is_dropped_and_counted(tmp_path):
     again = files(tmp_path)
     assert not again.is_complete()
     assert again.recover(2) == Recovered(num_lines=4, num_dropped=2)
-    assert again.num_begun() == 4
+    assert again.begun(1) == [0, 1, 2, 3]
     write(again, range(4, 6))
     again.merge()
     assert indices(again.path) == list(range(6))
@@ -219,7 +219,7 @@ def test_of_many_that_start_at_once_one_writes_and_all_others_get_a_line(tmp_pat
                 return "reused"
             output.recover(2)
             with output.writer() as writer:
-                for index in range(output.num_begun(), 6):
+                for index in range(len(output.begun(1)), 6):
                     writer.write([line(index)])
                     time.sleep(0)
             output.merge()

@@ -393,7 +393,7 @@ def _read_begun(folder):
         if files.is_complete():
             return
         files.recover(2)
-        start = files.num_begun()
+        start = len(files.begun(1))
         with files.writer() as writer:
             writer.write(list(_lines())[start:])
         assert files.merge()["num_examples"] == 4

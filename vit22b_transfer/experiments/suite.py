@@ -12,7 +12,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -232,9 +232,3 @@ def _is_same(line: Line, other: Line | None) -> bool:
         and line.status == results.SKIPPED
         and line.as_json() == other.as_json()
     )
-
-
-def in_order(rows: Sequence[Row], lines: Mapping[int, Line]) -> Iterator[Any]:
-    """Each row with its line, None if there is none."""
-    for row in rows:
-        yield row, lines.get(row.number)

@@ -141,10 +141,6 @@ class PredictionFiles:
         num_lines = sum(1 for _ in _contiguous(merged(self.parts())))
         return f"{num_lines} lines of {os.path.basename(self.path)} are kept"
 
-    def num_begun(self) -> int:
-        """Number of lines that `recover` gathered."""
-        return sum(1 for _ in _lines(self._begun_path))
-
     def begun(self, block: int) -> list[int]:
         """Numbers of the batches that `recover` gathered: all others are to be made."""
         return [number for number, _ in whole_batches(_lines(self._begun_path), block)]
