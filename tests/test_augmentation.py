@@ -98,9 +98,19 @@ def tasks():
     seqio.MixtureRegistry.add("drawn_mixture", [("drawn", 1.0), ("drawn_too", 2.0)])
 
 
-def train(name, steps, drawn=INCEPTION, *, start=0, batch_size=8, seed=0, shard=None):
+def train(
+    name,
+    steps,
+    drawn=INCEPTION,
+    *,
+    start=0,
+    batch_size=8,
+    seed=0,
+    shard=None,
+    lengths=LENGTHS,
+):
     """(number of the record, image) of each row of the batches of some steps."""
-    lengths = augmentation.train_lengths(name, LENGTHS, drawn)
+    lengths = augmentation.train_lengths(name, lengths, drawn)
     request = Request(name, "train", lengths, ImageTextFeatureConverter, batch_size)
     batches = host_train_batches(request, seed, start, shard or HostShard())
     rows = []
@@ -337,6 +347,9 @@ def test_an_augmentation_without_effect_is_an_error():
     assert train("keyed", 1, Augmentation())
     with pytest.raises(UserError, match=r"0\.05 to 1 of it cut out, half .*no effect"):
         TrainData("drawn", "train", LENGTHS, 8, object(), INCEPTION)
+    scaled = image_lengths.prepared(LENGTHS, Preparation(jpegs="scaled"))
+    with pytest.raises(UserError, match="crops from whole images.*scaled_jpegs.gin"):
+        train("drawn", 1, INCEPTION, lengths=scaled)
 
 
 def test_feature_lengths_carry_it_and_are_compared_with_it():

@@ -14,7 +14,7 @@ from gin_files import BEHIND, CONFIGS, ROOT, files, model_files, read_recipe
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.augmentation import Augmentation
-from vit22b_transfer.models import contrastive, freezing, multimodal
+from vit22b_transfer.models import contrastive, freezing, multimodal, preparation
 from vit22b_transfer.planning import jobs
 from vit22b_transfer.recipes import loading
 from vit22b_transfer.recipes.reader import Reader, Recipe
@@ -126,6 +126,14 @@ def test_a_file_behind_a_recipe_takes_the_place_of_what_the_recipe_says():
         recipe = read_recipe(RECIPE, behind=model_files(name))
         lines = "\n".join(loading.show(recipe))
         assert f"multimodal.ImageTextModel.{parameter} = {expected}" in lines
+
+
+def test_jpegs_at_a_scale_are_what_every_tower_asks_for():
+    for tower in ("vit", "vit_classic", "vit_mini", "paligemma"):
+        behind = [*model_files(tower), CONFIGS / "runs/scaled_jpegs.gin"]
+        read = read_recipe(RECIPE, "IMAGE_SIZE=(224, 224)", behind=behind)
+        model = loading.arguments(read, train.fine_tune, [str(ROOT)])["model"]
+        assert preparation.of_model(model) == preparation.Preparation(jpegs="scaled")
 
 
 TOWER_KERNEL = "encoder/tower/layers.*(attention|mlp)/.*/kernel$"

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import skimage.data
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
@@ -435,3 +436,39 @@ def test_a_strip_of_a_pixel_is_never_resized_whole():
 def test_a_preparation_that_cannot_be_is_refused(fields, message):
     with pytest.raises(UserError, match=message):
         Preparation(**fields)
+
+
+def photograph(size=(640, 480)):
+    return Image.fromarray(skimage.data.astronaut()).resize(size)
+
+
+@pytest.mark.parametrize("how", [{}, dict(fit="shorter_side", filter="bicubic")])
+def test_a_jpeg_decoded_at_a_scale_is_nearly_the_whole_one_made_smaller(how):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    sources = {
+        "plain": encode(photograph(), "JPEG", quality=90),
+        "turned": encode(photograph(), "JPEG", quality=90, exif=turned),
+        "grey": encode(photograph().convert("L"), "JPEG", quality=90),
+        "cmyk": encode(photograph((1000, 990)).convert("CMYK"), "JPEG", quality=90),
+    }
+    scaled = Preparation(**how, jpegs="scaled")
+    for name, source in sources.items():
+        expected = images.read_image(source, (112, 112), Preparation(**how)).astype(int)
+        pixels = images.read_image(source, (112, 112), scaled)
+        difference = np.abs(pixels - expected).mean()
+        nearest = Preparation(**how | dict(filter="nearest"))
+        aliased = images.read_image(source, (112, 112), nearest)
+        assert 0.1 < difference < 3, name
+        assert 2 * difference < np.abs(aliased - expected).mean(), name
+
+
+def test_only_jpegs_much_larger_than_asked_for_are_decoded_at_a_scale():
+    scaled = Preparation(jpegs="scaled")
+    png, jpeg = encode(photograph(), "PNG"), encode(photograph(), "JPEG")
+    for source, size in ((png, (32, 32)), (jpeg, (480, 320)), (jpeg, (700, 700))):
+        expected = images.read_image(source, size)
+        np.testing.assert_array_equal(images.read_image(source, size, scaled), expected)
+        np.testing.assert_array_equal(
+            images.prepare(images.read_whole(source), size), expected
+        )

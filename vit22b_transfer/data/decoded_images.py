@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 
-from vit22b_transfer.data.images import USUAL, prepare, read_whole
+from vit22b_transfer.data.images import USUAL, read_image, read_whole
 from vit22b_transfer.models.preparation import Preparation
 
 
@@ -37,8 +37,10 @@ class DecodedImages:
         key = (source, size, how)
         pixels = self._images.get(key) if isinstance(source, str) else None
         if pixels is None:
-            pixels = read_whole(source, name=name)
-            pixels = prepare(pixels, size, how) if size else pixels
+            if size is None:
+                pixels = read_whole(source, name=name)
+            else:
+                pixels = read_image(source, size, how, name=name)
             with self._lock:
                 fits = self._bytes + pixels.nbytes <= self._max_bytes
                 if isinstance(source, str) and fits and key not in self._images:

@@ -67,9 +67,32 @@ def read_image(
     source: bytes | str | os.PathLike,
     size: tuple[int, int],
     how: Preparation = USUAL,
+    *,
+    name: str = "an image",
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """`read_whole`, made into an image of (height, width)."""
-    return prepare(read_whole(source), size, how)
+    """The image in a file or in encoded bytes, made into one of (height, width).
+
+    It is `prepare` of `read_whole`, made without an array of the whole image; of JPEGs
+    that `how` has at a scale, a larger or smaller part was never decoded.
+
+    Raises:
+      UserError: as `read_whole`.
+    """
+
+    def made(data):
+        # Of the whole image, whatever part of it is decoded.
+        shape = None
+
+        def least(of_image):
+            nonlocal shape
+            shape = of_image
+            return _resized_size(shape, size, how)[0]
+
+        scaled = how.jpegs == "scaled"
+        image = _opened(data, MAX_PIXELS, name, least if scaled else None)
+        return _resized(image, shape or (image.height, image.width), size, how)
+
+    return _of_source(source, name, made)
 
 
 def read_whole(
@@ -83,8 +106,12 @@ def read_whole(
       UserError: it cannot be read or has more than `MAX_PIXELS` pixels; the message
         says why but not which image it is, unless a path was given.
     """
+    return _of_source(source, name, lambda data: decode(data, name=name))
+
+
+def _of_source(source, name, made):
     if isinstance(source, bytes):
-        return decode(source, name=name)
+        return made(source)
     name = printable(os.fspath(source))
     try:
         if not stat.S_ISREG(os.stat(source).st_mode):
@@ -94,7 +121,7 @@ def read_whole(
     except OSError as e:
         raise UserError(f"{name}: {e.strerror or e}") from e
     try:
-        return decode(data, name=name)
+        return made(data)
     except ValueError as e:
         raise UserError(f"{name}: {e}") from e
 
@@ -109,10 +136,18 @@ def decode(
     left out where it is broken, and an orientation that cannot be read is upright: the
     first of each kind is logged with the image's `name`, all are counted.
     """
+    return np.asarray(_opened(data, max_pixels, name))
+
+
+def _opened(data, max_pixels, name, least=None):
+    """Pillow's image of what `decode` says.
+
+    least: of the (height, width) of an upright JPEG, those that are needed of it.
+    """
     if not data:
         raise UserError("the file is empty (0 bytes)")
     try:
-        return _decoded(data, max_pixels, name)
+        return _decoded(data, max_pixels, name, least)
     except UserError:
         raise
     except Exception as e:
@@ -124,32 +159,45 @@ def decode(
         if not repaired.left_out:
             raise _refusal(e, broken) from e
         try:
-            pixels = _decoded(repaired.data, max_pixels, name)
+            image = _decoded(repaired.data, max_pixels, name, least)
         except Exception as again:
             raise _refusal(again, broken) from again
         kind, _, _ = repaired.left_out.rpartition(" ")
         _note(name, kind, f"a broken {repaired.left_out}, which is left out")
-        return pixels
+        return image
 
 
-def _decoded(data, max_pixels, name):
+def _decoded(data, max_pixels, name, least):
     with image_warnings.heard() as heard:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise _TooLarge(image.size, max_pixels)
             with _DECODING.holding(_BYTES_PER_PIXEL * width * height):
+                orientation = None
+                if image.format == "JPEG":
+                    orientation = _orientation(image, name)
+                    if least is not None:
+                        _draft(image, orientation, least)
                 image.load()  # which also turns a TIFF
-                turned = _UPRIGHT.get(_orientation(image, name))
+                orientation = orientation or _orientation(image, name)
+                turned = _UPRIGHT.get(orientation)
                 upright = image if turned is None else image.transpose(turned)
-                pixels = np.asarray(_to_rgb(upright))
+                rgb = _to_rgb(upright)
     for text in dict.fromkeys(heard):
         text = printable(" ".join(text.split()))[:_SHOWN_WARNING]
         if "EXIF" in text or "Metadata" in text:
             _note(name, "EXIF", f"broken EXIF data ({text})")
         else:
             _note(name, "other warnings of Pillow", f"a fault ({text})")
-    return pixels
+    return rgb
+
+
+def _draft(image, orientation, least):
+    """Has a JPEG decoded at 1/2, 1/4 or 1/8 where that is as large as needed."""
+    across = orientation >= 5
+    height, width = least(image.size if across else image.size[::-1])
+    image.draft(None, (height, width) if across else (width, height))
 
 
 def _orientation(image, name):
@@ -251,13 +299,18 @@ def prepare(
     some places and by 2 in very few: both round between rows and columns, Pillow in the
     order that is cheaper.
     """
-    if image.shape[:2] == size and how.resized == how.kept:
-        return image
-    rows, columns = image.shape[:2]
-    whole, (top, left) = _resized_size(image.shape[:2], size, how)
-    pillow, filter_ = Image.fromarray(image), RESIZE_METHODS[how.filter]
+    return _resized(Image.fromarray(image), image.shape[:2], size, how)
+
+
+def _resized(image, shape, size, how):
+    """An image at `size` that had `shape` = (height, width) before it was decoded."""
+    if (image.height, image.width) == size and how.resized == how.kept:
+        return np.asarray(image)
+    columns, rows = image.size
+    whole, (top, left) = _resized_size(shape, size, how)
+    filter_ = RESIZE_METHODS[how.filter]
     if whole[0] * whole[1] <= _WHOLE_PIXELS:
-        resized = np.asarray(pillow.resize((whole[1], whole[0]), filter_))
+        resized = np.asarray(image.resize((whole[1], whole[0]), filter_))
         return resized[top : top + size[0], left : left + size[1]]
     down, across = rows / whole[0], columns / whole[1]
     part = (
@@ -266,7 +319,7 @@ def prepare(
         min((left + size[1]) * across, columns),
         min((top + size[0]) * down, rows),
     )
-    return np.asarray(pillow.resize((size[1], size[0]), filter_, box=part))
+    return np.asarray(image.resize((size[1], size[0]), filter_, box=part))
 
 
 def _resized_size(

@@ -189,6 +189,11 @@ def load_images(
     how = _preparation(options, sequence_length)
     drawn = image_lengths.augmentation_of((sequence_length or {}).get("images"))
     if drawn:
+        if how.jpegs == "scaled":
+            raise UserError(
+                "augmentation (runs/augment.gin) cuts crops from whole images, which "
+                "rules out JPEGs decoded at a scale; leave out runs/scaled_jpegs.gin."
+            )
         dataset = augmentation.with_keys(dataset)
 
     def pixels_of(image, name):

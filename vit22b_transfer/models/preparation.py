@@ -12,6 +12,7 @@ from vit22b_transfer import UserError
 Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Fit = Literal["squash", "shorter_side"]
 Halves = Literal["down", "even"]
+Jpegs = Literal["whole", "scaled"]
 FILTERS = get_args(Filter)
 
 
@@ -27,6 +28,8 @@ class Preparation:
       top left corner. Where `kept` is not the run's longer side, all are in proportion.
     halves: where half a pixel of the centre goes: `down` (Hugging Face), or to the
       nearest `even` number (torchvision, timm).
+    jpegs: `whole`, or `scaled`: at 1/2, 1/4 or 1/8 of their size, which the discrete
+      cosine transform gives for less, if that is as large as what they are resized to.
 
     Raises:
       UserError: for other names, or sides that grow.
@@ -38,12 +41,14 @@ class Preparation:
     cropped: int = 1
     kept: int = 1
     halves: Halves = "down"
+    jpegs: Jpegs = "whole"
 
     def __post_init__(self):
         for name, valid in (
             ("filter", FILTERS),
             ("fit", get_args(Fit)),
             ("halves", get_args(Halves)),
+            ("jpegs", get_args(Jpegs)),
         ):
             if getattr(self, name) not in valid:
                 raise UserError(
@@ -66,6 +71,8 @@ class Preparation:
             text += f", the centre ({self.cropped} of {self.resized}) cut out"
         if self.cropped > self.kept:
             text += f", its top left ({self.kept} of {self.cropped}) kept"
+        if self.jpegs == "scaled":
+            text += ", JPEGs decoded at a scale"
         return text
 
 
