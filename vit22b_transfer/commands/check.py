@@ -1,4 +1,4 @@
-"""`data-check` of the command: a task's data, or files, before a training."""
+"""`data-check` and `data-bench` of the command: data before a training."""
 
 import argparse
 import json
@@ -47,6 +47,58 @@ def add_to(add: Add) -> None:
     )
     command.add_argument("--out", metavar="FILE.html", help="a page of all of it")
     command.add_argument("--json", metavar="FILE.json", help="the same as JSON")
+    command = add(
+        "data-bench",
+        _bench,
+        "Time the reading of a task: examples a second, and where the time goes.",
+    )
+    command.add_argument("task", metavar="TASK", help="a registered task")
+    add_modules(command)
+    command.add_argument("--split", default="train", help="(default: train)")
+    command.add_argument(
+        "--size", type=int, default=224, help="side of the images, in pixels"
+    )
+    command.add_argument("--batch_size", type=int, default=64)
+    command.add_argument(
+        "--seconds", type=float, default=20.0, help="how long to read (default: 20)"
+    )
+
+
+def _bench(args: argparse.Namespace) -> None:
+    for name in ("size", "batch_size", "seconds"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name} {getattr(args, name)}: it is to be above 0.")
+    import rich.console
+
+    from vit22b_transfer.host.tables import print_table
+
+    with without_startup_notes():
+        from vit22b_transfer.data import data_bench
+
+    register(args.modules, args.task)
+    found = data_bench.measure(
+        args.task,
+        args.split,
+        size=args.size,
+        batch_size=args.batch_size,
+        seconds=args.seconds,
+    )
+    each, speed = found.per_example, found.examples_per_second
+    rows = {**found.parts, "together": each}
+    columns = {
+        "ms of a processor for each example": [f"{1e3 * x:.2f}" for x in rows.values()],
+        "share": [f"{x / each:.0%}" for x in rows.values()],
+    }
+    console = rich.console.Console()
+    print_table(console, list(rows), columns, section=len(rows) - 1)
+    print(
+        f"{found.examples} examples read: {speed:,.0f} a second with "
+        f"{found.processors} processors, {1 / each:,.0f} a second of one. A step of "
+        f"{args.batch_size} examples that takes less than "
+        f"{1e3 * args.batch_size / speed:,.0f} ms waits for its data.\n"
+        "Of JPEGs at a scale (runs/scaled_jpegs.gin) images would take "
+        f"{1e3 * found.scaled:.2f} ms."
+    )
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@
                                       one is its question
     .parquet                          a column `image`: encoded bytes, a path, or
                                       Hugging Face's struct of both; `question`
+    .tfrecord, .array_record          images inside of `tf.train.Example`s; `question`
     .jsonl of OpenAI's batches        the image and the text of each request
 
 Nothing is ever left out: what cannot be read, or may not (a name that leads out of its
@@ -24,7 +25,6 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 import seqio
-import tensorflow as tf
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data import packed_images, preprocessors, text_files, vocabularies
@@ -96,16 +96,6 @@ class GivenImagesSource(IndexedSource):
             hashed.update(repr(said).encode("utf-8", "surrogateescape"))
         return f"{len(records)} examples, sha256 {hashed.hexdigest()[:16]}"
 
-    def records(self, split: str, order: tf.data.Dataset) -> tf.data.Dataset:
-        """One example for each record index (int64) in `order`, in that order."""
-        examples = super().records(split, order)
-        if not any(map(packed_images.is_packed, self._packed_paths(split))):
-            return examples
-        return examples.map(tf.autograph.experimental.do_not_convert(_with_bytes))
-
-    def _packed_paths(self, split):
-        return (record.image_path for record in self._load(split))
-
     def _read(self, split, files, bad: BadRecords) -> list[Record]:
         records = [record for name in files for record in self._of(name)]
         if not self._asked:
@@ -128,8 +118,9 @@ class GivenImagesSource(IndexedSource):
             yield from _of_folder(self._folder(path), name)
         elif not path.exists():
             yield from self._of_pattern(name)
-        elif suffix in packed_images.SUFFIXES:
-            yield from packed_images.records(path)
+        elif packed_images.is_archive(path):
+            for record in packed_images.records(path, beside="question"):
+                yield dataclasses.replace(record, references=())
         elif suffix in IMAGE_FORMATS:
             yield Record(str(path), _shown(name))
         elif suffix in _LISTS:
@@ -151,7 +142,8 @@ class GivenImagesSource(IndexedSource):
                 f"nothing matches {name!a}; quote it if the shell reads it."
             )
         for one in found:
-            if os.path.isdir(one) or one.lower().endswith((*IMAGE_FORMATS, *_LISTS)):
+            known = one.lower().endswith((*IMAGE_FORMATS, *_LISTS))
+            if known or os.path.isdir(one) or packed_images.is_archive(one):
                 yield from self._of(one)
 
     def _of_list(self, path: pathlib.Path, folder: ImageFolder) -> Iterator[Record]:
@@ -269,26 +261,6 @@ def _of_entry(
     record = _found(folder, name, str(ids.get("image_id", name)))
     question = texts.get("question", "").strip()
     return _asked(record, question, str(ids.get("question_id", "")))
-
-
-def _with_bytes(example):
-    """The example with `image`, what its file or archive holds, for `image_path`."""
-    example = dict(example)
-    problem = example.pop("image_problem", tf.constant(""))
-
-    def read(place, known):
-        if known:
-            return b"", known
-        try:
-            return packed_images.read(os.fsdecode(place)), b""
-        except UserError as error:
-            return b"", str(error).encode("utf-8", "backslashreplace")
-
-    places = [example.pop("image_path"), problem]
-    image, problem = tf.numpy_function(read, places, [tf.string, tf.string])
-    image.set_shape([])
-    problem.set_shape([])
-    return {**example, "image": image, "image_problem": problem}
 
 
 def task(

@@ -21,6 +21,7 @@ import seqio
 import tensorflow as tf
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data import packed_images
 from vit22b_transfer.data.image_folders import ImageFolder
 from vit22b_transfer.data.records import (
     BAD_RECORD_POLICIES,
@@ -168,17 +169,23 @@ class IndexedSource(RandomAccessSource):
 
     def records(self, split: str, order: tf.data.Dataset) -> tf.data.Dataset:
         """One example for each record index (int64) in `order`, in that order."""
-        look_up = self._table(split)
-        return order.map(tf.autograph.experimental.do_not_convert(look_up))
+        look_up, packed = self._table(split)
+        examples = order.map(tf.autograph.experimental.do_not_convert(look_up))
+        if not packed:
+            return examples
+        read = tf.autograph.experimental.do_not_convert(_with_bytes)
+        return examples.map(read, num_parallel_calls=tf.data.AUTOTUNE)
 
     def _table(self, split):
         """A function from an index to the example, without Python in between.
 
-        A tf.numpy_function would cost as much as the decoding of a small image.
+        A tf.numpy_function would cost as much as the decoding of a small image. And
+        whether any image is inside of another file.
         """
         records = self._load(split)
         if split not in self._tables or self._tables[split][0] is not records:
-            self._tables[split] = (records, _look_up(records))
+            packed = any(packed_images.is_packed(one.image_path) for one in records)
+            self._tables[split] = (records, (_look_up(records), packed))
         return self._tables[split][1]
 
     def __repr__(self) -> str:
@@ -222,3 +229,23 @@ def _look_up(records):
         return example
 
     return look_up
+
+
+def _with_bytes(example):
+    """The example with `image`, what its file or archive holds, for `image_path`."""
+    example = dict(example)
+    problem = example.pop("image_problem", tf.constant(""))
+
+    def read(place, known):
+        if known:
+            return b"", known
+        try:
+            return packed_images.read(os.fsdecode(place)), b""
+        except UserError as error:
+            return b"", str(error).encode("utf-8", "backslashreplace")
+
+    places = [example.pop("image_path"), problem]
+    image, problem = tf.numpy_function(read, places, [tf.string, tf.string])
+    image.set_shape([])
+    problem.set_shape([])
+    return {**example, "image": image, "image_problem": problem}

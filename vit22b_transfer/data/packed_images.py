@@ -1,7 +1,8 @@
 """Images inside of other files: WebDataset's tar, parquet, requests in JSON lines.
 
-A place of such an image is a text, `tar:OFFSET:SIZE:PATH`, `parquet:ROW::PATH` or
-`request:OFFSET:SIZE:PATH`; so records of them are as small as those of files.
+A place of such an image is a text, `tar:OFFSET:SIZE:PATH`, `parquet:ROW::PATH`,
+`request:OFFSET:SIZE:PATH` or one of `packed_examples`; so records of them are as small
+as those of files.
 """
 
 import base64
@@ -13,20 +14,19 @@ import re
 import stat
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from vit22b_transfer import UserError
+from vit22b_transfer.data import packed_examples, packed_texts
 from vit22b_transfer.data.images import IMAGE_FORMATS
+from vit22b_transfer.data.packed_examples import MAX_BYTES
 from vit22b_transfer.data.records import Record, half_character
 from vit22b_transfer.host import json_files
 from vit22b_transfer.host.file_errors import brief
 
-SUFFIXES = (".tar", ".parquet")
-# Of an encoded image: what `images.MAX_PIXELS` take without any compression.
-MAX_BYTES = 2**28
-# Of the text beside an image, and of a line without its image.
-_MAX_TEXT = 2**16
-_PLACE = re.compile(r"(tar|parquet|request):(\d+):(\d*):(.+)", re.DOTALL)
+SUFFIXES = (".tar", ".parquet", *packed_examples.SUFFIXES)
+_KINDS = "tar|parquet|request|tfrecord|arrayrecord"
+_PLACE = re.compile(rf"({_KINDS}):(\d+):(\d*):(.+)", re.DOTALL)
 _DATA = re.compile(r"data:[\w./+-]*;base64,")
 
 Find = Callable[[str], tuple[str | None, str]]
@@ -37,13 +37,28 @@ def is_packed(place: str) -> bool:
     return _PLACE.fullmatch(place) is not None
 
 
-def records(path: pathlib.Path) -> Iterator[Record]:
-    """The images of an archive, in its order.
+def is_archive(path: str | os.PathLike) -> bool:
+    """Whether a file is called as one whose images `records` gives."""
+    known = os.fspath(path).lower().endswith((".tar", ".parquet"))
+    return known or bool(packed_examples.kind(path))
+
+
+def records(
+    path: pathlib.Path, *, beside: Literal["question", "caption"]
+) -> Iterator[Record]:
+    """The images of an archive, in its order, with the texts of `packed_texts`.
+
+    beside: what KEY.txt beside an image of a tar file is.
 
     Raises:
       UserError: if the file is damaged, or has no image.
     """
-    found = _tar(path) if path.suffix.lower() == ".tar" else _parquet(path)
+    if path.suffix.lower() == ".tar":
+        found = _tar(path, beside)
+    elif packed_examples.kind(path):
+        found = packed_examples.records(path)
+    else:
+        found = _parquet(path)
     empty = True
     for record in found:
         empty = False
@@ -65,6 +80,8 @@ def read(place: str) -> bytes:
         kind, first, size, path = found.groups()
         if kind == "parquet":
             return _parquet_image(path, int(first))
+        if kind in ("tfrecord", "arrayrecord"):
+            return packed_examples.image(kind, int(first), int(size or 0), path)
         content = _part(path, int(first), int(size))
     except OSError as error:
         raise UserError(f"{place}: {error.strerror or error}") from error
@@ -86,10 +103,10 @@ def _part(path: str, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-# --- WebDataset: KEY.jpg, with KEY.txt behind or before it ---
+# --- WebDataset: KEY.jpg, with KEY.txt or KEY.json behind or before it ---
 
 
-def _tar(path: pathlib.Path) -> Iterator[Record]:
+def _tar(path: pathlib.Path, beside: str) -> Iterator[Record]:
     """As WebDataset groups files: those of one key stand together."""
     group: dict[str, tarfile.TarInfo] = {}
     last = None
@@ -101,11 +118,13 @@ def _tar(path: pathlib.Path) -> Iterator[Record]:
                 folder, name = os.path.split(member.name)
                 key, _, suffix = name.partition(".")
                 if (folder, key) != last:
-                    yield from _of_group(path, group)
+                    yield from _of_group(path, group, beside)
                     group, last = {}, (folder, key)
                 group[suffix.lower()] = member
-            yield from _of_group(path, group)
+            yield from _of_group(path, group, beside)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{path} is no readable tar file ({brief(str(error))}). A compressed one "
             "has to be unpacked first (gunzip), for its images to be read in any order."
@@ -113,22 +132,35 @@ def _tar(path: pathlib.Path) -> Iterator[Record]:
 
 
 def _of_group(
-    path: pathlib.Path, group: dict[str, tarfile.TarInfo]
+    path: pathlib.Path, group: dict[str, tarfile.TarInfo], beside: str
 ) -> Iterator[Record]:
-    question = ""
-    if (text := group.get("txt")) is not None and text.size <= _MAX_TEXT:
-        found = _part(str(path), text.offset_data, text.size)
-        question = found.decode(errors="replace").strip()
+    values: dict[str, Any] = {}
+    problem = ""
+    for suffix in ("json", "txt"):
+        if (member := group.get(suffix)) is None:
+            continue
+        if member.size > packed_texts.MOST_BYTES:
+            problem = f"{member.size:,} bytes of text beside the image"
+            continue
+        content = _part(str(path), member.offset_data, member.size)
+        if suffix == "txt":
+            values[beside] = content.decode(errors="replace")
+        elif isinstance(known := json_files.parse(content, path), dict):
+            values |= known
+    said = packed_texts.of_values(values)
     for suffix, member in group.items():
         if f".{suffix}" in IMAGE_FORMATS:
-            image_id = member.name.encode("utf-8", "backslashreplace").decode()
+            name = member.name.encode("utf-8", "backslashreplace").decode()
+            image_id = said.get("image_id") or name
+            fields = {**said, "image_id": image_id}
+            if problem:
+                fields["image_problem"] = problem
             if member.issparse():
-                yield Record(
-                    "", image_id, image_problem="a sparse member of a tar file"
-                )
+                sparse = "a sparse member of a tar file"
+                yield Record("", image_id, image_problem=sparse)
                 continue
             place = f"tar:{member.offset_data}:{member.size}:{path}"
-            yield Record(place, image_id, question=question)
+            yield Record(place, **fields)
 
 
 # --- Parquet ---
@@ -158,7 +190,7 @@ def _parquet(path: pathlib.Path) -> Iterator[Record]:
         raise UserError(
             f"{path} has no column image; it has {', '.join(sorted(names)[:20])}."
         )
-    texts = [name for name in ("question", "image_id", "question_id") if name in names]
+    texts = [name for name in packed_texts.NAMES if name in names]
     row = 0
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
@@ -167,16 +199,10 @@ def _parquet(path: pathlib.Path) -> Iterator[Record]:
             table = file.read_row_group(group, columns=texts)
             columns = {name: table.column(name).to_pylist() for name in texts}
         for inside in range(rows):
-            said = {name: columns[name][inside] for name in texts}
-            said = {n: "" if v is None else str(v) for n, v in said.items()}
-            problem = half_character("".join(said.values()))
-            yield Record(
-                f"parquet:{row}::{path}",
-                said.get("image_id") or f"{path.name}:{row}",
-                said.get("question_id", ""),
-                "" if problem else said.get("question", "").strip(),
-                image_problem=problem and f"the question {problem}",
-            )
+            values = {name: columns[name][inside] for name in texts}
+            said = packed_texts.of_values(values)
+            said["image_id"] = said.get("image_id") or f"{path.name}:{row}"
+            yield Record(f"parquet:{row}::{path}", **said)
             row += 1
 
 
