@@ -120,7 +120,7 @@ def lowered(function, *arguments):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def tower_loss(form="auto", dtype=jnp.bfloat16, side=160):
+def tower_loss(form="auto", dtype=jnp.bfloat16, side=160, **options):
     """(loss, parameters, images) of a tower of one block with 100 tokens."""
     config = vit.vit22b_config(
         "Ti/16",
@@ -132,6 +132,7 @@ def tower_loss(form="auto", dtype=jnp.bfloat16, side=160):
         pooling="none",
         dtype=dtype,
         attention_form=form,
+        **options,
     )
     tower = vit.VisionTower(config)
     images = jax.ShapeDtypeStruct((3, side, side, 3), jnp.uint8)
@@ -149,6 +150,13 @@ def test_a_tower_for_cuda_has_cudnns_kernels_and_no_logits(form, calls, on_cuda)
     text = lowered(*tower_loss(form))
     assert text.count("custom_call @__cudnn$fmha") == calls
     assert ("tensor<3x2x100x100xf32>" in text) == (not calls)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("remat, calls", [("dots", 2), ("block", 3)])
+def test_what_cudnn_made_is_kept_where_matmuls_are(remat, calls, scan_layers, on_cuda):
+    text = lowered(*tower_loss(remat=remat, scan_layers=scan_layers))
+    assert text.count("custom_call @__cudnn$fmha") == calls
 
 
 def test_the_choice_is_told_once(on_cuda, capsys):

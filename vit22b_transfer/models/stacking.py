@@ -50,13 +50,19 @@ def scan_blocks(
 def remat_block(
     block: type[nn.Module], policy: str, *, scanned: bool, static: Sequence[int] = ()
 ) -> type[nn.Module]:
-    """`block` with rematerialisation: `none`, `dots` (keep matmul results), `block`."""
+    """`block` with rematerialisation: `none`, `dots` or `block`.
+
+    `dots` keeps the results of matmuls with parameters, and of cuDNN's attention;
+    `block` keeps the block's input alone.
+    """
     if policy == "none":
         return block
     saveable = jax.checkpoint_policies
     policies = {
         "dots": saveable.save_from_both_policies(
-            saveable.dots_with_no_batch_dims_saveable,
+            saveable.save_from_both_policies(
+                saveable.dots_with_no_batch_dims_saveable, _flash_attention
+            ),
             # This may be the sum of many products, which are not kept.
             saveable.save_only_these_names(projections.NAME),
         ),
@@ -68,3 +74,8 @@ def remat_block(
         prevent_cse=not scanned,
         static_argnums=tuple(static),
     )
+
+
+def _flash_attention(primitive, *_, **__) -> bool:
+    """Whether a result is of attention that forms no logits: small, and dear to make."""
+    return primitive.name.startswith("dot_product_attention_fwd")
