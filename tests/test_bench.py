@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jaxlib
 import pytest
 import tiny_models
 
+from vit22b_transfer import cli
 from vit22b_transfer.models import vit
 from vit22b_transfer.partitioning.rules import Partitioning
-from vit22b_transfer.planning import bench
+from vit22b_transfer.planning import bench, bench_settings
 from vit22b_transfer.training import optimizers
 
 ROOT = str(Path(__file__).parent.parent)
@@ -69,13 +71,57 @@ def test_what_cannot_be_measured_is_refused(model, sizes, message):
         bench.measure(model, partitioning=Partitioning(data=1, model=1), **sizes)
 
 
+TINY = ["vit22b_config.depth=2", "vit22b_config.width=24", "IMAGE_SIZE=(32,32)"]
+TINY += ["vit22b_config.mlp_dim=8", "vit22b_config.num_heads=2", "VOCAB_SIZE=64"]
+TINY += ["t5_config.num_encoder_layers=1", "t5_config.num_decoder_layers=1"]
+TINY += ["t5_config.width=16", "BATCH_SIZE=8", "measure.rounds=1"]
+
+
+@pytest.mark.slow
+def test_settings_are_compared_and_the_fastest_is_named(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setattr(
+        bench_settings,
+        "FORMS",
+        {name: bench_settings.FORMS[name] for name in ("unrolled", "scanned")}
+        | {"wrong": dict(scan_layers=True, remat="all")},
+    )
+    arguments = [f"--gin.{size}" for size in TINY]
+    assert cli.main(["bench", "--compare-settings", *arguments]) == 0
+    out = capsys.readouterr().out
+    steps = {}
+    for name in ("unrolled", "scanned"):
+        found = re.search(rf"│ {name} +│ +[\d.,]+ │ [^│]+│ +([\d.,]+) │", out)
+        steps[name] = float(found[1].replace(",", ""))
+    fastest = min(steps, key=steps.get)
+    assert f"Fastest training step: {fastest}" in out
+    assert f"--gin.vit.vit22b_config.scan_layers={fastest == 'scanned'}" in out
+    assert "wrong: failed: " in out and "got 'all'" in out
+    assert "gpu_*.sh are for NVIDIA GPUs and were not tried" in out
+
+
+def test_launch_files_compose_with_what_the_user_has_set():
+    flags = "--xla_force_host_platform_device_count=2"
+    files = sorted((Path(ROOT) / "gin_configs/launch").glob("gpu_*.sh"))
+    assert len(files) == 3
+    script = "; ".join(f". {file}" for file in files) + "; env"
+    done = subprocess.run(
+        ["sh", "-euc", script], capture_output=True, text=True, env={"XLA_FLAGS": flags}
+    )
+    said = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    found = said["XLA_FLAGS"].split()
+    assert found[0] == flags and len(set(found)) == len(found) == 8
+    assert said["JAX_OPTIMIZATION_LEVEL"] == "O1"
+    library = next(Path(jaxlib.__file__).parent.glob("libjax_common*"), None)
+    content = library.read_bytes() if library else b""
+    for flag in found:
+        name = flag.partition("=")[0].removeprefix("--").encode()
+        assert not content or name + b"\0" in content, flag
+
+
 @pytest.mark.slow
 def test_the_command_measures_all_parts_on_a_mesh_without_tensorflow():
-    sizes = ["vit22b_config.depth=1", "vit22b_config.width=24", "IMAGE_SIZE=(32,32)"]
-    sizes += ["vit22b_config.mlp_dim=8", "vit22b_config.num_heads=2", "VOCAB_SIZE=64"]
-    sizes += ["t5_config.num_encoder_layers=1", "t5_config.num_decoder_layers=1"]
-    sizes += ["t5_config.width=16", "BATCH_SIZE=4", "measure.rounds=1"]
-    arguments = [f"--gin.{size}" for size in sizes]
+    arguments = [f"--gin.{size}" for size in TINY]
     arguments.append("--gin_file=gin_configs/meshes/model_parallel_2.gin")
     code = (
         "import sys; from vit22b_transfer import cli\n"

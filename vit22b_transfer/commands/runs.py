@@ -136,6 +136,13 @@ def add_to(add: Add) -> None:
         metavar="FILE",
         help="gin file of another tower, text model or mesh; may be repeated",
     )
+    command.add_argument(
+        "--compare-settings",
+        dest="compare",
+        action="store_true",
+        help="measure a ViT scanned and unrolled, with more and less kept for the "
+        "backward pass, on GPUs under flags of XLA; and say which is fastest",
+    )
 
     measures = {kind: what for kind, (_, what) in MEASURES.items()}
     for name, text, kinds in (
@@ -206,6 +213,19 @@ class _Kind(argparse.Action):
         namespace.kind = values
 
 
+def _compare_settings(args: argparse.Namespace) -> None:
+    from vit22b_transfer.planning import bench_settings
+    from vit22b_transfer.recipes import shipped
+
+    recipe = _recipe(args, shipped.search_paths())
+    _, tower, _ = recipe.statements()["TOWER"]
+    # The first file is the command's own.
+    files = [f"--gin_file={name}" for name in args.gin_file[1:]]
+    given = [*files, *(f"--gin.{override}" for override in args.overrides)]
+    name = str(tower).removeprefix("@").removesuffix("()")
+    bench_settings.compare(given, name, shipped.folder())
+
+
 def _run(args: argparse.Namespace) -> None:
     from vit22b_transfer.recipes import loading, shipped
 
@@ -216,6 +236,9 @@ def _run(args: argparse.Namespace) -> None:
         if not args.folder:
             raise UserError("--images needs the FOLDER of a run, whose model is taken.")
         given.run(args, args.folder, args.images, asked=False)
+        return
+    if getattr(args, "compare", False):
+        _compare_settings(args)
         return
     if args.command == "infer":
         given.check_unused(args)

@@ -77,5 +77,5 @@ def remat_block(
 
 
 def _flash_attention(primitive, *_, **__) -> bool:
-    """Whether a result is of attention that forms no logits: small, and dear to make."""
+    """Whether a result is of attention that forms no logits: small, dear to make."""
     return primitive.name.startswith("dot_product_attention_fwd")

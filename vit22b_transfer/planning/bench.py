@@ -9,6 +9,7 @@ Random parameters and batches; neither TensorFlow nor SeqIO is imported.
 import copy
 import dataclasses
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import numpy as np
 import rich.console
 
 from vit22b_transfer import UserError
-from vit22b_transfer.host import tables
+from vit22b_transfer.host import tables, whole_files
 from vit22b_transfer.inference import decoding
 from vit22b_transfer.models import multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -76,11 +77,14 @@ def measure(
     input_length: int,
     target_length: int,
     rounds: int = 5,
+    json_file: str | None = None,
 ) -> list[Measured]:
     """Matrix product, tower forward and gradients, train step and decoding; printed.
 
     The model decodes greedily and exactly `target_length` tokens; its frozen parameters
-    and its optimizer are those of its train step.
+    and its optimizer are those of its train step. json_file: where the results are
+    written as well: `platform` and `results`, name -> `seconds` and `of_product`, the
+    fraction of the product's rate.
 
     Raises:
       UserError: if it has no tower, or there are no rounds.
@@ -98,6 +102,15 @@ def measure(
         for name, c in contenders.items()
     ]
     print_results(results, partitioning, console)
+    if json_file is not None:
+        rates = [result.flops / result.seconds for result in results]
+        told = {
+            result.name: {"seconds": result.seconds, "of_product": rate / rates[0]}
+            for result, rate in zip(results, rates, strict=True)
+        }
+        platform = partitioning.mesh.devices.flat[0].platform
+        with whole_files.replacing(json_file) as file:
+            json.dump({"platform": platform, "results": told}, file, indent=2)
     return results
 
 
