@@ -237,6 +237,11 @@ def test_launch_examples_use_what_there_is():
     script = (ROOT / "gin_configs/launch/slurm.sh").read_text()
     words = shlex.split(script[script.index("\nsrun") :].replace("\\\n", " "))
     slurm = words[words.index("vit22b") + 1 :]
+    array = (ROOT / "gin_configs/launch/slurm_array.sh").read_text()
+    line = array[array.index("\nvit22b infer") :].replace("\\\n", " ")
+    args = cli.parsed(shlex.split(line.replace("$SLURM_ARRAY_TASK_ID", "0"))[1:])
+    assert args.command == "infer" and args.shard == "0/$SLURM_ARRAY_TASK_COUNT"
+    assert args.overrides == ["OUTPUT='$OUTPUT'"]
     manifest = (ROOT / "gin_configs/launch/kubernetes.yaml").read_text()
     service, job = yaml.safe_load_all(manifest)
     (container,) = job["spec"]["template"]["spec"]["containers"]
