@@ -136,14 +136,14 @@ def run(
     if args.shard and not args.out:
         raise UserError("--shard needs --out, the file that all shards fill.")
     with without_startup_notes():
-        files = _model_files(folder, args.vocabulary)
+        files = model_files(folder, args.vocabulary)
         overrides = _overrides(args, folder, images, asked)
         overrides += [*args.overrides, *shard_override(args.shard)]
     with _output(args.out) as output:
-        overrides.append(f"OUTPUT={_literal(output)}")
+        overrides.append(f"OUTPUT={literal(output)}")
         if getattr(args, "answers", None):
             files.append("gin_configs/models/answer_list.gin")
-            overrides.append(f"ANSWERS={_literal(os.path.abspath(args.answers))}")
+            overrides.append(f"ANSWERS={literal(os.path.abspath(args.answers))}")
         files += args.gin_file
         print(f"as a recipe: {as_command(files, overrides)}", file=sys.stderr)
         # Without a file only the texts are for whoever reads the output.
@@ -175,7 +175,7 @@ def _infer(files: list[str], overrides: list[str]) -> Any:
     return call(recipe=as_command(files, overrides))
 
 
-def _model_files(folder: str, vocabulary: str | None) -> list[str]:
+def model_files(folder: str, vocabulary: str | None) -> list[str]:
     """The gin files of the model in a folder; its vocabulary is used from now on.
 
     Raises:
@@ -242,17 +242,17 @@ def _overrides(
         source.num_records(given_images.SPLIT), jax.device_count()
     )
     said = [
-        f"MODEL_DIR={_literal(os.path.abspath(folder))}",
-        f"IMAGES={_literal(tuple(images))}",
+        f"MODEL_DIR={literal(os.path.abspath(folder))}",
+        f"IMAGES={literal(tuple(images))}",
         f"BATCH_SIZE={size}",
     ]
     if asked:
         said.append("ASKED=True")
     if question:
-        said.append(f"QUESTION={_literal(question)}")
+        said.append(f"QUESTION={literal(question)}")
     if args.prompt:
-        said.append(f"PROMPTS={_literal((args.prompt,))}")
-    return said + [f"given_images.task.{n}={_literal(v)}" for n, v in options.items()]
+        said.append(f"PROMPTS={literal((args.prompt,))}")
+    return said + [f"given_images.task.{n}={literal(v)}" for n, v in options.items()]
 
 
 def _batch_size(images: int, devices: int) -> int:
@@ -283,10 +283,10 @@ def as_command(files: list[str], overrides: list[str]) -> str:
     return f"{variable}={value} vit22b infer " + " ".join(map(shlex.quote, words))
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """As gin reads it; with double quotes, which a shell's single ones may hold."""
     if isinstance(value, tuple):
-        return f"({', '.join(map(_literal, value))},)"
+        return f"({', '.join(map(literal, value))},)"
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
