@@ -53,14 +53,14 @@ def add_to(add: Add) -> None:
         "--queue",
         type=int,
         default=_QUEUE,
-        help="requests that may wait; more are told to come again (default: "
-        f"{_QUEUE})",
+        help=f"requests that may wait; more are told to come again (default: {_QUEUE})",
     )
     command.set_defaults(gin_file=[])
 
 
 def _run(args: argparse.Namespace) -> None:
     try:
+        import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
         import werkzeug  # noqa: F401

@@ -94,10 +94,10 @@ def _of_encoder_decoder(
 
     def look(call, args, kwargs, context):
         asked = context.module
-        if (
-            isinstance(asked, multi_head_attention.MultiHeadAttention)
-            and (asked.name, context.method_name) == (_CROSS, "record")
-        ):
+        if isinstance(asked, multi_head_attention.MultiHeadAttention) and (
+            asked.name,
+            context.method_name,
+        ) == (_CROSS, "record"):
             query, key = args
             query = query * jnp.asarray(asked.attention_scale, query.dtype)
             logits = jnp.einsum("BQNH,BKNH->BNQK", query, key)
@@ -134,7 +134,9 @@ def _of_prefix_lm(
             query, key, _ = asked.project(x, view)
             query = jnp.take_along_axis(query, places[:, :, None, None], axis=1)
             query = query * jnp.asarray(asked.scale, query.dtype)
-            query = query.reshape(*query.shape[:2], asked.num_kv_heads, -1, asked.head_dim)
+            query = query.reshape(
+                *query.shape[:2], asked.num_kv_heads, -1, asked.head_dim
+            )
             logits = jnp.einsum("BQKGH,BSKH->BKGQS", query, key)
             mask = jnp.take_along_axis(view.mask, places[:, None, :, None], axis=2)
             weights = attention.attention_weights(logits, mask, softcap=asked.softcap)

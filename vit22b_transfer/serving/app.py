@@ -13,6 +13,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import importlib.resources
+import logging
 import os
 import time
 from collections.abc import Awaitable, Coroutine
@@ -26,11 +27,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from vit22b_transfer import UserError
-from vit22b_transfer.serving import forms, limits
+from vit22b_transfer.serving import forms, limits, metrics
 from vit22b_transfer.serving.batching import BatchQueue, PredictionFailed, QueueFull
 from vit22b_transfer.serving.forms import Refused
-from vit22b_transfer.serving.metrics import Metrics
 from vit22b_transfer.serving.predictor import Predictor
+
+logger = logging.getLogger(__name__)
 
 # Images that are decoded at a time; `data.images` bounds the memory of all of them.
 _DECODING = 4
@@ -58,7 +60,7 @@ class App:
         bounds: limits.Limits | None = None,
     ):
         self._predictor = predictor
-        self.metrics = Metrics(predictor.sizes, lambda: len(self.queue))
+        self.metrics = metrics.Metrics(predictor.sizes, lambda: len(self.queue))
         self.queue = BatchQueue(
             predictor.predict,
             batch_size=predictor.sizes[-1],
@@ -98,8 +100,7 @@ class App:
         return Response(_file(name), media_type=kind)
 
     async def _metrics(self, request: Request) -> Response:
-        kind = "text/plain; version=0.0.4; charset=utf-8"
-        return Response(self.metrics.text(), headers={"content-type": kind})
+        return Response(self.metrics.text(), headers={"content-type": metrics.TYPE})
 
     async def _health(self, request: Request) -> Response:
         predictor = self._predictor
@@ -135,6 +136,10 @@ class App:
             response, outcome = Response(status_code=400), _GONE
         except Refused as refused:
             response, outcome = limits.error(refused), str(refused.status)
+        except Exception:  # a fault of ours; the others shall not suffer
+            logger.exception("a request failed")
+            failed = Refused(503, "the server failed; its log says why.")
+            response, outcome = limits.error(failed), "503"
         self.metrics.add_request(endpoint, outcome, time.monotonic() - start)
         return response
 

@@ -1,4 +1,4 @@
-"""A bounded queue of requests; those that arrive while the device works share a batch."""
+"""A bounded queue: requests that arrive while the device works share a batch."""
 
 import asyncio
 import collections
@@ -30,7 +30,7 @@ class PredictionFailed(Exception):
     """A batch could not be computed; the message says why."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Waiting:
     asked: Asked
     answer: "asyncio.Future[Answer]"
@@ -54,6 +54,7 @@ class BatchQueue:
         self._waiting: collections.deque[_Waiting] = collections.deque()
         self._arrived = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "device")
+        self.computing = 0  # requests in the batch that is on the device
         self.failure = ""  # the kind of error of the last batch; "" if it was none
 
     def __len__(self) -> int:
@@ -94,6 +95,7 @@ class BatchQueue:
 
     async def _compute(self, batch: list[_Waiting]) -> None:
         loop, start = asyncio.get_running_loop(), time.monotonic()
+        self.computing = len(batch)
         try:
             answers = await loop.run_in_executor(
                 self._thread, self._predict, [waiting.asked for waiting in batch]
@@ -105,6 +107,7 @@ class BatchQueue:
             self.failure = type(error).__name__
             why = "the model could not be run; the server's log says why"
             answers = [PredictionFailed(why) for _ in batch]
+        self.computing = 0
         self._metrics.add_batch(len(batch), time.monotonic() - start)
         for waiting, answer in zip(batch, answers, strict=True):
             if waiting.answer.done():

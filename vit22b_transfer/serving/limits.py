@@ -60,15 +60,14 @@ class Bodies:
         with self._holding() as hold:
             try:
                 async with asyncio.timeout(self._limits.seconds):
-                    try:
-                        self._check(_length(request))
-                        async for part in request.stream():
-                            hold(len(part))
-                            parts.append(part)
-                    except Refused:
-                        parts.clear()
-                        await self._discard(request)
-                        raise
+                    self._check(_length(request))
+                    async for part in request.stream():
+                        hold(len(part))
+                        parts.append(part)
+            except Refused:
+                parts.clear()
+                await self._discard(request)
+                raise
             except TimeoutError:
                 parts.clear()
                 raise Refused(

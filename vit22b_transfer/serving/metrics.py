@@ -1,9 +1,10 @@
-"""What a server counts, and its text form for Prometheus (exposition format 0.0.4)."""
+"""What a server counts, for Prometheus."""
 
-import bisect
-import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
+
+import prometheus_client
+
+TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 
 
 class Metrics:
@@ -14,63 +15,49 @@ class Metrics:
     """
 
     def __init__(self, batch_sizes: Sequence[int], queue_length: Callable[[], int]):
-        self._bounds, self._queue_length = tuple(batch_sizes), queue_length
-        self._requests: Counter[tuple[str, str]] = Counter()
-        self._seconds: Counter[str] = Counter()
-        self._batches = [0] * len(self._bounds)
-        self._examples = 0
-        self._device_seconds = 0.0
-        self._lock = threading.Lock()
+        # Not the process's own: an instance starts at zero.
+        self._registry = registry = prometheus_client.CollectorRegistry()
+        self._requests = prometheus_client.Counter(
+            "vit22b_requests",
+            "Requests by how they ended: ok, gone (the client), or the status.",
+            ["endpoint", "outcome"],
+            registry=registry,
+        )
+        self._seconds = prometheus_client.Summary(
+            "vit22b_request_seconds",
+            "From the headers of a request to its answer.",
+            ["endpoint"],
+            registry=registry,
+        )
+        prometheus_client.Gauge(
+            "vit22b_queue_length", "Requests that wait for a batch.", registry=registry
+        ).set_function(queue_length)
+        self._batches = prometheus_client.Histogram(
+            "vit22b_batch_size",
+            "Requests that were computed together.",
+            buckets=list(batch_sizes),
+            registry=registry,
+        )
+        self._device = prometheus_client.Summary(
+            "vit22b_batch_seconds", "Time of a batch on the device.", registry=registry
+        )
+        self._count, self._spent = 0, 0.0
 
     def add_request(self, endpoint: str, outcome: str, seconds: float) -> None:
         """Counts a request that ended so, `ok` or the status, after so long."""
-        with self._lock:
-            self._requests[endpoint, outcome] += 1
-            self._seconds[endpoint] += seconds  # pyright: ignore[reportArgumentType]
+        self._requests.labels(endpoint, outcome).inc()
+        self._seconds.labels(endpoint).observe(seconds)
 
     def add_batch(self, size: int, seconds: float) -> None:
         """Counts a batch of `size` requests that was on the device for so long."""
-        with self._lock:
-            place = bisect.bisect_left(self._bounds, size)
-            self._batches[min(place, len(self._batches) - 1)] += 1
-            self._examples += size
-            self._device_seconds += seconds
+        self._batches.observe(size)
+        self._device.observe(seconds)
+        self._count, self._spent = self._count + 1, self._spent + seconds
 
     def seconds_per_batch(self) -> float:
         """The mean so far, 1 before there is one."""
-        with self._lock:
-            count = sum(self._batches)
-            return self._device_seconds / count if count else 1.0
+        return self._spent / self._count if self._count else 1.0
 
-    def text(self) -> str:
-        """All of it, as Prometheus reads it."""
-        with self._lock:
-            lines = _head("requests_total", "counter", "Requests by how they ended.")
-            for (endpoint, outcome), count in sorted(self._requests.items()):
-                labels = f'endpoint="{endpoint}",outcome="{outcome}"'
-                lines.append(f"vit22b_requests_total{{{labels}}} {count}")
-            lines += _head(
-                "request_seconds", "summary", "From the headers to the answer."
-            )
-            for endpoint, seconds in sorted(self._seconds.items()):
-                of = sum(n for (name, _), n in self._requests.items() if name == endpoint)
-                label = f'{{endpoint="{endpoint}"}}'
-                lines.append(f"vit22b_request_seconds_sum{label} {seconds:.6f}")
-                lines.append(f"vit22b_request_seconds_count{label} {of}")
-            lines += _head("queue_length", "gauge", "Requests that wait for a batch.")
-            lines.append(f"vit22b_queue_length {self._queue_length()}")
-            lines += _head("batch_size", "histogram", "Requests in a batch.")
-            total = 0
-            for bound, count in zip(self._bounds, self._batches, strict=True):
-                total += count
-                lines.append(f'vit22b_batch_size_bucket{{le="{bound}"}} {total}')
-            lines.append(f'vit22b_batch_size_bucket{{le="+Inf"}} {total}')
-            lines.append(f"vit22b_batch_size_sum {self._examples}")
-            lines.append(f"vit22b_batch_size_count {total}")
-            lines += _head("device_seconds_total", "counter", "Time spent in batches.")
-            lines.append(f"vit22b_device_seconds_total {self._device_seconds:.6f}")
-        return "\n".join(lines) + "\n"
-
-
-def _head(name: str, kind: str, help_: str) -> list[str]:
-    return [f"# HELP vit22b_{name} {help_}", f"# TYPE vit22b_{name} {kind}"]
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it, of the type `TYPE`."""
+        return prometheus_client.generate_latest(self._registry)

@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int32, UInt8
 
 from vit22b_transfer import NotFiniteError, UserError
 from vit22b_transfer.data import batches, image_lengths, images, placement
-from vit22b_transfer.data.preprocessors import QUESTION_FIELD
+from vit22b_transfer.data.preprocessors import QUESTION_FIELD, check_prompt
 from vit22b_transfer.data.records import half_character
 from vit22b_transfer.host import progress
 from vit22b_transfer.inference import prediction_lines, word_attention
@@ -30,7 +30,7 @@ _DIGITS = 4
 _MOST_BATCH = 4096
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Asked:
     """One image and prompt, as the model takes them.
 
@@ -75,6 +75,8 @@ class Predictor:
             )
         if not prompts:
             raise UserError("there is no prompt; give --prompt 'caption en'.")
+        for prompt in prompts:
+            check_prompt(prompt)
         self.restored, self.model = restored, model
         asking = [prompt for prompt in prompts if QUESTION_FIELD in prompt]
         telling = [prompt for prompt in prompts if QUESTION_FIELD not in prompt]

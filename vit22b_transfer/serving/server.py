@@ -28,12 +28,15 @@ def bound_socket(host: str, port: int) -> socket.socket:
     Raises:
       UserError: if the address cannot be taken.
     """
+    made = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
     except (OSError, OverflowError) as error:
+        if made is not None:
+            made.close()
         raise UserError(
             f"cannot listen at {host} port {port}: {error}. Take another --port (0 is "
             "any free one) or --host."
