@@ -17,8 +17,9 @@ from vit22b_transfer import UserError
 from vit22b_transfer.host import json_files
 from vit22b_transfer.host.file_errors import brief
 
-# Of a question in bytes; how many parts a form has.
-_MOST_TEXT, _MOST_PARTS = 1 << 16, 8
+# Of a question in bytes; how many parts a form has; how much of it is looked at at a
+# time, which has to be less than the first.
+_MOST_TEXT, _MOST_PARTS, _PIECE = 1 << 16, 8, 1 << 14
 _FIELDS = {"image", "question", "attention"}
 
 
@@ -111,6 +112,7 @@ def _of_multipart(body: bytes, boundary: str) -> dict[str, Any]:
         stream_factory=lambda **of: io.BytesIO(),
         max_form_memory_size=_MOST_TEXT,
         max_form_parts=_MOST_PARTS,
+        buffer_size=_PIECE,
     )
     try:
         texts, files = parser.parse(io.BytesIO(body), boundary.encode(), len(body))
