@@ -22,7 +22,7 @@ RECIPES = files("recipes")
 T5X_RUNS = sorted((CONFIGS / "runs").glob("t5x_*.gin"))
 WHOLE_RUNS = [
     CONFIGS / f"runs/{name}.gin"
-    for name in ("train", "eval", "infer", "given_images", "bench", "judge")
+    for name in ("train", "eval", "infer", "given_images", "serve", "bench", "judge")
 ]
 WHOLE_RUNS += sorted((CONFIGS / "runs").glob("probe*.gin"))
 # Each the first file of a `vit22b probe`.
