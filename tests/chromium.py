@@ -16,7 +16,7 @@ OPTIONS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 
 
 class Page:
-    """A tab. requests: the URLs that it asked for; complaints: what its console said."""
+    """A tab. requests: URLs that it asked for; complaints: what its console said."""
 
     def __init__(self, write, read):
         self._write, self._read, self._number, self._session = write, read, 0, None

@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from vit22b_transfer import UserError
 from vit22b_transfer.commands import given
@@ -11,6 +13,7 @@ from vit22b_transfer.commands.arguments import GIN_EPILOG, Add, without_startup_
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
 
 _SERVE = "gin_configs/runs/serve.gin"
+_EXPORT = "gin_configs/runs/export_jax.gin"
 _PORT, _BATCH_SIZE, _QUEUE = 8000, 16, 64
 
 
@@ -95,22 +98,41 @@ def _run(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace):
     """The `serving.predictor.Predictor` of the arguments."""
-    from vit22b_transfer.recipes import loading, shipped
     from vit22b_transfer.serving import predictor
 
+    overrides = [f"BATCH_SIZE={args.batch_size}"]
+    if args.prompt:
+        overrides.append(f"PROMPTS={given.literal(tuple(args.prompt))}")
+    overrides += args.overrides
+    call = _installed(args.model, args.vocabulary, _SERVE, overrides, predictor.load)
+    return call()
+
+
+def export(folder: str, vocabulary: str | None, out: str) -> list[str]:
+    """Writes the model of a folder for processes that have JAX alone; lines to show."""
+    from vit22b_transfer.serving import artifacts
+
+    overrides = [f"OUTPUT={given.literal(os.path.abspath(out))}"]
+    call = _installed(folder, vocabulary, _EXPORT, overrides, artifacts.write)
+    return [f"wrote {call()}; {artifacts.MANIFEST} there says how it is called"]
+
+
+def _installed(
+    folder: str,
+    vocabulary: str | None,
+    run: str,
+    overrides: list[str],
+    root: Callable[..., Any],
+) -> Callable[..., Any]:
+    """`root` with its arguments bound, of the model in a folder."""
+    from vit22b_transfer.recipes import loading, shipped
+
     with without_startup_notes():
-        files = [*given.model_files(args.model, args.vocabulary), _SERVE]
-        overrides = [
-            f"MODEL_DIR={given.literal(os.path.abspath(args.model))}",
-            f"BATCH_SIZE={args.batch_size}",
-        ]
-        if args.prompt:
-            overrides.append(f"PROMPTS={given.literal(tuple(args.prompt))}")
-        overrides += args.overrides
+        files = [*given.model_files(folder, vocabulary), run]
+        model = f"MODEL_DIR={given.literal(os.path.abspath(folder))}"
         from vit22b_transfer.data import streams
 
         streams.keep_tensorflow_off_accelerators()
         paths = shipped.search_paths()
-        recipe = loading.read(files, overrides, paths)
-        call = loading.install(recipe, predictor.load, paths)
-    return call()
+        recipe = loading.read(files, [model, *overrides], paths)
+        return loading.install(recipe, root, paths)
