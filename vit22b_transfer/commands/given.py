@@ -49,7 +49,8 @@ def add_to(add: Add) -> None:
             "--model",
             required=True,
             metavar="DIR",
-            help="what `vit22b import` wrote, or the MODEL_DIR of a training",
+            help="what `vit22b import` or `export` wrote, or the MODEL_DIR of a "
+            "training",
         )
         if name == "answer":
             command.add_argument(
@@ -135,6 +136,14 @@ def run(
             raise UserError(f"--{name} {value}: a file whose name ends in .jsonl.")
     if args.shard and not args.out:
         raise UserError("--shard needs --out, the file that all shards fill.")
+    with model_directory(folder) as directory:
+        _run_in(args, directory, images, asked, named=folder)
+
+
+def _run_in(
+    args: argparse.Namespace, folder: str, images: list[str], asked: bool, named: str
+) -> None:
+    """`run` of a directory that restores. named: what the user calls it."""
     with without_startup_notes():
         files = model_files(folder, args.vocabulary)
         overrides = _overrides(args, folder, images, asked)
@@ -155,7 +164,7 @@ def run(
         if args.openai:
             from vit22b_transfer.inference import batch_requests
 
-            batch_requests.write_responses(result.path, args.openai, model=folder)
+            batch_requests.write_responses(result.path, args.openai, model=named)
             print(f"written to {args.openai} as OpenAI's batch responses")
         if not args.out:
             _show(result.path)
@@ -173,6 +182,33 @@ def _infer(files: list[str], overrides: list[str]) -> Any:
         recipe = loading.read(files, overrides, paths)
         call = loading.install(recipe, infer.infer_split, paths)
     return call(recipe=as_command(files, overrides))
+
+
+@contextlib.contextmanager
+def model_directory(folder: str) -> Iterator[str]:
+    """Context with the directory that a model is restored from.
+
+    Weights in a public format, as `vit22b export` writes them, are imported for as long
+    as the context lasts; any other folder is that directory itself.
+    """
+    from vit22b_transfer.weights import imported
+
+    if imported.is_import(folder) or not os.path.isfile(
+        os.path.join(folder, "config.json")
+    ):
+        yield folder
+        return
+    from vit22b_transfer.commands import weights
+
+    with tempfile.TemporaryDirectory(prefix="vit22b_imported_") as place:
+        out = os.path.join(place, "imported")
+        print(
+            f"importing {folder} for this command alone; `vit22b import` does it once",
+            file=sys.stderr,
+        )
+        with without_startup_notes():
+            weights.import_as_it_is(folder, out)
+        yield out
 
 
 def model_files(folder: str, vocabulary: str | None) -> list[str]:
@@ -207,15 +243,10 @@ def model_files(folder: str, vocabulary: str | None) -> list[str]:
         folders.set_vocabulary(taken, 0, variable=variable)
         text = _TEXT_MODELS[found.text.text_binding.partition(".")[0]]
         return [_GIVEN_IMAGES, text, found.model_gin]
-    if os.path.isfile(os.path.join(folder, "config.json")):
-        raise UserError(
-            f"{folder} holds weights in a public format: first `vit22b import {folder} "
-            "--out DIR`, then --model DIR."
-        )
     raise UserError(
-        f"{folder} is neither what `vit22b import` wrote nor the MODEL_DIR of a run "
-        f"that left its {folders.PREDICT} there. For an older run name its recipe: "
-        "`vit22b infer --help`."
+        f"{folder} is neither what `vit22b import` or `vit22b export` wrote nor the "
+        f"MODEL_DIR of a run that left its {folders.PREDICT} there. For an older run "
+        "name its recipe: `vit22b infer --help`."
     )
 
 

@@ -28,7 +28,7 @@ def add_to(add: Add) -> None:
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="what `vit22b import` wrote, or the MODEL_DIR of a training",
+        help="what `vit22b import` or `export` wrote, or the MODEL_DIR of a training",
     )
     command.add_argument(
         "--host",
@@ -81,7 +81,10 @@ def _run(args: argparse.Namespace) -> None:
         from vit22b_transfer.serving import app, limits, server
 
     local = limits.is_loopback(args.host)
-    with server.bound_socket(args.host, args.port) as bound:
+    with (
+        server.bound_socket(args.host, args.port) as bound,
+        given.model_directory(args.model) as args.model,
+    ):
         if not local:
             print(
                 f"vit22b: warning: --host {args.host}: whoever reaches this machine "
@@ -113,8 +116,9 @@ def export(folder: str, vocabulary: str | None, out: str) -> list[str]:
     from vit22b_transfer.serving import artifacts
 
     overrides = [f"OUTPUT={given.literal(os.path.abspath(out))}"]
-    call = _installed(folder, vocabulary, _EXPORT, overrides, artifacts.write)
-    return [f"wrote {call()}; {artifacts.MANIFEST} there says how it is called"]
+    with given.model_directory(folder) as directory:
+        call = _installed(directory, vocabulary, _EXPORT, overrides, artifacts.write)
+        return [f"wrote {call()}; {artifacts.MANIFEST} there says how it is called"]
 
 
 def _installed(

@@ -109,7 +109,7 @@ def _of_multipart(body: bytes, boundary: str) -> dict[str, Any]:
 
     parser = MultiPartParser(
         # Never a file on the disk: the body is in memory, and bounded.
-        stream_factory=lambda **of: io.BytesIO(),
+        stream_factory=lambda *of, **named: io.BytesIO(),
         max_form_memory_size=_MOST_TEXT,
         max_form_parts=_MOST_PARTS,
         buffer_size=_PIECE,

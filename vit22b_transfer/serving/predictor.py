@@ -98,7 +98,8 @@ class Predictor:
         self._attention = word_attention.WordAttention(model)
         self._vocabulary = model.input_vocabulary
         # Read now: the file may be gone when the first request comes.
-        self._vocabulary.encode("read"), model.output_vocabulary.decode([3])
+        self._vocabulary.encode("read")
+        model.output_vocabulary.decode([multimodal.EOS_ID])
 
     def prompt_of(self, question: str | None) -> str:
         """The whole prompt of a question, or of a caption without one.
