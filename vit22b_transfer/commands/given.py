@@ -198,7 +198,8 @@ def model_directory(folder: str) -> Iterator[str]:
     ):
         yield folder
         return
-    from vit22b_transfer.commands import weights
+    from vit22b_transfer.weights import convert
+    from vit22b_transfer.weights.families import table
 
     with tempfile.TemporaryDirectory(prefix="vit22b_imported_") as place:
         out = os.path.join(place, "imported")
@@ -207,7 +208,7 @@ def model_directory(folder: str) -> Iterator[str]:
             file=sys.stderr,
         )
         with without_startup_notes():
-            weights.import_as_it_is(folder, out)
+            convert.import_weights([folder], out, table.FAMILIES)
         yield out
 
 

@@ -128,14 +128,6 @@ def _import(args: argparse.Namespace) -> None:
         print(line)
 
 
-def import_as_it_is(source: str, out: str) -> None:
-    """Imports one directory of published weights, without any option."""
-    from vit22b_transfer.weights import convert
-    from vit22b_transfer.weights.families import table
-
-    convert.import_weights([source], out, table.FAMILIES, open_tensors=_open_tensors)
-
-
 def _open_tensors(source: str):
     """The tensors of a source, in whichever format."""
     from vit22b_transfer.checkpoints import legacy, stored_sizes

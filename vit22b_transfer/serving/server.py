@@ -75,6 +75,7 @@ def run(app: App, bound: socket.socket, console: rich.console.Console) -> None:
     """
     server = make(app)
     with _signals_end_it():
+        bound.listen(_BACKLOG)  # whoever reads the line may connect
         console.print(f"serving at {address(bound)}  (Ctrl-C ends it)", markup=False)
         server.run(sockets=[bound])
     console.print("all requests are answered; stopped", markup=False)
