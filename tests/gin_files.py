@@ -24,6 +24,7 @@ WHOLE_RUNS = [
     CONFIGS / f"runs/{name}.gin"
     for name in ("train", "eval", "infer", "given_images", "bench", "judge")
 ]
+WHOLE_RUNS += [CONFIGS / f"runs/{name}.gin" for name in ("serve", "export_jax")]
 WHOLE_RUNS += sorted((CONFIGS / "runs").glob("probe*.gin"))
 # Each the first file of a `vit22b probe`.
 PROBES = files("probes")

@@ -2,7 +2,7 @@
 
 import html.parser
 
-VOID = {"meta", "img", "br", "hr"}
+VOID = {"meta", "img", "br", "hr", "link", "input"}
 # What a paragraph may hold.
 PHRASING = {"a", "b", "code", "img", "svg", "span", "br"}
 
@@ -40,14 +40,20 @@ class _Reader(html.parser.HTMLParser):
         self.texts.append(data)
 
 
-def checked(page):
-    """The texts and tags of a page, which is found well formed and self-contained."""
+def read(page):
+    """The reader of a page, which is found well formed."""
     assert page.startswith("<!DOCTYPE html>\n<html lang=")
     reader = _Reader()
     reader.feed(page)
     reader.close()
     assert not reader.problems and not reader.open, (reader.problems, reader.open)
     assert len(set(reader.ids)) == len(reader.ids)
+    return reader
+
+
+def checked(page):
+    """The texts and tags of a page, which is found well formed and self-contained."""
+    reader = read(page)
     places = {f"#{name}" for name in reader.ids}
     for link in reader.links:
         assert link.startswith("data:image/") or link in places, link[:80]

@@ -23,7 +23,7 @@ RANKS = [
     {"inference", "planning"},
     {"evaluation"},
     {"experiments"},
-    {"demo", "reports"},
+    {"demo", "reports", "serving"},
     {"commands"},
 ]
 MAY_IMPORT = {

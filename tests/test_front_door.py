@@ -90,6 +90,14 @@ def test_the_printed_recipe_gives_the_same_file(captioned, home, capfd):
     assert captioned.read_bytes() == before
 
 
+@pytest.mark.slow
+def test_an_exported_folder_gives_the_captions_of_what_it_was_made_of(captioned, home):
+    vit22b("export", "imported", "--format", "hf-paligemma", "--out", "exported")
+    exported = ["--model", "exported", "--vocabulary", "bytes"]
+    vit22b("caption", "photos", *exported, "--out", "of_export.jsonl")
+    assert (home / "of_export.jsonl").read_bytes() == captioned.read_bytes()
+
+
 def test_an_answer_is_shown_and_no_file_is_left(home, capfd):
     before = sorted(os.listdir(home))
     question = ["--question", "What is there?"]
@@ -104,7 +112,7 @@ def test_an_answer_is_shown_and_no_file_is_left(home, capfd):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["caption", "photos", "--model", "source_0"], "first `vit22b import source_0"),
+        (["caption", "photos", "--model", "source_0"], "came without a SentencePiece"),
         (["caption", "photos", "--model", "photos"], "neither what `vit22b import`"),
         (["caption", "photos", "--model", "imported"], "came without a SentencePiece"),
         (["caption", "photos", *IMPORTED, "--out", "x.json"], "ends in .jsonl"),

@@ -18,7 +18,7 @@ from tiny_models import Vocabulary, assert_within, images, jit
 from torch_peers import torch
 
 from vit22b_transfer import cli
-from vit22b_transfer.inference import decoding
+from vit22b_transfer.inference import decoding, word_attention
 from vit22b_transfer.models import multimodal
 
 MEAN, DEVIATION = (0.4, 0.5, 0.55), (0.5, 0.45, 0.6)
@@ -105,6 +105,28 @@ def both_logits(module, params, models):
         theirs = [model(**inputs, position_ids=places).logits for model in models]
     assert np.std(ours) > 0.1
     return ours, [logits[:, -TARGETS:].numpy() for logits in theirs]
+
+
+def test_attention_of_each_token_over_the_patches_equals_hugging_faces(whole):
+    module = peers.our_module(whole.out)
+    model = multimodal.ImageTextModel(module, Vocabulary(), Vocabulary())
+    params = peers.our_params(module, whole.out)
+    pixels = images(PROMPTS, *module.tower.image_size, 3)
+    targets = peers.tokens_of(PROMPTS, TARGETS, seed=5)
+    ours = word_attention.WordAttention(model)(params, pixels, prompts(), targets)
+    inputs = their_inputs(module.tower, pixels, targets[:, :-1])
+    mask = inputs["attention_mask"]
+    with torch.no_grad():
+        said = whole.theirs(
+            **inputs, position_ids=mask.cumsum(1), output_attentions=True
+        )
+    weights = torch.stack(said.attentions).mean(dim=(0, 2))[:, -TARGETS:].numpy()
+    first = (mask == 0).sum(dim=1).numpy()  # images stand behind the padding
+    theirs = np.stack(
+        [row[:, n : n + 4] for row, n in zip(weights, first, strict=True)]
+    )
+    assert word_attention.grid_of(model, 16, 16) == (2, 2) and np.std(theirs) > 0.01
+    assert_within(peers.TOLERANCE, ours, theirs, "attention over patches vs HF")
 
 
 def test_logits_of_an_imported_paligemma_equal_hugging_faces(whole):

@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 import round_trips
 from published_layouts import check_layout
-from tiny_models import Vocabulary, assert_within, jit, tower_config
+from tiny_models import (
+    Vocabulary,
+    assert_within,
+    batch,
+    jit,
+    model_params,
+    tower_config,
+)
 from torch_peers import import_peer, torch
 
 from vit22b_transfer import cli
 from vit22b_transfer.checkpoints import restoring
-from vit22b_transfer.inference import decoding
+from vit22b_transfer.inference import decoding, word_attention
 from vit22b_transfer.models import encoder_decoder, multimodal
 from vit22b_transfer.recipes import loading
 from vit22b_transfer.weights.families import t5
@@ -240,6 +247,32 @@ def test_greedy_text_equals_hugging_faces_token_for_token(imported, tokens):
     assert ended.any() and not ended.all() and len(np.unique(theirs)) > 10
     np.testing.assert_array_equal(ours[:, : theirs.shape[1]], theirs)
     assert not ours[:, theirs.shape[1] :].any()
+
+
+@pytest.mark.parametrize("imported", ["T5 v1.1, Flan-T5"], indirect=True)
+def test_attention_of_each_token_over_the_patches_equals_hugging_faces(imported):
+    blind, params = our_model(imported.out)
+    module = encoder_decoder.ImageTextModule(tower_config(), blind.module.text)
+    model = multimodal.ImageTextModel(module, Vocabulary(VOCAB), Vocabulary(VOCAB))
+    given = batch(inputs=INPUTS, targets=TARGETS)
+    pixels, prompts = given["encoder_input_images"], given["encoder_input_tokens"]
+    fresh = model_params(model)
+    params = {**params, "encoder": fresh["encoder"]}
+    targets = given["decoder_target_tokens"]
+    ours = word_attention.WordAttention(model)(params, pixels, prompts, targets)
+    encode = jit(lambda p, *x: module.apply({"params": p}, *x, method="encode"))
+    encoded = encode(params, pixels, prompts)
+    imported.theirs.set_attn_implementation("eager")
+    with torch.no_grad():
+        said = imported.theirs(
+            encoder_outputs=(torch.tensor(np.asarray(encoded.encodings)),),
+            attention_mask=torch.tensor(np.asarray(encoded.mask)[:, 0, 0]).long(),
+            decoder_input_ids=torch.tensor(given["decoder_input_tokens"]).long(),
+            output_attentions=True,
+        )
+    weights = torch.stack(said.cross_attentions).mean(dim=(0, 2)).numpy()
+    assert weights.shape == (4, TARGETS, 4 + INPUTS) and np.std(weights) > 0.001
+    assert_within(TOLERANCE, ours, weights[:, :, :4], "attention over patches vs HF")
 
 
 @pytest.mark.parametrize("imported", ["T5 v1.1, Flan-T5"], indirect=True)

@@ -20,6 +20,7 @@ from vit22b_transfer.commands import (
     plan,
     results,
     runs,
+    serving,
     suite,
     weights,
 )
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo.add_to(add, main)
     given.add_to(add)
+    serving.add_to(add)
     init.add_to(add)
     data.add_to(add)
     runs.add_to(add)

@@ -49,7 +49,8 @@ def add_to(add: Add) -> None:
             "--model",
             required=True,
             metavar="DIR",
-            help="what `vit22b import` wrote, or the MODEL_DIR of a training",
+            help="what `vit22b import` or `export` wrote, or the MODEL_DIR of a "
+            "training",
         )
         if name == "answer":
             command.add_argument(
@@ -135,15 +136,23 @@ def run(
             raise UserError(f"--{name} {value}: a file whose name ends in .jsonl.")
     if args.shard and not args.out:
         raise UserError("--shard needs --out, the file that all shards fill.")
+    with model_directory(folder) as directory:
+        _run_in(args, directory, images, asked, named=folder)
+
+
+def _run_in(
+    args: argparse.Namespace, folder: str, images: list[str], asked: bool, named: str
+) -> None:
+    """`run` of a directory that restores. named: what the user calls it."""
     with without_startup_notes():
-        files = _model_files(folder, args.vocabulary)
+        files = model_files(folder, args.vocabulary)
         overrides = _overrides(args, folder, images, asked)
         overrides += [*args.overrides, *shard_override(args.shard)]
     with _output(args.out) as output:
-        overrides.append(f"OUTPUT={_literal(output)}")
+        overrides.append(f"OUTPUT={literal(output)}")
         if getattr(args, "answers", None):
             files.append("gin_configs/models/answer_list.gin")
-            overrides.append(f"ANSWERS={_literal(os.path.abspath(args.answers))}")
+            overrides.append(f"ANSWERS={literal(os.path.abspath(args.answers))}")
         files += args.gin_file
         print(f"as a recipe: {as_command(files, overrides)}", file=sys.stderr)
         # Without a file only the texts are for whoever reads the output.
@@ -155,7 +164,7 @@ def run(
         if args.openai:
             from vit22b_transfer.inference import batch_requests
 
-            batch_requests.write_responses(result.path, args.openai, model=folder)
+            batch_requests.write_responses(result.path, args.openai, model=named)
             print(f"written to {args.openai} as OpenAI's batch responses")
         if not args.out:
             _show(result.path)
@@ -175,7 +184,35 @@ def _infer(files: list[str], overrides: list[str]) -> Any:
     return call(recipe=as_command(files, overrides))
 
 
-def _model_files(folder: str, vocabulary: str | None) -> list[str]:
+@contextlib.contextmanager
+def model_directory(folder: str) -> Iterator[str]:
+    """Context with the directory that a model is restored from.
+
+    Weights in a public format, as `vit22b export` writes them, are imported for as long
+    as the context lasts; any other folder is that directory itself.
+    """
+    from vit22b_transfer.weights import imported
+
+    if imported.is_import(folder) or not os.path.isfile(
+        os.path.join(folder, "config.json")
+    ):
+        yield folder
+        return
+    from vit22b_transfer.weights import convert
+    from vit22b_transfer.weights.families import table
+
+    with tempfile.TemporaryDirectory(prefix="vit22b_imported_") as place:
+        out = os.path.join(place, "imported")
+        print(
+            f"importing {folder} for this command alone; `vit22b import` does it once",
+            file=sys.stderr,
+        )
+        with without_startup_notes():
+            convert.import_weights([folder], out, table.FAMILIES)
+        yield out
+
+
+def model_files(folder: str, vocabulary: str | None) -> list[str]:
     """The gin files of the model in a folder; its vocabulary is used from now on.
 
     Raises:
@@ -207,15 +244,10 @@ def _model_files(folder: str, vocabulary: str | None) -> list[str]:
         folders.set_vocabulary(taken, 0, variable=variable)
         text = _TEXT_MODELS[found.text.text_binding.partition(".")[0]]
         return [_GIVEN_IMAGES, text, found.model_gin]
-    if os.path.isfile(os.path.join(folder, "config.json")):
-        raise UserError(
-            f"{folder} holds weights in a public format: first `vit22b import {folder} "
-            "--out DIR`, then --model DIR."
-        )
     raise UserError(
-        f"{folder} is neither what `vit22b import` wrote nor the MODEL_DIR of a run "
-        f"that left its {folders.PREDICT} there. For an older run name its recipe: "
-        "`vit22b infer --help`."
+        f"{folder} is neither what `vit22b import` or `vit22b export` wrote nor the "
+        f"MODEL_DIR of a run that left its {folders.PREDICT} there. For an older run "
+        "name its recipe: `vit22b infer --help`."
     )
 
 
@@ -242,17 +274,17 @@ def _overrides(
         source.num_records(given_images.SPLIT), jax.device_count()
     )
     said = [
-        f"MODEL_DIR={_literal(os.path.abspath(folder))}",
-        f"IMAGES={_literal(tuple(images))}",
+        f"MODEL_DIR={literal(os.path.abspath(folder))}",
+        f"IMAGES={literal(tuple(images))}",
         f"BATCH_SIZE={size}",
     ]
     if asked:
         said.append("ASKED=True")
     if question:
-        said.append(f"QUESTION={_literal(question)}")
+        said.append(f"QUESTION={literal(question)}")
     if args.prompt:
-        said.append(f"PROMPTS={_literal((args.prompt,))}")
-    return said + [f"given_images.task.{n}={_literal(v)}" for n, v in options.items()]
+        said.append(f"PROMPTS={literal((args.prompt,))}")
+    return said + [f"given_images.task.{n}={literal(v)}" for n, v in options.items()]
 
 
 def _batch_size(images: int, devices: int) -> int:
@@ -283,10 +315,10 @@ def as_command(files: list[str], overrides: list[str]) -> str:
     return f"{variable}={value} vit22b infer " + " ".join(map(shlex.quote, words))
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """As gin reads it; with double quotes, which a shell's single ones may hold."""
     if isinstance(value, tuple):
-        return f"({', '.join(map(_literal, value))},)"
+        return f"({', '.join(map(literal, value))},)"
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 

@@ -9,6 +9,8 @@ from vit22b_transfer.commands.arguments import Add
 
 # Nothing heavy is imported here: `vit22b --help` must answer at once.
 
+_JAX = "jax"
+
 
 def add_to(add: Add) -> None:
     """Adds the commands; `add(name, run, text, epilog)` makes one."""
@@ -60,7 +62,10 @@ def add_to(add: Add) -> None:
     command.add_argument("checkpoint", help="directory of checkpoints, or one of them")
     command.add_argument("--out", required=True, help="directory to write")
     command.add_argument(
-        "--format", required=True, help="family, such as hf-t5; a wrong one lists all"
+        "--format",
+        required=True,
+        help="family, such as hf-t5; a wrong one lists all. Or jax: programs that a "
+        "process with JAX alone runs, of an import or the MODEL_DIR of a training",
     )
     command.add_argument(
         "--config",
@@ -77,6 +82,9 @@ def add_to(add: Add) -> None:
         "--lora_alpha",
         type=float,
         help="alpha of the updates, for a checkpoint that T5X wrote",
+    )
+    command.add_argument(
+        "--vocabulary", help="of --format jax: SentencePiece file, if none is with it"
     )
     command = add(
         "inspect", _inspect, "Show the tensors of weights, or how two sources differ."
@@ -143,6 +151,11 @@ def _open_tensors(source: str):
 
 
 def _export(args: argparse.Namespace) -> None:
+    if args.format == _JAX:
+        _export_jax(args)
+        return
+    if args.vocabulary:
+        raise UserError("--vocabulary is of --format jax; leave it out.")
     from vit22b_transfer.weights import export
     from vit22b_transfer.weights.families import table
 
@@ -155,6 +168,16 @@ def _export(args: argparse.Namespace) -> None:
         adapter=args.adapter,
         alpha=args.lora_alpha,
     ):
+        print(line)
+
+
+def _export_jax(args: argparse.Namespace) -> None:
+    from vit22b_transfer.commands import serving
+
+    for name in ("config", "adapter", "lora_alpha"):
+        if getattr(args, name):
+            raise UserError(f"--{name} would have no effect with --format jax.")
+    for line in serving.export(args.checkpoint, args.vocabulary, args.out):
         print(line)
 
 

@@ -322,6 +322,15 @@ def _resized(image, shape, size, how):
     return np.asarray(image.resize((size[1], size[0]), filter_, box=part))
 
 
+def kept_region(
+    image: tuple[int, int], size: tuple[int, int], how: Preparation = USUAL
+) -> tuple[float, float, float, float]:
+    """Left, top, width and height, in [0, 1], of what `prepare` keeps of an image."""
+    whole, (top, left) = _resized_size(image, size, how)
+    rows, columns = whole
+    return left / columns, top / rows, size[1] / columns, size[0] / rows
+
+
 def _resized_size(
     image: tuple[int, ...], size: tuple[int, int], how: Preparation
 ) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -107,16 +107,21 @@ def image_text_preprocessors(
     for the example's question.
     """
     options = options or ReadingOptions()
-    if prompt.replace(QUESTION_FIELD, "", 1).count("{") or prompt.count("}") > 1:
-        raise UserError(
-            f"prompt {prompt!r} may contain {QUESTION_FIELD} once and no other braces."
-        )
+    check_prompt(prompt)
     tally = Tally()
     return [
         functools.partial(load_images, options=options, tally=tally),
         functools.partial(format_text, prompt=prompt),
         functools.partial(encode_text, on_long_text=options.on_long_text, tally=tally),
     ]
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises UserError if a prompt has another place than that of one question."""
+    if prompt.replace(QUESTION_FIELD, "", 1).count("{") or prompt.count("}") > 1:
+        raise UserError(
+            f"prompt {prompt!r} may contain {QUESTION_FIELD} once and no other braces."
+        )
 
 
 def _height_width(size) -> tuple[int, int]:

@@ -11,6 +11,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 PAD_ID = 0
+# A number; in a program that is exported for any size, a symbol of `jax.export`.
+BatchSize = Any
 
 
 class Beams(NamedTuple):
@@ -60,7 +62,7 @@ def log_probs_of(
 
 
 def initial(
-    cache: Any, *, batch_size: int, num_beams: int, max_decode_length: int
+    cache: Any, *, batch_size: BatchSize, num_beams: int, max_decode_length: int
 ) -> Beams:
     """The state before the first token: one beam is alive."""
     tokens = jnp.full((batch_size, num_beams, max_decode_length), PAD_ID, jnp.int32)

@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from vit22b_transfer import UserError
 from vit22b_transfer.inference import beams, sampling
-from vit22b_transfer.inference.beams import PAD_ID, length_penalty
+from vit22b_transfer.inference.beams import PAD_ID, BatchSize, length_penalty
 
 Cache = Any
 InitCache = Callable[[int], Cache]
@@ -66,7 +66,7 @@ def greedy(
     init_cache: InitCache,
     step_fn: StepFn,
     *,
-    batch_size: int,
+    batch_size: BatchSize,
     max_decode_length: int,
     eos_id: int,
     rng: Array | None = None,
@@ -95,7 +95,7 @@ def sample(
     init_cache: InitCache,
     step_fn: StepFn,
     *,
-    batch_size: int,
+    batch_size: BatchSize,
     max_decode_length: int,
     eos_id: int,
     rng: Array | None = None,
@@ -204,7 +204,7 @@ def beam_search(
     init_cache: InitCache,
     step_fn: StepFn,
     *,
-    batch_size: int,
+    batch_size: BatchSize,
     max_decode_length: int,
     eos_id: int,
     rng: Array | None = None,

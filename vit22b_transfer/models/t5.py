@@ -364,9 +364,12 @@ class TextDecoder(nn.Module):
 
 
 def empty_cache(
-    cfg: T5Config, batch: int, beams: int, time: int
+    cfg: T5Config, batch: Any, beams: int, time: int
 ) -> tuple[SelfCache, ...]:
-    """Zeroed self-attention caches for `time` positions of `beams` beams."""
+    """Zeroed self-attention caches for `time` positions of `beams` beams.
+
+    batch: a number; in a program that is exported for any size, a symbol.
+    """
     dtype, heads, kv = jnp.dtype(cfg.dtype), cfg.num_heads, cfg.head_dim
     key = jnp.zeros((batch, heads, kv, time * beams), dtype)
     value = jnp.zeros((batch, heads, time * beams, kv), dtype)

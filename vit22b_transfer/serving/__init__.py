@@ -1,0 +1,1 @@
+"""A local page and its JSON endpoints; artifacts that other processes serve."""
