@@ -39,7 +39,11 @@ DOORS = {"__init__", "cli", "t5x_adapter"}
 
 # Third-party package -> where alone it may be imported, relative to the root.
 FENCES = {
-    "array_record": ("vit22b_transfer/data/feature_shards.py",),
+    "array_record": (
+        "vit22b_transfer/data/feature_shards.py",
+        "vit22b_transfer/data/packed_examples.py",
+        "tests/",
+    ),
     "tensorflow": (
         "vit22b_transfer/data/",
         "vit22b_transfer/demo/",
