@@ -133,7 +133,7 @@ def test_programs_of_any_batch_equal_a_model_with_a_t5(decode_fn):
         (["--config", "x"], "--config would have no effect with --format jax"),
         (["--adapter"], "--adapter would have no effect with --format jax"),
         (["--lora_alpha", "2"], "--lora_alpha would have no effect with"),
-        ([], "neither what `vit22b import` wrote"),
+        ([], "neither what `vit22b import` or"),
     ],
 )
 def test_what_has_no_effect_or_cannot_be_exported_is_an_error(
