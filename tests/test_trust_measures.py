@@ -51,6 +51,10 @@ class Given(judged.Judge):
         key = split.split if change is None else change.name
         return self.__dict__["logits"][key]
 
+    def before(self, split):
+        found = self.of(split)
+        return found.head, found.every_id
+
     def facts(self, **splits):
         told = {name: dataclasses.asdict(split) for name, split in splits.items()}
         return {"features": FACTS["features"], **told}
@@ -61,6 +65,9 @@ class Arrays(features.FeatureSource):
 
     def read(self, task, split, vectors, *, labelled=True, change=None, towers=None):
         return self.__dict__["given"]
+
+    def names(self, task, split):
+        return self.__dict__["given"].every_id
 
     def facts(self):
         return {"weights": "w"}

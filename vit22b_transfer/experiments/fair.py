@@ -8,7 +8,7 @@ everything is measured on the test part.
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -72,25 +72,15 @@ def parity(
             "more, up to six, and not the target."
         )
     told.known(target)
+    # Before the tower is run on anything; then without what cannot be read.
+    if names := source.names(images.task, images.split):
+        _members(told, names, target, columns, shares, seed, f"{images.task}")
     sets = [tuple(names) for names in probe.features]
     vectors = list(dict.fromkeys(name for names in sets for name in names))
     split = source.read(images.task, images.split, vectors, labelled=False)
-    rows = told.rows_of(split.ids)
-    kept = np.flatnonzero(rows >= 0)
-    if not len(kept):
-        raise UserError(
-            f"{table} has no row for any of the {len(rows)} images of {split.what}, "
-            f"such as {split.ids[0][:200]!r}. Names are paths below the folder."
-        )
-    rows = rows[kept]
-    labels = told.of(target, rows)
-    number, names = _groups(told, columns, rows)
-    parts = (
-        attributes.shared_out(len(rows), shares, seed)
-        if told.parts is None
-        else told.parts[rows]
+    kept, labels, number, names, parts = _members(
+        told, split.ids, target, columns, shares, seed, split.what
     )
-    _check_parts(parts, number, names, labels, target)
     train = parts == 0
     head = probe.learned(
         {
@@ -168,6 +158,48 @@ def _protocol(probe: LogisticProbe) -> dict[str, Any]:
         "held_out": probe.held_out,
         "max_iterations": probe.max_iterations,
     }
+
+
+class _Members(NamedTuple):
+    """Which images have a row; of these the label, the subgroup, the part.
+
+    names: of all subgroups.
+    """
+
+    kept: Int[np.ndarray, " images"]
+    labels: Bool[np.ndarray, " images"]
+    number: Int[np.ndarray, " images"]
+    names: list[str]
+    parts: Int[np.ndarray, " images"]
+
+
+def _members(
+    told: attributes.Attributes,
+    ids: Sequence[str],
+    target: str,
+    columns: Sequence[str],
+    shares: Sequence[float],
+    seed: int,
+    what: str,
+) -> _Members:
+    """What the table says of images; UserError where it says too little."""
+    rows = told.rows_of(ids)
+    kept = np.flatnonzero(rows >= 0)
+    if not len(kept):
+        raise UserError(
+            f"{told.path} has no row for any of the {len(rows)} images of {what}, "
+            f"such as {ids[0][:200]!r}. Names are paths below the folder."
+        )
+    rows = rows[kept]
+    labels = told.of(target, rows)
+    number, names = _groups(told, columns, rows)
+    parts = (
+        attributes.shared_out(len(rows), shares, seed)
+        if told.parts is None
+        else told.parts[rows]
+    )
+    _check_parts(parts, number, names, labels, target)
+    return _Members(kept, labels, number, names, parts)
 
 
 def _groups(
