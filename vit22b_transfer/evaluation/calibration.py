@@ -89,6 +89,29 @@ def expected_error(bins: Reliability) -> float:
     return float(np.sum(shares * gaps))
 
 
+def chance_errors(
+    confidence: Float[np.ndarray, " examples"],
+    bins: int = BINS,
+    draws: int = 1_000,
+    seed: int = 0,
+) -> Float[np.ndarray, " draws"]:
+    """`expected_error` of answers that are right as often as they are sure.
+
+    Consistency resampling (Broecker & Smith 2007): each draw has the confidences given,
+    every answer right with its confidence for a chance. Such a head has no calibration
+    error, and what is measured of it is what a split of this size has by chance.
+
+    Raises:
+      UserError: as `equal_width_bins`.
+    """
+    rng = np.random.default_rng(seed)
+    found = [
+        equal_width_bins(confidence, rng.random(len(confidence)) < confidence, bins)
+        for _ in range(draws)
+    ]
+    return np.array([expected_error(one) for one in found])
+
+
 def root_mean_square_error(bins: Reliability) -> float:
     """The root of the mean over examples of their bin's squared gap, in [0, 1].
 

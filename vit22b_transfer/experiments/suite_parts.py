@@ -27,6 +27,7 @@ class Part:
     head: whether a head of `HEADS` is asked, which is learned at need, and whose file
     is then the macro HEAD. texts: whether the tower must be one of a model of
     image-text pairs. needs: optional parts of the first layout that it needs.
+    least_side: of the pictures that the tower is shown, in pixels.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Part:
     head: str = ""
     texts: bool = False
     needs: tuple[str, ...] = ()
+    least_side: int = 0
 
     def root(self) -> Callable[..., Any]:
         """The function, imported now."""

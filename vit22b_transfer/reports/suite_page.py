@@ -126,7 +126,7 @@ def _cells(entry: beside.Entry, towers: Sequence[Results]) -> list[Markup]:
     drawn = []
     for place, (one, tower) in enumerate(zip(entry.numbers, towers, strict=True)):
         if one is None:
-            state = beside.state(tower.lines.get(number))
+            state = beside.state(tower.lines.get(number), entry.name)
             how = "bad" if state == "failed" else "soft"
             cells.append(tag("td", state, class_=f"number {how}"))
         else:

@@ -27,7 +27,7 @@ def show(
         for entry in entries:
             line, number = lines.get(entry.row.number), entry.numbers[place]
             if number is None:
-                cells.append(beside.state(line))
+                cells.append(beside.state(line, entry.name))
             else:
                 span = f" ({beside.interval(number)})" if len(by_row) > 1 else ""
                 cells.append(f"{beside.shown(number)} {number.unit}".strip() + span)
