@@ -278,6 +278,10 @@ def test_refusing_and_asking_an_oracle_are_the_pure_measures(tmp_path):
     assert told["collaborative_accuracy",] == accuracy
     area = selective.area_under_response_rate_accuracy(sure, right)
     assert told["aurra",] == area
+    (helped,) = [x for x in lines if x["metric"] == "collaborative_auc"]
+    assert helped["value"] == selective.collaborative_auc(sure, right, 0.05)
+    low, high = helped["interval"]
+    assert low < helped["value"] < high and helped["count"] == len(labels)
     perfect = judge(tmp_path, test=given(9 * np.eye(3), np.arange(3)))
     with pytest.raises(UserError, match="examples of both sides"):
         reliability.selected(perfect, SPLIT, resamples=RESAMPLES)
@@ -418,8 +422,11 @@ def test_mce_is_of_all_fifteen_and_says_that_it_is_not_published(tmp_path):
     lines = corrupted.robustness(judge(tmp_path, **splits), SPLIT)
     expected = corruption_errors.mean_corruption_error(errors, 0.0)
     told = values(lines)
-    assert told["mce",] == expected["mce"]
-    assert told["relative_mce",] == expected["relative_mce"]
+    for name in ("mce", "relative_mce", "ce/fog"):
+        assert told[name,] == pytest.approx(expected[name])
+        (one,) = [line for line in lines if line["metric"] == name]
+        low, high = one["interval"]
+        assert low < one["value"] < high and one["count"] == 50
     assert told["corruption_error", "fog"] == pytest.approx(np.mean(errors["fog"]))
     assert "frost is drawn" in lines[0]["protocol"]["form"]
     with pytest.raises(UserError, match="the nearest is 'fog'"):

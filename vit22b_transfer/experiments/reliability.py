@@ -122,6 +122,7 @@ def selected(
     logits, ids = variants.own_logits(found, labels)
     probabilities = class_probabilities.softmax(logits)
     confidence, correct = class_probabilities.answers(probabilities, ids)
+    areas = selective.CollaborativeAreas.of(confidence, correct)
 
     def measure(rows):
         sure, right = confidence[rows], correct[rows]
@@ -132,6 +133,8 @@ def selected(
         for share in fractions:
             accuracy = selective.collaborative_accuracy(sure, right, share)
             result[f"collaborative_accuracy/{share:g}"] = accuracy
+        for share, area in areas(rows, fractions).items():
+            result[f"collaborative_auc/{share:g}"] = area
         return result
 
     told = intervals.resampled(measure, (len(correct),), resamples=resamples)
@@ -140,11 +143,6 @@ def selected(
         metric, _, share = name.partition("/")
         settings = {"fraction": float(share)} if share else {}
         findings.append(measured.resampled(metric, interval, len(correct), settings))
-    for share in fractions:
-        # 200 thresholds each time: too slow to resample.
-        area = selective.collaborative_auc(confidence, correct, share)
-        settings = {"fraction": float(share)}
-        findings.append(measured.Finding("collaborative_auc", area, settings=settings))
     covered = selective.accuracy_by_coverage(confidence, correct)
     places = np.unique(np.linspace(0, len(covered) - 1, 400).astype(int))
     lines = {"head": ((places + 1) / len(covered), covered[places].tolist())}
@@ -182,7 +180,7 @@ def strangers(
     with `train`, of `mahalanobis` and `relative_mahalanobis` on the head's features.
 
     train: the split that the Gaussians of classes are fitted on, with the head's
-      classes. ridge: as `out_of_distribution.fitted_gaussians`.
+      classes; those without an image there have none, and are counted. ridge: as `out_of_distribution.fitted_gaussians`.
 
     Raises:
       UserError: as the functions of `evaluation.out_of_distribution`, such as for a
@@ -198,8 +196,11 @@ def strangers(
         scores["max_logit"].append(
             out_of_distribution.negative_max_logits(split.logits)
         )
+    notes: dict[str, Any] = {}
     if train is not None:
-        scores |= _distances(judge, inside, train, (test, outside), ridge)
+        distances, without = _distances(judge, inside, train, (test, outside), ridge)
+        scores |= distances
+        notes |= {"classes_without_a_gaussian": without} if without else {}
     counts = (len(inside.logits), len(other.logits))
     findings = []
     for name, (known, strange) in scores.items():
@@ -222,6 +223,7 @@ def strangers(
         notes={
             "images": counts[0],
             "images_outside": counts[1],
+            **notes,
             **inside.notes,
             **other.notes,
         },
@@ -373,8 +375,8 @@ def _errors_of(
 
 def _distances(
     judge: Judge, inside: Judged, train: Split, splits: tuple[Split, Split], ridge
-) -> dict[str, list[Float[np.ndarray, " images"]]]:
-    """Mahalanobis distances of both splits' features."""
+) -> tuple[dict[str, list[Float[np.ndarray, " images"]]], int]:
+    """Mahalanobis distances of both splits' features; classes without an image."""
     names = list(inside.head.features)
     if not names:
         raise UserError(
@@ -382,8 +384,9 @@ def _distances(
             "Take a head of another probe, or leave train out."
         )
     data = judge.source.read(train.task, train.split, names).joined(names)
+    seen, labels = np.unique(data.labels, return_inverse=True)
     fitted = out_of_distribution.fitted_gaussians(
-        data.features.astype(np.float64), data.labels, data.num_classes, ridge=ridge
+        data.features.astype(np.float64), labels, len(seen), ridge=ridge
     )
     found: dict[str, list] = {"mahalanobis": [], "relative_mahalanobis": []}
     for number, split in enumerate(splits):
@@ -395,7 +398,7 @@ def _distances(
         found["relative_mahalanobis"].append(
             out_of_distribution.relative_mahalanobis_distances(vectors, fitted)
         )
-    return found
+    return found, data.num_classes - len(seen)
 
 
 def _stem(found: Judged) -> str:
