@@ -60,7 +60,7 @@ class Work:
             self.before(row)
             return Finding([SAID], notes={"counted": 3}), "/work"
 
-        return suite.Prepared(self.protocol, f"vit22b probe {row}", run)
+        return suite.Prepared(self.protocol, lambda: f"vit22b probe {row}", run)
 
 
 def run(rows, work, out, survey=SURVEY, tower=TOWER):

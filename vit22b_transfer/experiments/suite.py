@@ -68,12 +68,12 @@ class Job:
 class Prepared:
     """A job whose recipe is read. protocol: value by parameter, without paths.
 
-    command: what a user would type to run it alone. run: what does it, and the folder
-    that its pictures are named from.
+    command: gives what a user would type to run it alone; a head that it asks is learned
+    for that. run: what does it, and the folder that its pictures are named from.
     """
 
     protocol: Mapping[str, str]
-    command: str
+    command: Callable[[], str]
     run: Callable[[], tuple[Any, str]]
 
 
@@ -177,9 +177,10 @@ def _row(
     if key in done and not failed:
         console.print("  done before", markup=False)
         return dataclasses.replace(done[key], reason=reason)
+    commands: list[str] = []
     for job, one in ready:
-        console.print(f"  {one.command}", markup=False)
-        if problem := _attempt(job, one, findings, folder, show_faults, console):
+        told = (findings, commands)
+        if problem := _attempt(job, one, told, folder, show_faults, console):
             failed[job.name] = job.told(problem)
     for problem in failed.values():
         console.print(f"  failed: {problem}", markup=False)
@@ -195,7 +196,7 @@ def _row(
         pictures=tuple(picture for one in findings for picture in one.pictures),
         data=data,
         protocol=protocol,
-        commands=tuple(one.command for _, one in ready),
+        commands=tuple(commands),
         notes=results.as_texts({k: v for one in findings for k, v in one.notes.items()})
         | _odd(todo),
         seconds=round(seconds, 1),
@@ -203,9 +204,14 @@ def _row(
     )
 
 
-def _attempt(job, prepared, findings, folder, show_faults, console) -> str:
-    """Runs a job; its error in a line, or ""."""
+def _attempt(job, prepared, told, folder, show_faults, console) -> str:
+    """Runs a job, adds its finding and command; its error in a line, or ""."""
+    findings, commands = told
     try:
+        commands.append(prepared.command())
+        shown = commands[-1].replace("\n", "\n  ")
+        # Whatever the width: a line that is broken could not be typed.
+        console.print(f"  {shown}", markup=False, highlight=False, soft_wrap=True)
         result, place = prepared.run()
         found = job.part.finding(result, job.name)
         pictures = [_inside(picture, place, folder) for picture in found.pictures]

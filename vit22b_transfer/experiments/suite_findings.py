@@ -156,7 +156,7 @@ def subgroups(lines: Lines, name: str, metric: str) -> Finding:
         elif line["metric"] == f"{metric}_gap" and line["value"] is not None:
             label = "gap%"
         elif line["metric"] == f"{metric}_by_chance":
-            label = f"{group}, by chance%"
+            label = f"{group}, chance%"
         else:
             continue
         numbers.append(_number(name, label, line))

@@ -244,3 +244,50 @@ def calibration(name: str, layout: str, split: str) -> Part:
     settings = {"TEST_TASK": "'{task}'", "TEST_SPLIT": repr(split)}
     function = "reliability.calibrated"
     return measure(name, layouts, "calibration", function, _CALIBRATED, settings)
+
+
+def strangers(name: str, layout: str) -> Part:
+    """How a head, and distances of its features, tell images of no known class."""
+    return measure(
+        name,
+        (layout, "imagenet"),
+        "open_set",
+        "reliability.strangers",
+        {
+            "auroc/msp": "AUROC%",
+            "fpr95/msp": "FPR95%",
+            "auroc/mahalanobis": "Mahalanobis AUROC%",
+            "auroc/relative_mahalanobis": "relative AUROC%",
+        },
+        {
+            "TEST_TASK": "'{imagenet_task}'",
+            "OUTSIDE_TASK": "'{task}'",
+            # Of few images, or features that do not vary, a covariance is singular.
+            "RIDGE": "0.001",
+        },
+    )
+
+
+def selective(name: str) -> Part:
+    """What is gained if a head may refuse, or ask an oracle for 1 % of the images."""
+    shown = {
+        "aurra": "AURRA%",
+        "calibration_auc": "calibration AUC%",
+        "collaborative_auc/0.01": "oracle AUC%",
+    }
+    settings = {"TEST_TASK": "'{task}'"}
+    layouts = ("imagenet",)
+    return measure(name, layouts, "selective", "reliability.selected", shown, settings)
+
+
+def corruptions(name: str) -> Part:
+    """A head on the fifteen corruptions at five severities, made on the fly."""
+    return measure(
+        name,
+        ("imagenet",),
+        "corruptions",
+        "corrupted.robustness",
+        {"mce": "mCE"},
+        {"TEST_TASK": "'{task}'"},
+        least_side=32,
+    )

@@ -8,7 +8,7 @@ from vit22b_transfer.experiments.suite_results import Line, Number
 from vit22b_transfer.experiments.suite_rows import ROWS, Row
 
 
-# Examples; the numbers of fewer say little, and how many they are stands beside them.
+# Numbers of fewer examples are marked.
 FEW = 30
 
 
@@ -95,15 +95,16 @@ def shown(number: Number) -> str:
 
 
 def interval(number: Number) -> str:
-    """Its interval, such as "88.1 to 90.2"; "none" if it has none.
-
-    Of fewer than `FEW` examples with their number behind it.
-    """
+    """Its interval, such as "88.1 to 90.2"; "none" if it has none."""
     if number.low is None or number.high is None:
         return "none"
     low, high = (_rounded(x, number.unit) for x in (number.low, number.high))
-    few = f", n={number.count}" if 0 < number.count < FEW else ""
-    return f"{low} to {high}{few}"
+    return f"{low} to {high}"
+
+
+def few(number: Number) -> bool:
+    """Whether it is of so few examples that it says little; not where none are told."""
+    return 0 < number.count < FEW
 
 
 def paper(entry: Entry) -> str:

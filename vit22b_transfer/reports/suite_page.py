@@ -145,6 +145,8 @@ def _cells(entry: beside.Entry, towers: Sequence[Results]) -> list[Markup]:
             )
         if len(towers) == 1:
             span = "" if one is None else beside.interval(one)
+            if one is not None and beside.few(one):
+                span += f", of {one.count}"
             cells.append(tag("td", span, class_="number wide soft"))
     cells.append(tag("td", *drawn))
     cells.append(tag("td", beside.paper(entry), class_="number"))
