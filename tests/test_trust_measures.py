@@ -641,7 +641,10 @@ def test_other_pictures_of_people_and_other_classes_are_refused(tmp_path):
         wrong = given(cues(ANSWERS), ids=ids, head=sixteen_classes.NAMES)
         with pytest.raises(UserError, match=message):
             humans.alignment(judge(tmp_path, test=wrong), SPLIT, observer="m")
-    with pytest.raises(UserError, match="a list of one or more class ids from 0 to 15; missing: airplane"):
+    with pytest.raises(
+        UserError,
+        match="a list of one or more class ids from 0 to 15; missing: airplane",
+    ):
         humans.alignment(
             judge(tmp_path, test=plain), SPLIT, observer="m", sixteen=str(path)
         )

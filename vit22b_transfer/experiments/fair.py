@@ -288,7 +288,9 @@ def _findings(
         found.append(measured.Finding(metric, value, span, kind, count=len(number)))
 
     def ratio(*rows):
-        rates = [answers[own][row].mean() for own, row in zip(members, rows, strict=True)]
+        rates = [
+            answers[own][row].mean() for own, row in zip(members, rows, strict=True)
+        ]
         return {"parity_ratio": fairness.demographic_parity_ratio(np.array(rates))}
 
     members = [np.flatnonzero(number == group) for group in range(len(names))]

@@ -52,12 +52,6 @@ def _names(path: str) -> tuple[str, ...]:
 def _with_list(found: Found) -> Found:
     """A layout with a class list of its own."""
     names = _names(found.paths["classes"])
-    if "names" in found.paths and (count := len(_names(found.paths["names"]))):
-        if count != len(names):
-            raise UserError(
-                f"class_names.txt has {count} names, classes.txt {len(names)}; give "
-                "one in words for each line."
-            )
     notes = dict(found.notes)
     for part, folders in found.classes.items():
         unknown = _unknown(folders, names)

@@ -184,9 +184,7 @@ def several_labels(judge: Judge, test: Split, *, judgements: str) -> list[dict]:
     head, names = judge.before(test)
     judgements_of(names, judgements, head.classes, f"{test.task} {test.split}")
     found = judge.of(test, labelled=False)
-    of_image = judgements_of(
-        found.every_id, judgements, found.head.classes, found.what
-    )
+    of_image = judgements_of(found.every_id, judgements, found.head.classes, found.what)
     given = [of_image[name] for name in found.ids]
     rows = np.flatnonzero([len(own) > 0 for own in given])
     if not len(rows):
