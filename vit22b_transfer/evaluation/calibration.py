@@ -269,12 +269,7 @@ def scaled_metrics(
         raise UserError(
             f"{len(logits)} predictions have {len(labels)} labels; give each one."
         )
-    cut = int(len(labels) * fit_share)
-    if not 0 < cut < len(labels):
-        raise UserError(
-            f"a share of {fit_share} of {len(labels)} examples leaves a part without "
-            "any; choose one between 0 and 1, or more examples."
-        )
+    cut = fitted_on(len(labels), fit_share)
     temperature = fitted_temperature(logits[:cut], labels[:cut])
     rest, right = np.asarray(logits[cut:], np.float64), labels[cut:]
     scaled = metrics(rest / temperature, right, bins)
@@ -285,6 +280,21 @@ def scaled_metrics(
         "fitted_on": float(cut),
         "measured_on": float(len(labels) - cut),
     }
+
+
+def fitted_on(examples: int, fit_share: float) -> int:
+    """How many examples a temperature is fitted on, the first ones.
+
+    Raises:
+      UserError: if they, or those that are left, are none.
+    """
+    cut = int(examples * fit_share)
+    if not 0 < cut < examples:
+        raise UserError(
+            f"a share of {fit_share} of {examples} examples leaves a part without any; "
+            "choose one between 0 and 1, or more examples."
+        )
+    return cut
 
 
 def _checked_logs(log_probabilities):

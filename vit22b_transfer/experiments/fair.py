@@ -55,9 +55,10 @@ def parity(
 
     Told of each subgroup: `accuracy`, `ece`, `positive_rate`, all before debiasing, and
     `ece_by_chance`, that of a head with the same confidences and no calibration error:
-    in a small group it is far from 0. Of all: `accuracy`, `accuracy_gap` (best less worst), `parity_difference`,
-    `parity_ratio`; of each limit of the sweep `accuracy_at_limit` and
-    `parity_at_limit`, with the thresholds. A picture has accuracy by parity.
+    in a small group it is far from 0. Of all: `accuracy`, `accuracy_gap` (best less
+    worst), `parity_difference`, `parity_ratio`; of each limit of the sweep
+    `accuracy_at_limit` and `parity_at_limit`, with the thresholds. A picture has
+    accuracy by parity.
 
     images: an unlabelled split. table: a CSV file as `attributes` reads it; images
       without a row are left out, and counted. target: the attribute that is predicted.

@@ -68,8 +68,9 @@ class Job:
 class Prepared:
     """A job whose recipe is read. protocol: value by parameter, without paths.
 
-    command: gives what a user would type to run it alone; a head that it asks is learned
-    for that. run: what does it, and the folder that its pictures are named from.
+    command: gives what a user would type to run it alone; a head that it asks is
+    learned for that. run: what does it, and the folder that its pictures are named
+    from.
     """
 
     protocol: Mapping[str, str]
@@ -92,7 +93,7 @@ def jobs(row: Row, survey: Survey, tower: Tower) -> tuple[list[Job], list[str]]:
         lacking = [n for n, some in zip(others, there, strict=True) if not some]
         firsts = survey.named(first)
         if part.texts and not tower.texts:
-            missing.append(f"{part.name}: the tower is none of a model of pairs")
+            missing.append("the tower is none of a model of pairs")
         elif tower.side < part.least_side:
             missing.append(
                 f"{part.name}: needs pictures of {part.least_side} pixels, the tower "
@@ -109,7 +110,7 @@ def jobs(row: Row, survey: Survey, tower: Tower) -> tuple[list[Job], list[str]]:
                 own = layout.name.partition("/")[2]
                 name = part.name.replace("*", own) if own else part.name
                 found.append(Job(part, name, (layout, *rest)))
-    return found, missing
+    return found, [*dict.fromkeys(missing)]
 
 
 def run(

@@ -240,8 +240,8 @@ def judgements_of(
     files = {name.rpartition("/")[2]: name for name in names}
     if len(files) < len(names):
         raise UserError(
-            f"{len(names) - len(files)} images of {what} have the file name of another, "
-            "so that their order says nothing. Rename them."
+            f"{len(names) - len(files)} images of {what} have the file name of "
+            "another, so that their order says nothing. Rename them."
         )
     given = class_subsets.read_judgements(path, len(files), classes)
     if not any(given):

@@ -7,7 +7,6 @@ from vit22b_transfer.experiments import suite_results as results
 from vit22b_transfer.experiments.suite_results import Line, Number
 from vit22b_transfer.experiments.suite_rows import ROWS, Row
 
-
 # Numbers of fewer examples are marked.
 FEW = 30
 
