@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import rich.console
 import tiny_classifier
-from shell_commands import no_tasks, use_one_device
+from shell_commands import no_tasks, run_in_process, use_one_device
 
 from vit22b_transfer import UserError, cli
 from vit22b_transfer.experiments import (
@@ -63,9 +64,9 @@ class Work:
         return suite.Prepared(self.protocol, lambda: f"vit22b probe {row}", run)
 
 
-def run(rows, work, out, survey=SURVEY, tower=TOWER):
+def run(rows, work, out, survey=SURVEY, tower=TOWER, **options):
     console = rich.console.Console(quiet=True)
-    return suite.run(rows, survey, tower, work, str(out), console)
+    return suite.run(rows, survey, tower, work, str(out), console, **options)
 
 
 def lines(out):
@@ -133,8 +134,13 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(tmp_path):
         if row == 2:
             raise ZeroDivisionError("by zero")
 
-    work = Work(fail)
-    first, second, third = run(table(1, 2, 3), work, tmp_path)
+    work, written = Work(fail), []
+    first, second, third = run(
+        table(1, 2, 3), work, tmp_path, written=lambda: written.append(lines(tmp_path))
+    )
+    # What is known is written behind each row, whatever becomes of those behind it.
+    assert [len(some) for some in written] == [1, 2, 3]
+    assert first.failed == {"A": first.reason} and not third.failed
     assert first.status == second.status == "failed" and third.status == "done"
     assert first.reason == "A: the tower has no eyes"
     assert second.reason == "A: ZeroDivisionError: by zero"
@@ -188,6 +194,14 @@ def test_what_is_not_there_is_said_and_the_rest_is_run(tmp_path):
         ["imagenet: classes.txt missing"],
     )
     assert suite.jobs(Row(1, "x", "y"), survey, TOWER) == ([], [suite.NOT_BUILT])
+    small = Row(1, "x", "y", parts=[part(layout="few_shot/a", least_side=32)])
+    assert suite.jobs(small, survey, dataclasses.replace(TOWER, side=31)) == (
+        [],
+        ["A: needs pictures of 32 pixels, the tower sees 31"],
+    )
+    assert len(suite.jobs(small, survey, dataclasses.replace(TOWER, side=32))[0]) == 1
+    nameless = suite.Job(part(name=""), "", (found("few_shot/a"),))
+    assert nameless.told("no eyes") == "few_shot/a: no eyes"
     (line,) = run([Row(6, "x", "y", elsewhere="run that")], Work(), tmp_path)
     assert (line.status, line.reason, line.key) == ("skipped", "run that", "")
 
@@ -352,11 +366,31 @@ def test_the_command_runs_what_the_folder_allows_and_goes_on(folder, capsys):
     told = json.dumps(known[8].as_json()["protocol"])
     assert str(folder) not in told  # what decides a row has no place in it
 
-    assert command(folder, *words, "--out=out", "--rows=1,8") == 0
+    (folder / "out" / "suite.html").unlink()
+    assert command(folder, *words, "--out=out", "--rows=1,8,27") == 0
     again = capsys.readouterr().out
     assert "done before" in again and "the tower was run on" not in again
     page = (folder / "out" / "suite.html").read_text()
     assert 'id="row-1"' in page and 'id="row-8"' in page and "<polyline" in page
+    run_printed_commands(folder, capsys)
+
+
+def run_printed_commands(folder, capsys):
+    """What a row prints runs it alone, and gives the same."""
+    known = {line.row: line for line in results.read_lines(str(folder / "out"))}
+    commands = [known[row].commands[-1] for row in (1, 8, 27)]
+    for text in commands:
+        names = re.findall(r"--gin\.([^=]+)=", text)
+        assert len({*names}) == len(names) and "'-'" not in text
+    files = [
+        folder / "out" / "work" / f"{kind}s.jsonl" for kind in ("probe", "measure")
+    ]
+    before = [path.read_text().splitlines() for path in files]
+    run_in_process("\n".join(commands), folder)
+    assert "the tower was run on" not in capsys.readouterr().out
+    for path, lines in zip(files, before, strict=True):
+        added = path.read_text().splitlines()[len(lines) :]
+        assert len(added) > 2 and {*added} <= {*lines}
 
 
 @pytest.mark.slow
