@@ -241,6 +241,33 @@ def test_shots_are_numbers_and_a_curve():
     assert found.notes == {"odd, 1 shots": 1, "odd, 5 shots": 1}
 
 
+def test_numbers_of_measures_say_of_how_many_examples_they_are():
+    def told(metric, count, **settings):
+        facts = {"value": 0.25, "interval": [0.125, 0.5], "notes": {"odd": 1}}
+        return {"metric": metric, "count": count, "settings": settings, **facts}
+
+    some = [
+        told("ece", 8, subgroup="Male"),
+        told("ece_by_chance", 8, subgroup="Male"),
+        told("accuracy", 7, subgroup="Male"),
+        told("accuracy_gap", 15),
+    ]
+    of_ece = suite_findings.subgroups(some, "Smiling", "ece")
+    of_accuracy = suite_findings.subgroups(some, "Smiling", "accuracy")
+    measured = suite_findings.measured(some, "A", {"accuracy_gap": "gap"})
+    numbers = [*of_ece.numbers, *of_accuracy.numbers, *measured.numbers]
+    assert [(n.name, n.count) for n in numbers] == [
+        ("Smiling, Male", 8),
+        ("Smiling, Male, chance", 8),
+        ("Smiling, Male", 7),
+        ("Smiling, gap", 15),
+        ("A, gap", 15),
+    ]
+    assert numbers[0] == Number("Smiling, Male", 25.0, 12.5, 50.0, "%", count=8)
+    (bars,) = of_ece.charts
+    assert bars.ticks == ["Male"]
+
+
 def results_of(scores):
     import numpy as np
 
