@@ -298,6 +298,11 @@ def test_judgements_and_people_are_read_before_a_tower_is_run(tmp_path):
         (sixteen, sixteens(cat=[]), "wrong lists: cat"),
         (table, "subj,imagename\n1,2\n", "the header is to have each of"),
         (stimulus, "", "strange.png' does not say condition and class"),
+        (
+            human / "stimuli" / "0_1_2_c30_oven_10_3.png",
+            "",
+            "c30_oven_10_3.png' lies in no folder of a data set",
+        ),
     ):
         before = path.read_text() if path.exists() else None
         path.write_text(content)

@@ -146,8 +146,14 @@ def checked(
 
 
 def _sets(names: Sequence[str]) -> list[str]:
-    """The data set of each picture: its first folder."""
-    return [name.partition("/")[0] if "/" in name else "" for name in names]
+    """The data set of each picture: its first folder; UserError if it lies in none."""
+    for name in names:
+        if "/" not in name:
+            raise UserError(
+                f"the picture {brief(name)!r} lies in no folder of a data set, as "
+                "cue-conflict/airplane/airplane1-bicycle2.png does."
+            )
+    return [name.partition("/")[0] for name in names]
 
 
 def responses(

@@ -16,6 +16,8 @@ from vit22b_transfer.experiments.layouts import Found
 from vit22b_transfer.host import file_errors
 
 _SHOWN = 3
+# ImageNet's list has 10 kB; JFT-3B's 30,000 names would have 500 kB.
+_MOST_BYTES = 16 << 20
 
 
 def checked(found: Found, imagenet: Found | None) -> Found | str:
@@ -46,6 +48,11 @@ def checked(found: Found, imagenet: Found | None) -> Found | str:
 def _names(path: str) -> tuple[str, ...]:
     from vit22b_transfer.data import class_lists
 
+    if os.path.getsize(path) > _MOST_BYTES:
+        raise UserError(
+            f"{os.path.basename(path)} has more than {_MOST_BYTES} bytes; a class list "
+            "has one name per line"
+        )
     return class_lists.names(path)
 
 
