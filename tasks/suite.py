@@ -62,7 +62,8 @@ def register(survey):
                 before = [functools.partial(without_border, pixels=FRAME)]
         elif found.kind in layouts.UNLABELLED:
             path = found.paths[layouts.UNLABELLED[found.kind]]
-            source = ImageFolderSource({"test": path})
+            beside = (".npy",) if found.kind == "bapps" else ()  # what people said
+            source = ImageFolderSource({"test": path}, beside=beside)
         else:
             continue
         register_classification(found.task, source, options=OPTIONS, before=before)

@@ -187,3 +187,12 @@ THIRDS, ONES = np.full((2, 3), 1 / 3), np.ones((2, 3))
 def test_what_cannot_be_measured_is_said(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_a_head_without_any_error_has_one_by_chance():
+    # One bin, four answers that are sure by half: the error is |hits / 4 - 1 / 2|.
+    drawn = calibration.chance_errors(np.full(4, 0.5), 1, 2_000)
+    shares = [np.mean(np.isclose(drawn, error)) for error in (0, 0.25, 0.5)]
+    np.testing.assert_allclose(shares, [6 / 16, 8 / 16, 2 / 16], atol=0.04)
+    sure = np.random.default_rng(1).uniform(0.5, 1, 4_000)
+    assert calibration.chance_errors(sure, draws=5).max() < 0.05

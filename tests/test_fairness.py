@@ -149,3 +149,32 @@ HALVES = np.full(3, 0.5)
 def test_what_cannot_be_measured_is_said(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_the_interval_of_a_gap_is_newcombe_s():
+    # Table II of Newcombe 1998, method 10: 56/70 and 48/80, 9/10 and 3/10, 10/10 and
+    # 0/20.
+    for hits, count, expected in (
+        ((56, 48), (70, 80), (0.0524, 0.3339)),
+        ((3, 9), (10, 10), (0.1705, 0.8090)),
+        ((10, 0), (10, 20), (0.6791, 1.0)),
+    ):
+        found = fairness.gap_interval(np.array(hits), np.array(count))
+        assert found == pytest.approx(expected, abs=5e-5)
+    low, high = fairness.gap_interval(np.array([4, 4]), np.array([4, 4]))
+    assert low == 0 and high > 0.4  # all right in both: no gap, and nothing is sure
+    three = fairness.gap_interval(np.array([56, 48, 50]), np.array([70, 80, 70]))
+    assert three == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    for hits, count in (([1], [2]), ([1, 0], [2, 0]), ([3, 0], [2, 1])):
+        with pytest.raises(UserError, match="a gap is between two groups"):
+            fairness.gap_interval(np.array(hits), np.array(count))
+
+
+def test_the_interval_of_a_gap_holds_it():
+    rng = np.random.default_rng(0)
+    count = np.array([12, 9])
+    held = []
+    for _ in range(300):
+        low, high = fairness.gap_interval(rng.binomial(count, (0.9, 0.5)), count)
+        held.append(low <= 0.4 <= high)
+    assert np.mean(held) > 0.92

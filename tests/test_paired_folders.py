@@ -115,7 +115,9 @@ def broken(root):
 
 def test_what_is_bad_is_an_error_or_counted(root):
     expected = broken(root)
-    with pytest.raises(UserError, match="on_bad_record='skip'"):
+    with pytest.raises(
+        UserError, match=r"--gin\.SegmentationFolder\.on_bad_record=\"'skip'\""
+    ):
         folder(root).pairs("training")
     pairs = folder(root, on_bad_record="skip").pairs("training")
     assert pairs.left_out == expected

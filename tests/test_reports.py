@@ -181,10 +181,42 @@ def test_every_row_fits_into_the_table():
         row.number: [number(name, 1.0) for name in row.paper] or [number("x", 1.0)]
         for row in ROWS
     }
+    for row, name in (
+        (16, "KITTI, delta < 1.25^2"),
+        (22, "Attractive, not Male, chance"),
+        (26, "noise, Mahalanobis AUROC"),
+    ):
+        few = dataclasses.replace(number(name, 1.0), count=9)
+        numbers[row] = [few, few, dataclasses.replace(few, name=f"{name}!")]
     lines = [line(row, numbers=tuple(some)) for row, some in numbers.items()]
     console = rich.console.Console(width=80, record=True, file=open("/dev/null", "w"))
     suite_table.show([lines], console=console)
-    assert console.export_text().count("ViT-22B") == 1  # one table, not several
+    shown = console.export_text()
+    assert shown.count("ViT-22B") == 1  # one table, not several
+    assert "    KITTI, delta < 1.25^2!" in shown and "*: of fewer than 30" in shown
+
+
+def test_a_part_that_failed_stands_beside_the_others():
+    failed = {"pets": "pets: no eyes", "ImageNet": "ImageNet: no ears"}
+    eight = line(8, numbers=(number("birds, 1 shots", 20.0),), status="failed")
+    five = line(5, numbers=(), status="failed")
+    lines = [
+        dataclasses.replace(eight, failed=failed, reason="; ".join(failed.values())),
+        # Of row 5 one part failed; the other has no data.
+        dataclasses.replace(five, failed={"ImageNet-R": "no"}, reason="no"),
+    ]
+    console = rich.console.Console(width=80, record=True, file=open("/dev/null", "w"))
+    suite_table.show([lines], console=console)
+    shown = re.findall(r"│ +(?:\d  )?(.*?) +│ +(\S+)(?: %)? │", console.export_text())
+    assert shown == [
+        ("same head, ImageNet-R", "failed"),
+        ("ImageNet-A", "-"),
+        ("few-shot, birds, 1 shots", "20.0"),
+        ("pets", "failed"),
+        ("ImageNet", "failed"),
+    ]
+    page = suite_page.html([results(*lines)])
+    assert page.count(">failed</td>") == 3 and page.count(">-</td>") == 1
 
 
 def test_towers_stand_beside_each_other_in_one_chart():

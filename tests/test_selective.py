@@ -80,14 +80,16 @@ def test_the_collaborative_area_is_that_of_its_definition(fixed):
     rng = np.random.default_rng(1)
     scores = rng.random(60)
     scores[:6] = scores[6:12]
+    scores[12:16] = 100 / 199  # at a threshold, which is above none of them
     positive = rng.random(60) < scores
+    positive[12:16] = True, False, True, False
     certainty = np.round(rng.random(60), 1) if fixed else None
     last = 0.0
-    for fraction, asked in ((0.0, 0), (0.05, 3), (0.2, 12), (1.0, 60)):
+    for fraction, asked in ((0.0, 0), (0.02, 1), (0.05, 3), (0.2, 12), (1.0, 60)):
         found = selective.collaborative_auc(scores, positive, fraction, certainty)
         expected = collaborative_by_loops(scores, positive, asked, certainty)
         assert found == pytest.approx(expected)
-        assert found > last
+        assert found >= last
         last = found
     assert last == pytest.approx(1.0)
     alone = sklearn.metrics.roc_auc_score(positive, scores)

@@ -199,6 +199,12 @@ def test_a_folder_gives_its_images_in_the_order_of_their_paths(tmp_path, caplog)
     assert [e["image_id"] for e in found] == [b"a/B.JPEG", b"a/z.jpg", b"b.png"]
     assert "4 files do not end in .bmp" in caplog.text
     assert "left out: a/a.psd, a/b.heic, notes.md, ..." in caplog.text
+    # What lies there for another reader is nothing to warn of.
+    source = ImageFolderSource({"test": folder}, beside=(".psd", ".heic"))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        source.num_records("test")
+    assert "2 files do not end in .bmp" in caplog.text
     assert all(e["target"] == b"" and not len(e["references"]) for e in found)
 
 

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import rich.console
 import tiny_classifier
-from shell_commands import no_tasks, use_one_device
+from shell_commands import no_tasks, run_in_process, use_one_device
 
 from vit22b_transfer import UserError, cli
 from vit22b_transfer.experiments import (
@@ -60,12 +61,12 @@ class Work:
             self.before(row)
             return Finding([SAID], notes={"counted": 3}), "/work"
 
-        return suite.Prepared(self.protocol, f"vit22b probe {row}", run)
+        return suite.Prepared(self.protocol, lambda: f"vit22b probe {row}", run)
 
 
-def run(rows, work, out, survey=SURVEY, tower=TOWER):
+def run(rows, work, out, survey=SURVEY, tower=TOWER, **options):
     console = rich.console.Console(quiet=True)
-    return suite.run(rows, survey, tower, work, str(out), console)
+    return suite.run(rows, survey, tower, work, str(out), console, **options)
 
 
 def lines(out):
@@ -133,8 +134,13 @@ def test_a_row_that_fails_says_why_and_the_others_go_on(tmp_path):
         if row == 2:
             raise ZeroDivisionError("by zero")
 
-    work = Work(fail)
-    first, second, third = run(table(1, 2, 3), work, tmp_path)
+    work, written = Work(fail), []
+    first, second, third = run(
+        table(1, 2, 3), work, tmp_path, written=lambda: written.append(lines(tmp_path))
+    )
+    # What is known is written behind each row, whatever becomes of those behind it.
+    assert [len(some) for some in written] == [1, 2, 3]
+    assert first.failed == {"A": first.reason} and not third.failed
     assert first.status == second.status == "failed" and third.status == "done"
     assert first.reason == "A: the tower has no eyes"
     assert second.reason == "A: ZeroDivisionError: by zero"
@@ -178,7 +184,7 @@ def test_what_is_not_there_is_said_and_the_rest_is_run(tmp_path):
     assert [job.name for job in todo] == ["b 5", "a 5"]
     assert missing == [
         "imagenet: classes.txt missing",
-        "texts: the tower is none of a model of pairs",
+        "the tower is none of a model of pairs",
     ]
     pairs = dataclasses.replace(TOWER, texts=True)
     assert len(suite.jobs(row, survey, pairs)[0]) == 3
@@ -188,6 +194,14 @@ def test_what_is_not_there_is_said_and_the_rest_is_run(tmp_path):
         ["imagenet: classes.txt missing"],
     )
     assert suite.jobs(Row(1, "x", "y"), survey, TOWER) == ([], [suite.NOT_BUILT])
+    small = Row(1, "x", "y", parts=[part(layout="few_shot/a", least_side=32)])
+    assert suite.jobs(small, survey, dataclasses.replace(TOWER, side=31)) == (
+        [],
+        ["A: needs pictures of 32 pixels, the tower sees 31"],
+    )
+    assert len(suite.jobs(small, survey, dataclasses.replace(TOWER, side=32))[0]) == 1
+    nameless = suite.Job(part(name=""), "", (found("few_shot/a"),))
+    assert nameless.told("no eyes") == "few_shot/a: no eyes"
     (line,) = run([Row(6, "x", "y", elsewhere="run that")], Work(), tmp_path)
     assert (line.status, line.reason, line.key) == ("skipped", "run that", "")
 
@@ -225,6 +239,33 @@ def test_shots_are_numbers_and_a_curve():
     (chart,) = found.charts
     assert chart.curves[0].points == [[1.0, 25.0], [5.0, 75.0]] and chart.log_x
     assert found.notes == {"odd, 1 shots": 1, "odd, 5 shots": 1}
+
+
+def test_numbers_of_measures_say_of_how_many_examples_they_are():
+    def told(metric, count, **settings):
+        facts = {"value": 0.25, "interval": [0.125, 0.5], "notes": {"odd": 1}}
+        return {"metric": metric, "count": count, "settings": settings, **facts}
+
+    some = [
+        told("ece", 8, subgroup="Male"),
+        told("ece_by_chance", 8, subgroup="Male"),
+        told("accuracy", 7, subgroup="Male"),
+        told("accuracy_gap", 15),
+    ]
+    of_ece = suite_findings.subgroups(some, "Smiling", "ece")
+    of_accuracy = suite_findings.subgroups(some, "Smiling", "accuracy")
+    measured = suite_findings.measured(some, "A", {"accuracy_gap": "gap"})
+    numbers = [*of_ece.numbers, *of_accuracy.numbers, *measured.numbers]
+    assert [(n.name, n.count) for n in numbers] == [
+        ("Smiling, Male", 8),
+        ("Smiling, Male, chance", 8),
+        ("Smiling, Male", 7),
+        ("Smiling, gap", 15),
+        ("A, gap", 15),
+    ]
+    assert numbers[0] == Number("Smiling, Male", 25.0, 12.5, 50.0, "%", count=8)
+    (bars,) = of_ece.charts
+    assert bars.ticks == ["Male"]
 
 
 def results_of(scores):
@@ -332,8 +373,8 @@ def test_the_command_runs_what_the_folder_allows_and_goes_on(folder, capsys):
     assert "imagenet: 16 images of train, 12 images of validation" in shown
     assert "few_shot/pets: 12 images of train, 8 images of validation" in shown
     assert shown.count("the tower was run on") == 4
-    assert "row 9 not run: ImageNet: the tower is none of a model of pairs" in shown
-    assert "--gin.FewShot.shots=(1, 2)" in shown.replace("'", "")
+    assert "row 9 not run: the tower is none of a model of pairs\n" in shown
+    assert '--gin.FewShot.shots="(1, 2)"' in shown
     known = {line.row: line for line in results.read_lines(str(folder / "out"))}
     assert [known[row].status for row in (6, 7, 8, 9)] == [
         "skipped",
@@ -352,11 +393,31 @@ def test_the_command_runs_what_the_folder_allows_and_goes_on(folder, capsys):
     told = json.dumps(known[8].as_json()["protocol"])
     assert str(folder) not in told  # what decides a row has no place in it
 
-    assert command(folder, *words, "--out=out", "--rows=1,8") == 0
+    (folder / "out" / "suite.html").unlink()
+    assert command(folder, *words, "--out=out", "--rows=1,8,27") == 0
     again = capsys.readouterr().out
     assert "done before" in again and "the tower was run on" not in again
     page = (folder / "out" / "suite.html").read_text()
     assert 'id="row-1"' in page and 'id="row-8"' in page and "<polyline" in page
+    run_printed_commands(folder, capsys)
+
+
+def run_printed_commands(folder, capsys):
+    """What a row prints runs it alone, and gives the same."""
+    known = {line.row: line for line in results.read_lines(str(folder / "out"))}
+    commands = [known[row].commands[-1] for row in (1, 8, 27)]
+    for text in commands:
+        names = re.findall(r"--gin\.([^=]+)=", text)
+        assert len({*names}) == len(names) and "'-'" not in text
+    files = [
+        folder / "out" / "work" / f"{kind}s.jsonl" for kind in ("probe", "measure")
+    ]
+    before = [path.read_text().splitlines() for path in files]
+    run_in_process("\n".join(commands), folder)
+    assert "the tower was run on" not in capsys.readouterr().out
+    for path, lines in zip(files, before, strict=True):
+        added = path.read_text().splitlines()[len(lines) :]
+        assert len(added) > 2 and {*added} <= {*lines}
 
 
 @pytest.mark.slow

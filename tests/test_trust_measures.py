@@ -36,6 +36,7 @@ from vit22b_transfer.experiments import (
     measured,
     perceptual,
     reliability,
+    reliability_score,
     variants,
 )
 
@@ -51,6 +52,10 @@ class Given(judged.Judge):
         key = split.split if change is None else change.name
         return self.__dict__["logits"][key]
 
+    def before(self, split):
+        found = self.of(split)
+        return found.head, found.every_id
+
     def facts(self, **splits):
         told = {name: dataclasses.asdict(split) for name, split in splits.items()}
         return {"features": FACTS["features"], **told}
@@ -61,6 +66,9 @@ class Arrays(features.FeatureSource):
 
     def read(self, task, split, vectors, *, labelled=True, change=None, towers=None):
         return self.__dict__["given"]
+
+    def names(self, task, split):
+        return self.__dict__["given"].every_id
 
     def facts(self):
         return {"weights": "w"}
@@ -257,6 +265,11 @@ def test_calibration_is_told_before_and_after_with_a_diagram(tmp_path):
     assert low < after["value"] < high and "BCa bootstrap" in after["interval_kind"]
     assert after["settings"]["temperature"] == expected["temperature"]
     assert is_picture(tmp_path / after["pictures"][0])
+    # Of logits that say nothing no temperature is best: what is before it is told.
+    blind = given(-np.eye(2)[np.arange(20) % 2], np.arange(20) % 2)
+    lines = reliability.calibrated(judge(tmp_path, test=blind), SPLIT, resamples=40)
+    assert {line["settings"]["when"] for line in lines} == {"before"}
+    assert "no temperature is best" in lines[0]["notes"]["without_a_temperature"]
 
 
 def test_refusing_and_asking_an_oracle_are_the_pure_measures(tmp_path):
@@ -271,6 +284,10 @@ def test_refusing_and_asking_an_oracle_are_the_pure_measures(tmp_path):
     assert told["collaborative_accuracy",] == accuracy
     area = selective.area_under_response_rate_accuracy(sure, right)
     assert told["aurra",] == area
+    (helped,) = [x for x in lines if x["metric"] == "collaborative_auc"]
+    assert helped["value"] == selective.collaborative_auc(sure, right, 0.05)
+    low, high = helped["interval"]
+    assert low < helped["value"] < high and helped["count"] == len(labels)
     perfect = judge(tmp_path, test=given(9 * np.eye(3), np.arange(3)))
     with pytest.raises(UserError, match="examples of both sides"):
         reliability.selected(perfect, SPLIT, resamples=RESAMPLES)
@@ -321,6 +338,12 @@ def test_distances_are_of_the_heads_features_and_need_some_that_vary(tmp_path):
     object.__setattr__(found, "source", source(flat, labels=labels))
     with pytest.raises(UserError, match="singular"):
         reliability.strangers(found, *given_splits, train=SPLIT, resamples=RESAMPLES)
+    # With a ridge it is not; a class that training never shows has no Gaussian.
+    object.__setattr__(found, "source", source(flat, labels=labels, classes=3))
+    asked = {"train": SPLIT, "ridge": 0.001, "resamples": RESAMPLES}
+    lines = reliability.strangers(found, *given_splits, **asked)
+    assert values(lines)["auroc", "relative_mahalanobis"] == 0.5
+    assert lines[0]["notes"]["classes_without_a_gaussian"] == 1
 
 
 def test_the_least_sure_images_are_named_to_label(tmp_path):
@@ -358,7 +381,7 @@ def test_the_score_is_the_mean_of_categories_of_one_tower(tmp_path):
     ]
     path = tmp_path / "lines.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    found = values(reliability.score([str(path)], output_dir=str(tmp_path)))
+    found = values(reliability_score.score([str(path)], output_dir=str(tmp_path)))
     assert found == pytest.approx(
         {
             ("prediction",): 0.65,
@@ -370,7 +393,7 @@ def test_the_score_is_the_mean_of_categories_of_one_tower(tmp_path):
     other = lines[0] | {"features": {"weights": "v"}}
     path.write_text("".join(json.dumps(one) + "\n" for one in (*lines, other)))
     with pytest.raises(UserError, match="lines of 2 towers"):
-        reliability.score([str(path)], output_dir=str(tmp_path))
+        reliability_score.score([str(path)], output_dir=str(tmp_path))
 
 
 def test_resampled_intervals_hold_what_they_say_and_count_what_is_undefined():
@@ -411,8 +434,11 @@ def test_mce_is_of_all_fifteen_and_says_that_it_is_not_published(tmp_path):
     lines = corrupted.robustness(judge(tmp_path, **splits), SPLIT)
     expected = corruption_errors.mean_corruption_error(errors, 0.0)
     told = values(lines)
-    assert told["mce",] == expected["mce"]
-    assert told["relative_mce",] == expected["relative_mce"]
+    for name in ("mce", "relative_mce", "ce/fog"):
+        assert told[name,] == pytest.approx(expected[name])
+        (one,) = [line for line in lines if line["metric"] == name]
+        low, high = one["interval"]
+        assert low < one["value"] < high and one["count"] == 50
     assert told["corruption_error", "fog"] == pytest.approx(np.mean(errors["fog"]))
     assert "frost is drawn" in lines[0]["protocol"]["form"]
     with pytest.raises(UserError, match="the nearest is 'fog'"):
@@ -490,6 +516,32 @@ def test_subgroups_and_the_sweep_are_those_of_the_probe_by_hand(faces, tmp_path)
     path = table(tmp_path / "b.csv", rows, "file,Smiling,Male")
     (first, *_) = measure_faces(faces, path, tmp_path)
     assert first["notes"]["images_of_train"] == 360
+
+
+def test_small_subgroups_are_named_and_their_gap_has_a_width(faces, tmp_path):
+    _, ids, smiling, male, parts = faces
+    rows = [
+        (name, int(a), int(b), int(part))
+        for name, a, b, part in zip(ids, smiling, male, parts, strict=True)
+        if part < 2 or ids.index(name) < 30
+    ]
+    path = table(tmp_path / "few.csv", rows)
+    lines = measure_faces(faces, path, tmp_path)
+    own = male[:30][parts[:30] == 2]
+    small = {"not Male": int(np.sum(~own)), "Male": int(np.sum(own))}
+    assert lines[0]["notes"]["subgroups_of_fewer_than_30_test_images"] == small
+    by_name = {
+        (x["metric"], x["settings"].get("subgroup", "")): x
+        for x in lines
+        if "limit" not in x["settings"]
+    }
+    for name in ("accuracy_gap", "parity_difference"):
+        low, high = by_name[name, ""]["interval"]
+        assert high - low > 0.3 and low <= by_name[name, ""]["value"] <= high
+    for group, count in small.items():
+        assert by_name["ece", group]["count"] == count
+        # As large as that of a head without any error, which is said beside it.
+        assert by_name["ece_by_chance", group]["value"] > 0.1
 
 
 def heads_data(vectors, labels):
@@ -627,7 +679,10 @@ def test_other_pictures_of_people_and_other_classes_are_refused(tmp_path):
         wrong = given(cues(ANSWERS), ids=ids, head=sixteen_classes.NAMES)
         with pytest.raises(UserError, match=message):
             humans.alignment(judge(tmp_path, test=wrong), SPLIT, observer="m")
-    with pytest.raises(UserError, match="object with a list of class ids for each"):
+    with pytest.raises(
+        UserError,
+        match="a list of one or more class ids from 0 to 15; missing: airplane",
+    ):
         humans.alignment(
             judge(tmp_path, test=plain), SPLIT, observer="m", sixteen=str(path)
         )
@@ -721,6 +776,67 @@ def test_pictures_that_make_no_triplet_are_refused(tmp_path):
         two_afc(tmp_path, vectors, ids)
     with pytest.raises(UserError, match="none of pooled, mean, tokens"):
         two_afc(tmp_path, vectors, ids, distance="lpips")
+
+
+# --- Before a tower is run ---
+
+
+def unread(folder, found):
+    """A judge, and a source, whose tower must not be run."""
+
+    def run(*arguments, **options):
+        raise AssertionError("the tower is run on everything")
+
+    given_judge = judge(folder, test=found)
+    before = given_judge.before(SPLIT)
+    object.__setattr__(given_judge, "before", lambda split: before)
+    object.__setattr__(given_judge, "of", run)
+    given_source = source(np.zeros((len(found.ids), 1, 2)), found.ids)
+    object.__setattr__(given_source, "read", run)
+    return given_judge, given_source
+
+
+def test_what_needs_no_tower_is_refused_before_one_is_run(tmp_path):
+    found = given(
+        np.zeros((3, 4)), ids=("cnn/ref/1.png", "cnn/p0/1.png", "cnn/p1/1.png")
+    )
+    mine, images = unread(tmp_path, found)
+    (tmp_path / "real.json").write_text("[[0]]")
+    rows = [(name, n, 0, 2 * n) for n, name in enumerate(found.ids[:2])]
+    path = table(tmp_path / "faces.csv", rows)
+    asked = {"images": SPLIT, "output_dir": str(tmp_path)}
+    for message, call in (
+        ("ILSVRC", lambda: variants.accuracy(mine, SPLIT, labels="objectnet")),
+        (
+            "have the file name of another",
+            lambda: variants.several_labels(
+                mine, SPLIT, judgements=str(tmp_path / "real.json")
+            ),
+        ),
+        (
+            "neither ILSVRC's 1000 nor the sixteen",
+            lambda: humans.alignment(mine, SPLIT, observer="me"),
+        ),
+        (
+            "judge/1.npy is missing",
+            lambda: perceptual.similarity(
+                source=images, judgements=str(tmp_path), distance="mean", **asked
+            ),
+        ),
+        (
+            "the part validation has no image",
+            lambda: fair.parity(
+                LOGISTIC,
+                source=images,
+                table=path,
+                target="Smiling",
+                groups=("Male",),
+                **asked,
+            ),
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
 
 
 # --- Lines and pictures ---

@@ -173,7 +173,7 @@ def spoil(root):
 
 def test_bad_clips_are_an_error_or_counted(root):
     expected = spoil(root)
-    with pytest.raises(UserError, match="skip"):
+    with pytest.raises(UserError, match=r"--gin\.VideoFolder\.on_bad_record="):
         records(root)
     found, source = records(root, on_bad_record="skip")
     assert len(found) == 12 and source.report() == {"training": expected}

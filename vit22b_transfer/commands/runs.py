@@ -60,7 +60,7 @@ MEASURES = {
     "selective": ("reliability.selected", "the least sure refused, or asked about"),
     "open_set": ("reliability.strangers", "images of no known class told from others"),
     "active_learning": ("reliability.to_label", "which images to label next"),
-    "reliability_score": ("reliability.score", "one number of those before it"),
+    "reliability_score": ("reliability_score.score", "one number of those before it"),
     "corruptions": ("corrupted.robustness", "error under ImageNet-C's corruptions"),
     "fairness": ("fair.parity", "accuracy of subgroups, and by parity"),
     "human_alignment": ("humans.alignment", "shape bias, errors beside people's"),

@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> None:
     from vit22b_transfer.experiments import suite, suite_rows, surveys
     from vit22b_transfer.host import progress, whole_files
     from vit22b_transfer.recipes import shipped
-    from vit22b_transfer.reports import suite_page, suite_table
+    from vit22b_transfer.reports import suite_table
 
     rows = suite_rows.numbered(args.rows)
     console = progress.console()
@@ -81,10 +81,12 @@ def _run(args: argparse.Namespace) -> None:
         out,
         console,
         show_faults=args.traceback,
+        # Behind each row: what a killed suite has done can be looked at.
+        written=lambda: _write_page(out, tower.fingerprint),
     )
     console.print("", markup=False)
     suite_table.show([lines])
-    path = suite_page.write(out, [suite_page.Results.read(out, tower.fingerprint)])
+    path = _write_page(out, tower.fingerprint)
     console.print(f"written to {path}", markup=False)
     failed = [line.row for line in lines if line.status == "failed"]
     if failed:
@@ -93,6 +95,13 @@ def _run(args: argparse.Namespace) -> None:
             f"{', '.join(map(str, failed))}. Their errors stand below the table; "
             "started again, the suite runs them anew."
         )
+
+
+def _write_page(out: str, fingerprint: str) -> str:
+    """Writes the page of all that is known of a tower; its path."""
+    from vit22b_transfer.reports import suite_page
+
+    return suite_page.write(out, [suite_page.Results.read(out, fingerprint)])
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -18,6 +18,8 @@ RANDOM = "random"
 _PLAIN = "gin_configs/probes/knn.gin"
 # Where all but the table and the page goes, below --out.
 _WORK = "work"
+# What means itself to a shell.
+_SHELL = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 # Said of a name that a row's recipe does not have.
 _OF_OTHER_ROWS = re.compile(r"the recipe names no|is set but nothing uses it")
 # Parameters that say where something lies, which decides nothing.
@@ -40,6 +42,7 @@ class Recipes:
         self._files, self._overrides = [*args.gin_file], [*args.overrides]
         self._given, self._checkpoint, self._tower = args.tower, "", None
         self._results: dict[Any, Any] = {}
+        self._heads: dict[Any, str] = {}
 
     def found_tower(self, console: Any) -> Any:
         """The `suite.Tower` that --tower names; one of fresh weights is made."""
@@ -69,7 +72,7 @@ class Recipes:
         texts = any(name.startswith("target/text/") for name in arrays)
         digest = reading.tower_digest(self._checkpoint)
         console.print(f"tower: {given}, {self._checkpoint} ({digest})", markup=False)
-        return suite.Tower(given, digest, texts)
+        return suite.Tower(given, digest, texts, min(source.image_size))
 
     def check_overrides(self, jobs: Any) -> None:
         """Raises UserError for a --gin.NAME=VALUE that fits none of the rows."""
@@ -89,7 +92,7 @@ class Recipes:
 
     def prepared(self, job: Any) -> Any:
         """The `suite.Prepared` of a job, its recipe read and checked."""
-        from vit22b_transfer.experiments import suite
+        from vit22b_transfer.experiments import suite, surveys
         from vit22b_transfer.recipes import loading
 
         files, settings = self._files_and_settings(job)
@@ -103,21 +106,32 @@ class Recipes:
             protocol |= {f"head: {name}": text for name, text in one.protocol.items()}
         folder, _, name = job.part.recipe.rpartition("/")
         kind = {"probes": "probe", "measures": "measure"}[os.path.basename(folder)]
-        words = ["vit22b", kind, name.removesuffix(".gin")]
-        words += [f"--gin_file={file}" for file in files[1:]]
-        words += [f"--gin.{text}" for text in [*settings, *fitting]]
+        key = (*files, *settings, *fitting)
+
+        def values():
+            given = [*settings, *fitting]
+            if job.part.head:
+                given.append(f"HEAD={self._kept_head(self._head_job(job))!r}")
+            # A name that is set twice has its last value.
+            by_name = {text.partition("=")[0]: text for text in given}
+            return list(by_name.values())
+
+        def command():
+            lines = [f"{surveys.VARIABLE}={_quoted(self._survey.folder)}"]
+            lines[0] += f" vit22b {kind} {name.removesuffix('.gin')}"
+            lines += [f"--gin_file={_quoted(file)}" for file in files[1:]]
+            for text in values():
+                macro, _, value = text.partition("=")
+                lines.append(f"--gin.{macro.strip()}={_quoted(value.strip())}")
+            return " \\\n  ".join(lines)
 
         def run():
-            key = (*files, *settings, *fitting)
             if key not in self._results:  # of rows that are told of one result
-                values = [*settings, *fitting]
-                if job.part.head:
-                    values.append(f"HEAD={self._kept_head(self._head_job(job))!r}")
-                whole = self._read(files, values)
+                whole = self._read(files, values())
                 self._results[key] = loading.install(whole, root, self._paths)()
             return self._results[key], self._work
 
-        return suite.Prepared(protocol, " ".join(map(_quoted, words)), run)
+        return suite.Prepared(protocol, command, run)
 
     def _head_job(self, job: Any) -> Any:
         """What learns the head that a job asks."""
@@ -132,14 +146,18 @@ class Recipes:
         from vit22b_transfer.recipes import loading
 
         files, settings = self._files_and_settings(job)
-        recipe = self._read(files, [*settings, *self._fitting(files, settings)])
-        given = loading.arguments(recipe, probe.run_probe, self._paths)
-        return probe.kept_head(
-            given["probe"],
-            source=given["source"],
-            split=given["train"] or given["test"],
-            directory=self._work,
-        )
+        whole = [*settings, *self._fitting(files, settings)]
+        key = (*files, *whole)
+        if key not in self._heads:
+            recipe = self._read(files, whole)
+            given = loading.arguments(recipe, probe.run_probe, self._paths)
+            self._heads[key] = probe.kept_head(
+                given["probe"],
+                source=given["source"],
+                split=given["train"] or given["test"],
+                directory=self._work,
+            )
+        return self._heads[key]
 
     def _protocol(self, recipe: Any, root: Any) -> dict[str, str]:
         """What is bound in a recipe, but for where data and results lie."""
@@ -231,8 +249,8 @@ class Recipes:
         return None
 
 
-def _quoted(word: str) -> str:
-    """A word as a shell takes it, in double quotes if it holds single ones."""
-    if "'" in word and not set(word) & set('"$`!\\'):
-        return f'"{word}"'
-    return shlex.quote(word)
+def _quoted(value: str) -> str:
+    """A value as a shell takes it, in double quotes as in the docs if need be."""
+    if _SHELL.fullmatch(value) or set(value) & set('"$`!\\'):
+        return shlex.quote(value)
+    return f'"{value}"'

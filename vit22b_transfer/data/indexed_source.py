@@ -25,6 +25,7 @@ from vit22b_transfer.data import packed_images
 from vit22b_transfer.data.image_folders import ImageFolder
 from vit22b_transfer.data.records import (
     BAD_RECORD_POLICIES,
+    SKIPPING,
     BadRecords,
     Record,
     check_choice,
@@ -90,6 +91,9 @@ class IndexedSource(RandomAccessSource):
     bad, unless `paths_outside` says that the files of this source may.
     """
 
+    # How bad records are left out, for an error.
+    _advice = SKIPPING
+
     def __init__(
         self,
         split_to_files: Mapping[str, Any],
@@ -132,7 +136,7 @@ class IndexedSource(RandomAccessSource):
         key = self._resolved(files)
         with self._lock:
             if split not in self._loaded or self._loaded[split][0] != key:
-                bad = BadRecords(self._on_bad_record, self._origin(key))
+                bad = BadRecords(self._on_bad_record, self._origin(key), self._advice)
                 records = self._read(split, key, bad)
                 bad.log()
                 if not records:

@@ -31,6 +31,7 @@ from vit22b_transfer.data.records import (
     PathLike,
     printable,
     resolve_path,
+    skipping_advice,
 )
 from vit22b_transfer.host import progress
 
@@ -39,7 +40,6 @@ IMAGES, MASKS, DEPTHS = "images", "annotations", "depths"
 CLASSES = "classes.txt"
 # Files that are read at a time while all are looked at.
 _READERS = 4
-_ADVICE = "give the folder on_bad_record='skip'"
 
 
 class BadPairError(UserError):
@@ -217,7 +217,8 @@ class DepthFolder:
 
 def _checked(folder: Any, split: str, labels: str) -> Pairs:
     root = resolve_path(folder.root)
-    bad = BadRecords(folder.on_bad_record, f"{root}, split {printable(split)}", _ADVICE)
+    advice = skipping_advice(type(folder).__name__)
+    bad = BadRecords(folder.on_bad_record, f"{root}, split {printable(split)}", advice)
     listed = _listed(root, split, labels, bad)
     good, classes = [], []
     label = f"{printable(split)}: files looked at"

@@ -22,7 +22,12 @@ OWN_TASK = (
     "in the task's file: copy one of the package's, such as tasks/my_captions.py, into "
     "./tasks"
 )
-_ADVICE = f"give the source on_bad_record='skip' ({OWN_TASK})"
+SKIPPING = f"give the source on_bad_record='skip' ({OWN_TASK})"
+
+
+def skipping_advice(reader: str) -> str:
+    """How what a recipe names leaves out bad records."""
+    return f"set --gin.{reader}.on_bad_record=\"'skip'\""
 
 
 class MissingFilesError(UserError):
@@ -125,7 +130,7 @@ class BadRecords:
     advice: how to leave out and count such records, in an error.
     """
 
-    def __init__(self, on_bad_record: str, origin: str, advice: str = _ADVICE):
+    def __init__(self, on_bad_record: str, origin: str, advice: str = SKIPPING):
         check_choice("on_bad_record", on_bad_record, BAD_RECORD_POLICIES)
         self.tally = Tally()
         self._skip = on_bad_record == "skip"

@@ -287,10 +287,14 @@ class ImageFolderSource(IndexedSource):
 
     For inference. An image's id is its path relative to the folder. A file whose name
     is no UTF-8 is an unreadable image; its id has escapes in place of those bytes. What
-    is no image is left out, counted and logged.
+    is no image is left out, counted and logged, but for names that end in one of
+    `beside`, which lie there for another reader.
     """
 
-    def __init__(self, split_to_folder: Mapping[str, PathLike]):
+    def __init__(
+        self, split_to_folder: Mapping[str, PathLike], *, beside: tuple[str, ...] = ()
+    ):
+        self._beside = beside
         super().__init__(split_to_folder)
 
     def _origin(self, files: PathLike) -> str:
@@ -306,7 +310,7 @@ class ImageFolderSource(IndexedSource):
                     image_id = os.path.relpath(path, folder.root)
                     image_id = os.fsencode(image_id).decode(errors="backslashreplace")
                     records.append(Record(path, image_id))
-                else:
+                elif not name.lower().endswith(self._beside):
                     others.append(path)
         tell_others(folder.root, IMAGE_SUFFIXES, others)
         return sorted(records, key=lambda record: record.image_id)

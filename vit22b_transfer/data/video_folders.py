@@ -25,7 +25,12 @@ from vit22b_transfer.data.drawn_batches import DrawnBatches, Example
 from vit22b_transfer.data.image_folders import tell_others
 from vit22b_transfer.data.labelled_sources import LabelledSource
 from vit22b_transfer.data.placement import BatchPartitioning
-from vit22b_transfer.data.records import PathLike, printable, resolve_path
+from vit22b_transfer.data.records import (
+    PathLike,
+    printable,
+    resolve_path,
+    skipping_advice,
+)
 from vit22b_transfer.data.sources import IMAGE_SUFFIXES
 from vit22b_transfer.data.task_fingerprints import digest
 
@@ -43,6 +48,8 @@ class ClipSource(LabelledSource):
     or if a number is missing, stands twice, or there are too few frames; so is an image
     beside the clips, one without a number, and a link that leads out of the folder.
     """
+
+    _advice = skipping_advice("VideoFolder")
 
     def __init__(self, *arguments: Any, stride: int, least: int, **options: Any):
         self._stride, self._least = stride, least

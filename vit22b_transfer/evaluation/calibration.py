@@ -89,6 +89,29 @@ def expected_error(bins: Reliability) -> float:
     return float(np.sum(shares * gaps))
 
 
+def chance_errors(
+    confidence: Float[np.ndarray, " examples"],
+    bins: int = BINS,
+    draws: int = 1_000,
+    seed: int = 0,
+) -> Float[np.ndarray, " draws"]:
+    """`expected_error` of answers that are right as often as they are sure.
+
+    Consistency resampling (Broecker & Smith 2007): each draw has the confidences given,
+    every answer right with its confidence for a chance. Such a head has no calibration
+    error, and what is measured of it is what a split of this size has by chance.
+
+    Raises:
+      UserError: as `equal_width_bins`.
+    """
+    rng = np.random.default_rng(seed)
+    found = [
+        equal_width_bins(confidence, rng.random(len(confidence)) < confidence, bins)
+        for _ in range(draws)
+    ]
+    return np.array([expected_error(one) for one in found])
+
+
 def root_mean_square_error(bins: Reliability) -> float:
     """The root of the mean over examples of their bin's squared gap, in [0, 1].
 
@@ -246,12 +269,7 @@ def scaled_metrics(
         raise UserError(
             f"{len(logits)} predictions have {len(labels)} labels; give each one."
         )
-    cut = int(len(labels) * fit_share)
-    if not 0 < cut < len(labels):
-        raise UserError(
-            f"a share of {fit_share} of {len(labels)} examples leaves a part without "
-            "any; choose one between 0 and 1, or more examples."
-        )
+    cut = fitted_on(len(labels), fit_share)
     temperature = fitted_temperature(logits[:cut], labels[:cut])
     rest, right = np.asarray(logits[cut:], np.float64), labels[cut:]
     scaled = metrics(rest / temperature, right, bins)
@@ -262,6 +280,21 @@ def scaled_metrics(
         "fitted_on": float(cut),
         "measured_on": float(len(labels) - cut),
     }
+
+
+def fitted_on(examples: int, fit_share: float) -> int:
+    """How many examples a temperature is fitted on, the first ones.
+
+    Raises:
+      UserError: if they, or those that are left, are none.
+    """
+    cut = int(examples * fit_share)
+    if not 0 < cut < examples:
+        raise UserError(
+            f"a share of {fit_share} of {examples} examples leaves a part without any; "
+            "choose one between 0 and 1, or more examples."
+        )
+    return cut
 
 
 def _checked_logs(log_probabilities):

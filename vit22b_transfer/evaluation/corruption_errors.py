@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from vit22b_transfer import UserError
 from vit22b_transfer.evaluation.corruptions import NAMES, SEVERITIES
@@ -45,6 +46,22 @@ def mean_corruption_error(
       UserError: if a corruption or severity is missing or added, or an error is outside
         [0, 1].
     """
+    columns = {name: np.array(own, np.float64)[:, None] for name, own in errors.items()}
+    found = scores_of_images(columns, np.array([clean_error], np.float64))
+    return {name: float(own[0]) for name, own in found.items()}
+
+
+def scores_of_images(
+    errors: Mapping[str, Float[np.ndarray, "severities images"]],
+    clean_errors: Float[np.ndarray, " images"],
+) -> dict[str, Float[np.ndarray, " images"]]:
+    """`mean_corruption_error` of each image; that of all is the mean over images.
+
+    errors: of each corruption, whether an image is wrong at each severity (0 or 1).
+
+    Raises:
+      UserError: as `mean_corruption_error`.
+    """
     if set(errors) != set(NAMES):
         missing = [name for name in NAMES if name not in errors]
         added = [name for name in errors if name not in NAMES]
@@ -55,19 +72,20 @@ def mean_corruption_error(
         )
     ratios, relative = {}, []
     for name in NAMES:
-        own = np.asarray(errors[name], np.float64)
-        if own.shape != (len(SEVERITIES),) or not np.all((own >= 0) & (own <= 1)):
+        own = errors[name]
+        if len(own) != len(SEVERITIES) or not np.all((own >= 0) & (own <= 1)):
             raise UserError(
                 f"{name} is to have an error in [0, 1] for each severity from 1 to 5, "
-                f"but has {list(errors[name])[:8]}."
+                f"but has {own[:8, 0].tolist()}."
             )
-        ratios[f"ce/{name}"] = 100 * float(np.mean(own)) / ALEXNET[name]
-        more = float(np.mean(own)) - clean_error
+        mean = np.mean(own, axis=0)
+        ratios[f"ce/{name}"] = 100 * mean / ALEXNET[name]
+        more = mean - clean_errors
         relative.append(100 * more / (ALEXNET[name] - ALEXNET_CLEAN))
-    if not 0 <= clean_error <= 1:
-        raise UserError(f"the clean error {clean_error} is outside [0, 1].")
+    if not np.all((clean_errors >= 0) & (clean_errors <= 1)):
+        raise UserError(f"the clean error {clean_errors[:8]} is outside [0, 1].")
     return {
-        "mce": float(np.mean(list(ratios.values()))),
-        "relative_mce": float(np.mean(relative)),
+        "mce": np.mean(list(ratios.values()), axis=0),
+        "relative_mce": np.mean(relative, axis=0),
         **ratios,
     }

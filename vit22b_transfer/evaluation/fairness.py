@@ -9,6 +9,7 @@ exactly here, where the paper's code takes steps of gradient descent.
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 from jaxtyping import Bool, Float, Int, Num
 
 from vit22b_transfer import UserError
@@ -70,6 +71,36 @@ def demographic_parity_ratio(rates: Float[np.ndarray, " groups"]) -> float:
 def accuracy_gap(accuracy: Float[np.ndarray, " groups"]) -> float:
     """The best accuracy of a group less the worst: of two groups |a - b|."""
     return float(np.max(accuracy) - np.min(accuracy))
+
+
+def gap_interval(
+    hits: Int[np.ndarray, " groups"], count: Int[np.ndarray, " groups"]
+) -> tuple[float, float]:
+    """The 95 % interval of the largest difference of the groups' shares, hits / count.
+
+    Of two groups it is Newcombe's hybrid score interval of their difference (Newcombe
+    1998, method 10), made one of its absolute value; of more each end is the largest
+    over all pairs. Resampling a few examples that are all right would give no width.
+
+    Raises:
+      UserError: with fewer than two groups, one without examples, or more hits than
+        these.
+    """
+    if len(count) < 2 or count.min() < 1 or np.any((hits < 0) | (hits > count)):
+        raise UserError(
+            f"a gap is between two groups or more with examples, but of {count} "
+            f"examples {hits} are hits."
+        )
+    share = hits / count
+    ends = [
+        scipy.stats.binomtest(k, n).proportion_ci(method="wilson")
+        for k, n in zip(hits.tolist(), count.tolist(), strict=True)
+    ]
+    below, above = np.abs(np.array(ends) - share[:, None]).T
+    apart = share[:, None] - share
+    low = apart - np.hypot(below[:, None], above)
+    high = apart + np.hypot(above[:, None], below)
+    return max(0.0, float(low.max())), min(1.0, float(high.max()))
 
 
 def subgroups(

@@ -5,7 +5,8 @@ They may be refused (accuracy by coverage), answered by an oracle who is always 
 sure examples are taken in no order: measures are means over all orders of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -101,20 +102,13 @@ def collaborative_auc(
       UserError: if a score, certainty or fraction is outside [0, 1], or if there is no
         example of a side.
     """
+    if certainty is None:
+        whole = np.arange(len(scores))
+        return CollaborativeAreas.of(scores, positive)(whole, (fraction,))[fraction]
     scores = class_probabilities.checked_unit(scores, "scores")
-    positives = int(np.sum(positive))
-    negatives = len(positive) - positives
-    if not positives or not negatives:
-        raise UserError(
-            f"{positives} of {len(positive)} examples are positive; a ranking needs "
-            "examples of both sides."
-        )
-    asked = _asked(len(scores), fraction)
-    fixed = None
-    if certainty is not None:
-        fixed = _corrected(
-            class_probabilities.checked_unit(certainty, "certainties"), asked
-        )
+    positives, negatives = _sides(positive)
+    certainty = class_probabilities.checked_unit(certainty, "certainties")
+    corrected = _corrected(certainty, _asked(len(scores), fraction))
     rates = []
     for number in range(_THRESHOLDS):
         threshold = number / (_THRESHOLDS - 1)
@@ -122,14 +116,88 @@ def collaborative_auc(
             taken = np.full(len(scores), float(number == 0))
         else:
             taken = (scores > threshold).astype(np.float64)
-            corrected = fixed
-            if corrected is None:
-                corrected = _corrected(np.abs(scores - threshold), asked)
             taken += corrected * (positive - taken)
         hits = taken[positive].sum()
         rates.append(((taken.sum() - hits) / negatives, hits / positives))
     false, true = np.array(rates[::-1]).T
     return float(np.trapezoid(true, false))
+
+
+class CollaborativeAreas(NamedTuple):
+    """`collaborative_auc` without certainties, of any resample of the same examples.
+
+    The examples that an oracle is asked at a threshold are those between two places in
+    the order of scores, whichever examples are drawn how often: these places are found
+    once. Make it by `of`.
+
+    order: of the examples by score. positive: in that order. first, last: for each
+    threshold inside (0, 1) the range of the examples that are less than 0, 1, 2, ...
+    bins of certainty away from it.
+    """
+
+    order: Int[np.ndarray, " examples"]
+    positive: Bool[np.ndarray, " examples"]
+    first: Int[np.ndarray, "thresholds steps"]
+    last: Int[np.ndarray, "thresholds steps"]
+
+    @classmethod
+    def of(
+        cls,
+        scores: Float[np.ndarray, " examples"],
+        positive: Bool[np.ndarray, " examples"],
+    ) -> "CollaborativeAreas":
+        """Raises UserError for a score outside [0, 1] or without examples of a side."""
+        scores = class_probabilities.checked_unit(scores, "scores")
+        _sides(positive)
+        order = np.argsort(scores, kind="stable")
+        ranked = scores[order]
+        steps = np.arange(_CERTAINTY_BINS + 1)
+        first, last = [], []
+        for number in range(1, _THRESHOLDS - 1):
+            threshold = number / (_THRESHOLDS - 1)
+            bins = _bins(np.abs(ranked - threshold))
+            turn = int(np.searchsorted(ranked, threshold, side="right"))
+            below = np.searchsorted(bins[:turn][::-1], steps)
+            above = np.searchsorted(bins[turn:], steps)
+            first.append(turn - below)
+            last.append(turn + above)
+        return cls(order, positive[order], *map(np.array, (first, last)))
+
+    def __call__(
+        self, rows: Int[np.ndarray, " drawn"], fractions: Sequence[float]
+    ) -> dict[float, float]:
+        """The area of each fraction, of the examples `rows`, some of them repeatedly.
+
+        Raises:
+          UserError: if the rows have no example of a side; for a fraction outside
+            [0, 1].
+        """
+        times = np.bincount(rows, minlength=len(self.order))[self.order]
+        right = np.append(0, np.cumsum(times * self.positive))
+        wrong = np.append(0, np.cumsum(times * ~self.positive))
+        positives, negatives = int(right[-1]), int(wrong[-1])
+        _check_sides(positives, negatives)
+        every = right + wrong
+        among = every[self.last] - every[self.first]
+        places = np.arange(len(among))
+        found = {}
+        for fraction in fractions:
+            asked = _asked(positives + negatives, fraction)
+            # The last bin of which the oracle is asked a part, or all.
+            step = np.minimum((among <= asked).sum(axis=1), _CERTAINTY_BINS)
+            before = among[places, step - 1]
+            part = (asked - before) / np.maximum(among[places, step] - before, 1)
+            part = np.minimum(part, 1.0)
+            ends = [
+                (1 - part) * side[places, step - 1] + part * side[places, step]
+                for side in (right[self.first], wrong[self.last])
+            ]
+            hits = positives - ends[0]
+            false = negatives - ends[1]
+            true = np.concatenate([[0.0], hits[::-1] / positives, [1.0]])
+            false = np.concatenate([[0.0], false[::-1] / negatives, [1.0]])
+            found[fraction] = float(np.trapezoid(true, false))
+        return found
 
 
 def small_margins(
@@ -255,8 +323,27 @@ def _asked(count, fraction):
 
 def _corrected(certainty, asked):
     """Of each example the share that the oracle answers; together `asked`."""
-    bins = np.minimum((certainty * _CERTAINTY_BINS).astype(int), _CERTAINTY_BINS - 1)
+    bins = _bins(certainty)
     count = np.bincount(bins, minlength=_CERTAINTY_BINS)
     before = np.cumsum(count) - count
     shares = np.clip((asked - before) / np.maximum(count, 1), 0.0, 1.0)
     return shares[bins]
+
+
+def _bins(certainty):
+    return np.minimum((certainty * _CERTAINTY_BINS).astype(int), _CERTAINTY_BINS - 1)
+
+
+def _sides(positive):
+    """How many examples are positive and negative."""
+    positives = int(np.sum(positive))
+    _check_sides(positives, len(positive) - positives)
+    return positives, len(positive) - positives
+
+
+def _check_sides(positives, negatives):
+    if not positives or not negatives:
+        raise UserError(
+            f"{positives} of {positives + negatives} examples are positive; a ranking "
+            "needs examples of both sides."
+        )

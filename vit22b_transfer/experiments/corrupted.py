@@ -5,13 +5,15 @@ its own (`evaluation.corruptions`). Features and logits of each corruption and s
 are kept: what was stopped goes on with the next.
 """
 
+import dataclasses
 import functools
 import hashlib
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Bool
 
 from vit22b_transfer import UserError
 from vit22b_transfer.evaluation import (
@@ -84,8 +86,7 @@ def robustness(
     ]
     every = (tuple(names), tuple(severities))
     if every == (corruptions.NAMES, corruptions.SEVERITIES):
-        told = corruption_errors.mean_corruption_error(errors, findings[0].value)
-        findings += [measured.Finding(f"{name}", value) for name, value in told.items()]
+        findings += _over_alexnet(clean.logits.argmax(axis=1) != labels, wrong)
     folder = whole_files.writable_directory(judge.output_dir, "output directory")
     stem = os.path.basename(clean.path).removesuffix(".npz")
     picture = os.path.join(folder, f"corruptions-{stem}.png")
@@ -109,6 +110,29 @@ def robustness(
         output_dir=judge.output_dir,
         pictures=[picture],
     )
+
+
+def _over_alexnet(
+    missed: Bool[np.ndarray, " images"], wrong: Mapping[str, list[np.ndarray]]
+) -> list[measured.Finding]:
+    """`mce` and `relative_mce` are means over images; `ce/NAME` scaled shares.
+
+    missed: whether each image is wrong without corruption. wrong: the same under each
+    of the five severities of each corruption.
+    """
+    errors = {name: np.stack(own).astype(np.float64) for name, own in wrong.items()}
+    scores = corruption_errors.scores_of_images(errors, missed.astype(np.float64))
+    found = [measured.mean(name, scores.pop(name)) for name in ("mce", "relative_mce")]
+    for name, own in scores.items():
+        scale = 100 / corruption_errors.ALEXNET[name.removeprefix("ce/")]
+        share = measured.share(name, own / scale)
+        low, high = share.interval or (0.0, 1.0)
+        found.append(
+            dataclasses.replace(
+                share, value=scale * share.value, interval=(scale * low, scale * high)
+            )
+        )
+    return found
 
 
 def change(name: str, severity: int):

@@ -8,7 +8,7 @@ everything is measured on the test part.
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -31,6 +31,9 @@ from vit22b_transfer.experiments.logistic import LogisticProbe
 from vit22b_transfer.host import whole_files
 
 _MOST_GROUPS = 64
+# Below so many images a subgroup is named beside the numbers.
+FEW = 30
+_SCORE = "Newcombe's hybrid score, 95 %, over {} images"
 
 
 def parity(
@@ -50,10 +53,12 @@ def parity(
 ) -> list[dict]:
     """Accuracy of subgroups, their gap and calibration, and accuracy by parity.
 
-    Told of each subgroup: `accuracy`, `ece`, `positive_rate`, all before debiasing;
-    of all: `accuracy`, `accuracy_gap` (best less worst), `parity_difference`,
-    `parity_ratio`; of each limit of the sweep `accuracy_at_limit` and
-    `parity_at_limit`, with the thresholds. A picture has accuracy by parity.
+    Told of each subgroup: `accuracy`, `ece`, `positive_rate`, all before debiasing, and
+    `ece_by_chance`, that of a head with the same confidences and no calibration error:
+    in a small group it is far from 0. Of all: `accuracy`, `accuracy_gap` (best less
+    worst), `parity_difference`, `parity_ratio`; of each limit of the sweep
+    `accuracy_at_limit` and `parity_at_limit`, with the thresholds. A picture has
+    accuracy by parity.
 
     images: an unlabelled split. table: a CSV file as `attributes` reads it; images
       without a row are left out, and counted. target: the attribute that is predicted.
@@ -72,25 +77,15 @@ def parity(
             "more, up to six, and not the target."
         )
     told.known(target)
+    # Before the tower is run on anything; then without what cannot be read.
+    if names := source.names(images.task, images.split):
+        _members(told, names, target, columns, shares, seed, images.task)
     sets = [tuple(names) for names in probe.features]
     vectors = list(dict.fromkeys(name for names in sets for name in names))
     split = source.read(images.task, images.split, vectors, labelled=False)
-    rows = told.rows_of(split.ids)
-    kept = np.flatnonzero(rows >= 0)
-    if not len(kept):
-        raise UserError(
-            f"{table} has no row for any of the {len(rows)} images of {split.what}, "
-            f"such as {split.ids[0][:200]!r}. Names are paths below the folder."
-        )
-    rows = rows[kept]
-    labels = told.of(target, rows)
-    number, names = _groups(told, columns, rows)
-    parts = (
-        attributes.shared_out(len(rows), shares, seed)
-        if told.parts is None
-        else told.parts[rows]
+    kept, labels, number, names, parts = _members(
+        told, split.ids, target, columns, shares, seed, split.what
     )
-    _check_parts(parts, number, names, labels, target)
     train = parts == 0
     head = probe.learned(
         {
@@ -124,7 +119,12 @@ def parity(
     title = (f"accuracy by parity difference: {target}", f"by {', '.join(columns)}")
     line = (sweep.difference, sweep.accuracy.tolist())
     measure_pictures.curve(picture, title, {"all": line})
-    counts = {f"images_of_{part}": int(np.sum(parts == n)) for n, part in _PARTS}
+    counts: dict[str, Any] = {
+        f"images_of_{part}": int(np.sum(parts == n)) for n, part in _PARTS
+    }
+    sizes = dict(zip(names, np.bincount(number[test]).tolist(), strict=True))
+    if small := {name: size for name, size in sizes.items() if size < FEW}:
+        counts[f"subgroups_of_fewer_than_{FEW}_test_images"] = small
     return measured.report(
         "fairness",
         findings,
@@ -168,6 +168,48 @@ def _protocol(probe: LogisticProbe) -> dict[str, Any]:
         "held_out": probe.held_out,
         "max_iterations": probe.max_iterations,
     }
+
+
+class _Members(NamedTuple):
+    """Which images have a row; of these the label, the subgroup, the part.
+
+    names: of all subgroups.
+    """
+
+    kept: Int[np.ndarray, " images"]
+    labels: Bool[np.ndarray, " images"]
+    number: Int[np.ndarray, " images"]
+    names: list[str]
+    parts: Int[np.ndarray, " images"]
+
+
+def _members(
+    told: attributes.Attributes,
+    ids: Sequence[str],
+    target: str,
+    columns: Sequence[str],
+    shares: Sequence[float],
+    seed: int,
+    what: str,
+) -> _Members:
+    """What the table says of images; UserError where it says too little."""
+    rows = told.rows_of(ids)
+    kept = np.flatnonzero(rows >= 0)
+    if not len(kept):
+        raise UserError(
+            f"{told.path} has no row for any of the {len(rows)} images of {what}, "
+            f"such as {ids[0][:200]!r}. Names are paths below the folder."
+        )
+    rows = rows[kept]
+    labels = told.of(target, rows)
+    number, names = _groups(told, columns, rows)
+    parts = (
+        attributes.shared_out(len(rows), shares, seed)
+        if told.parts is None
+        else told.parts[rows]
+    )
+    _check_parts(parts, number, names, labels, target)
+    return _Members(kept, labels, number, names, parts)
 
 
 def _groups(
@@ -227,27 +269,41 @@ def _findings(
         found.append(measured.share("accuracy", correct[own], settings))
         found.append(measured.share("positive_rate", answers[own], settings))
         found.append(_error(confidence[own], correct[own], bins, resamples, settings))
+        drawn = calibration.chance_errors(confidence[own], bins, resamples)
+        span = tuple(np.percentile(drawn, (2.5, 97.5)).tolist())
+        kind = f"of {resamples} draws, 95 %"
+        chance = float(np.mean(drawn))
+        found.append(
+            measured.Finding(
+                "ece_by_chance", chance, span, kind, settings, int(own.sum())
+            )
+        )
 
-    def measure(*rows):
-        members = [np.flatnonzero(number == group) for group in range(len(names))]
-        some = [own[row] for own, row in zip(members, rows, strict=True)]
-        accuracy = np.array([correct[row].mean() for row in some])
-        rates = np.array([answers[row].mean() for row in some])
-        return {
-            "accuracy_gap": fairness.accuracy_gap(accuracy),
-            "parity_difference": fairness.demographic_parity_difference(rates),
-            "parity_ratio": fairness.demographic_parity_ratio(rates),
-        }
+    counts = np.bincount(number, minlength=len(names))
+    for metric, hits in (("accuracy_gap", correct), ("parity_difference", answers)):
+        of_group = np.bincount(number, hits, len(names)).astype(np.int64)
+        rates = of_group / counts
+        span = fairness.gap_interval(of_group, counts)
+        kind = _SCORE.format(len(number))
+        value = fairness.accuracy_gap(rates)
+        found.append(measured.Finding(metric, value, span, kind, count=len(number)))
 
-    counts = np.bincount(number, minlength=len(names)).tolist()
-    if min(counts) > 1:
-        told = intervals.resampled(measure, counts, resamples=resamples)
-        return found + [
-            measured.resampled(metric, interval, len(number))
-            for metric, interval in told.items()
+    def ratio(*rows):
+        rates = [
+            answers[own][row].mean() for own, row in zip(members, rows, strict=True)
         ]
-    whole = measure(*map(np.arange, counts))
-    return found + [measured.Finding(name, value) for name, value in whole.items()]
+        return {"parity_ratio": fairness.demographic_parity_ratio(np.array(rates))}
+
+    members = [np.flatnonzero(number == group) for group in range(len(names))]
+    if counts.min() > 1:
+        told = intervals.resampled(ratio, counts.tolist(), resamples=resamples)
+        found.append(
+            measured.resampled("parity_ratio", told["parity_ratio"], len(number))
+        )
+    else:
+        value = ratio(*map(np.arange, counts))["parity_ratio"]
+        found.append(measured.Finding("parity_ratio", value, count=len(number)))
+    return found
 
 
 def _error(confidence, correct, bins, resamples, settings) -> measured.Finding:
@@ -259,7 +315,7 @@ def _error(confidence, correct, bins, resamples, settings) -> measured.Finding:
 
     if len(correct) < 2:
         whole = measure(np.arange(len(correct)))["ece"]
-        return measured.Finding("ece", whole, settings=settings)
+        return measured.Finding("ece", whole, settings=settings, count=len(correct))
     told = intervals.resampled(measure, (len(correct),), resamples=resamples)
     return measured.resampled("ece", told["ece"], len(correct), settings)
 
@@ -282,6 +338,11 @@ def _swept(
         correct = fairness.expected_correct(answers, labels)
         found.append(measured.share("accuracy_at_limit", correct, settings))
         found.append(
-            measured.Finding("parity_at_limit", float(difference), settings=settings)
+            measured.Finding(
+                "parity_at_limit",
+                float(difference),
+                settings=settings,
+                count=len(labels),
+            )
         )
     return found

@@ -127,6 +127,21 @@ class FeatureSource:
             tuple(ids),
         )
 
+    def names(self, task: str, split: str) -> tuple[str, ...]:
+        """Names of a split's images, no image read; none where only reading tells them.
+
+        Those of images that cannot be read are among them.
+        """
+        from vit22b_transfer.data import tasks as registered
+        from vit22b_transfer.data.indexed_source import IndexedSource
+
+        registered.task_names(task, split)
+        source = registered.task_named(task).source
+        if not isinstance(source, IndexedSource):
+            return ()
+        numbers = range(source.num_records(split))
+        return tuple(source.record(split, number).image_id for number in numbers)
+
     def _made(
         self, data, vectors, num_classes, labelled, towers
     ) -> tuple[Any, list[str]]:

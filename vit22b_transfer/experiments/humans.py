@@ -27,6 +27,7 @@ from vit22b_transfer.experiments import measure_pictures, measured
 from vit22b_transfer.experiments.features import Split
 from vit22b_transfer.experiments.judged import Judge, Judged
 from vit22b_transfer.host import json_files, whole_files
+from vit22b_transfer.host.file_errors import brief
 
 _CUES = "cue-conflict"
 _MOST_BYTES = 1 << 20
@@ -69,9 +70,12 @@ def alignment(
         raise UserError(
             f"observer={observer[:200]!r} names files: letters, digits, -, . and _."
         )
+    head, names = judge.before(images)
+    classes = (head.class_names, head.classes)
+    checked(names, classes, humans=humans, sixteen=sixteen)
     split = judge.of(images, labelled=False)
-    every = responses(split, observer, _sixteen(split, sixteen))
-    sets = [name.partition("/")[0] if "/" in name else "" for name in split.ids]
+    every = responses(split, observer, _sixteen(classes, sixteen))
+    sets = _sets(split.ids)
     models, paths = {}, []
     folder = whole_files.writable_directory(judge.output_dir, "output directory")
     notes: dict[str, Any] = dict(split.notes)
@@ -108,6 +112,50 @@ def alignment(
     )
 
 
+def checked(
+    names: Sequence[str],
+    classes: tuple[Sequence[str] | None, int],
+    *,
+    humans: str | None,
+    sixteen: str | None,
+) -> None:
+    """Looks at all that `alignment` reads beside pictures, which takes no tower.
+
+    names: of the pictures; without any nothing but the sixteen is looked at. classes:
+      names of the head's, if it has any, and their number.
+
+    Raises:
+      UserError: as `alignment`.
+    """
+    _sixteen(classes, sixteen)
+    told = [_condition_and_class(name) for name in names]
+    conditions, categories = (tuple(one[n] for one in told) for n in (0, 1))
+    images = tuple(name.rpartition("/")[2] for name in names)
+    # Answers that are all right stand for those that are not there yet.
+    every = Responses(
+        ("head",) * len(names), categories, categories, conditions, images
+    )
+    sets = _sets(names)
+    models = {
+        name: every.where(one == name for one in sets) for name in sorted({*sets})
+    }
+    for name, own in models.items():
+        human_alignment.kept(own, name)
+    if humans is not None and models:
+        human_alignment.alignment(models, _people(humans, list(models)))
+
+
+def _sets(names: Sequence[str]) -> list[str]:
+    """The data set of each picture: its first folder; UserError if it lies in none."""
+    for name in names:
+        if "/" not in name:
+            raise UserError(
+                f"the picture {brief(name)!r} lies in no folder of a data set, as "
+                "cue-conflict/airplane/airplane1-bicycle2.png does."
+            )
+    return [name.partition("/")[0] for name in names]
+
+
 def responses(
     found: Judged, observer: str, indices: Mapping[str, Sequence[int]]
 ) -> Responses:
@@ -142,28 +190,40 @@ def _condition_and_class(image: str) -> tuple[str, str]:
         raise
 
 
-def _sixteen(found: Judged, path: str | None) -> Mapping[str, Sequence[int]]:
-    """Ids of the head's classes for each of the sixteen."""
-    head, names = found.head, sixteen_classes.NAMES
+def _sixteen(
+    classes: tuple[Sequence[str] | None, int], path: str | None
+) -> Mapping[str, Sequence[int]]:
+    """Ids of the head's classes for each of the sixteen; `classes` as of `checked`."""
+    (listed, count), names = classes, sixteen_classes.NAMES
     if path is not None:
         told = json_files.read_object(path, limit=_MOST_BYTES)
-        good = set(told) == set(names) and all(
-            isinstance(own, list) and all(type(n) is int for n in own)
-            for own in told.values()
-        )
-        if not good:
+        missing = [name for name in names if name not in told]
+        added = [brief(name, 60) for name in told if name not in names]
+        wrong = [
+            name
+            for name, own in told.items()
+            if not isinstance(own, list)
+            or not all(type(n) is int and 0 <= n < count for n in own)
+            or not own
+        ]
+        if missing or added or wrong:
+            said = {"missing": missing, "unknown": added, "wrong lists": wrong}
+            shown = "; ".join(
+                f"{what}: {', '.join(brief(name, 60) for name in some[:4])}"
+                for what, some in said.items()
+                if some
+            )
             raise UserError(
-                f"{path} is to have an object with a list of class ids for each of "
-                f"{', '.join(names)}."
+                f"{path} is to have, for each of {', '.join(names)}, a list of one or "
+                f"more class ids from 0 to {count - 1}; {shown}."
             )
         return {name: told[name] for name in names}
-    listed = head.class_names
     if listed is not None and set(listed) == set(names):
         return {name: [listed.index(name)] for name in names}
-    if head.classes == 1000:
+    if count == 1000:
         return sixteen_classes.IMAGENET
     raise UserError(
-        f"the head has {head.classes} classes: neither ILSVRC's 1000 nor the sixteen. "
+        f"the head has {count} classes: neither ILSVRC's 1000 nor the sixteen. "
         "Set `sixteen` to a JSON file that says which ids stand for which."
     )
 

@@ -83,6 +83,16 @@ class Judge:
     source: FeatureSource
     output_dir: str
 
+    def before(self, split: Split) -> tuple[heads.Head, tuple[str, ...]]:
+        """The head, and the names of a split's images: what may be checked first.
+
+        Names are as `FeatureSource.names`; the tower is run on nothing.
+
+        Raises:
+          UserError: if the head cannot be read, or there is no such split.
+        """
+        return heads.read(self.head), self.source.names(split.task, split.split)
+
     def of(
         self,
         split: Split,

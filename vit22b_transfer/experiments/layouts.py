@@ -4,6 +4,7 @@ docs/suite.md describes each for those who lay them out; `surveys` finds them.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 # How a part is told: a folder with a folder of images for each class; a folder with
 # images anywhere in it; a folder with files anywhere in it; a file.
@@ -28,13 +29,15 @@ class Layout:
     """A standard layout.
 
     name: of the layout, and of its folder unless `folder` is given ("" is the folder of
-      data sets itself). several: each folder in `folder` is such a layout.
+      data sets itself). several: each folder in `folder` is such a layout. inside:
+      another folder that its parts may lie in, all of them.
     """
 
     name: str
     parts: tuple[Part, ...]
     folder: str | None = None
     several: bool = False
+    inside: str = ""
 
     @property
     def place(self) -> str:
@@ -42,7 +45,38 @@ class Layout:
         return self.name if self.folder is None else self.folder
 
 
-def _labelled(name: str, folder: str | None = None, several: bool = False) -> Layout:
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A layout that is there.
+
+    place: its folder. paths: absolute, by part. counts: images (or files) by part.
+    digest: of the names, sizes and modification times of all of its files, and of the
+    content of those that are parts themselves. notes: what is odd in it, by what it is,
+    counted. classes: names of the folders of classes that have an image, by part.
+    """
+
+    name: str
+    place: str
+    paths: Mapping[str, str]
+    counts: Mapping[str, int]
+    digest: str
+    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The name of its layout: "few_shot" of "few_shot/pets"."""
+        return self.name.partition("/")[0]
+
+    @property
+    def task(self) -> str:
+        """The name of its task (`tasks.suite`), another one where its files are."""
+        return f"suite_{self.name.replace('/', '_')}_{self.digest[:8]}"
+
+
+def _labelled(
+    name: str, folder: str | None = None, several: bool = False, inside: str = ""
+) -> Layout:
     return Layout(
         name,
         (
@@ -53,6 +87,7 @@ def _labelled(name: str, folder: str | None = None, several: bool = False) -> La
         ),
         folder,
         several,
+        inside,
     )
 
 
@@ -87,9 +122,12 @@ def _video(name: str) -> Layout:
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        _labelled("imagenet", ""),
+        _labelled("imagenet", "", inside="imagenet"),
         Layout(
-            "imagenet_real", (Part("judgements", ("imagenet_real.json",), FILE),), ""
+            "imagenet_real",
+            (Part("judgements", ("imagenet_real.json",), FILE),),
+            "",
+            inside="imagenet",
         ),
         _whole("imagenet_v2", CLASSES),
         _whole("objectnet", CLASSES),

@@ -21,13 +21,18 @@ RESULTS_FILE = "measures.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One number. settings: what tells it from the measure's others."""
+    """One number.
+
+    settings: what tells it from the measure's others. count: of how many examples it
+    is: images, of BAPPS triplets.
+    """
 
     metric: str
     value: float
     interval: tuple[float, float] | None = None
     interval_kind: str = "none"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    count: int = 0
 
 
 def share(
@@ -39,7 +44,7 @@ def share(
     value = float(np.mean(right))
     interval = outcomes.wilson_interval(value, len(right))
     kind = f"{outcomes.INTERVAL}, over {len(right)} images"
-    return Finding(metric, value, interval, kind, settings or {})
+    return Finding(metric, value, interval, kind, settings or {}, len(right))
 
 
 def mean(
@@ -64,7 +69,7 @@ def resampled(
     interval = (found.low, found.high)
     if not np.isfinite(interval).all():
         interval, kind = None, "undefined"
-    return Finding(metric, found.value, interval, kind, settings or {})
+    return Finding(metric, found.value, interval, kind, settings or {}, images)
 
 
 def report(
@@ -91,6 +96,7 @@ def report(
             "value": found.value if np.isfinite(found.value) else None,
             "interval": None if found.interval is None else list(found.interval),
             "interval_kind": found.interval_kind,
+            "count": found.count,
             "settings": dict(found.settings),
             "protocol": dict(protocol),
             "notes": dict(notes),

@@ -51,9 +51,15 @@ def similarity(
     if distance not in DISTANCES:
         raise UserError(f"distance={distance!r} is none of {', '.join(DISTANCES)}.")
     vectors = None if distance == "tokens" else [distance]
+    # Before the tower is run on anything: all triplets, and all judgements of them.
+    names = source.names(images.task, images.split)
+    every = _triplets(names, f"{images.task} {images.split}")
+    told = {name: judgement(judgements, name) for name in every}
     split = source.read(images.task, images.split, vectors, labelled=False)
     triplets = _triplets(split.ids, split.what)
-    shares = np.array([judgement(judgements, name) for name in triplets])
+    if not names:
+        told = {name: judgement(judgements, name) for name in triplets}
+    shares = np.array([told[name] for name in triplets])
     data: Any = split.vectors if vectors is None else split.flat(vectors)
     near = np.array([_distances(data, rows, split.what) for rows in triplets.values()])
     first, second = near.T

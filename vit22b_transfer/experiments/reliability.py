@@ -7,7 +7,7 @@ and adds them to `measures.jsonl`.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from vit22b_transfer.evaluation import (
 from vit22b_transfer.experiments import measure_pictures, measured, variants
 from vit22b_transfer.experiments.features import Split
 from vit22b_transfer.experiments.judged import Judge, Judged
-from vit22b_transfer.host import json_files, whole_files
+from vit22b_transfer.host import whole_files
+from vit22b_transfer.host.file_errors import told
 
 
 def calibrated(
@@ -46,17 +47,24 @@ def calibrated(
     labels: how the split's classes stand to the head's (`variants.LABELS`); of some of
       them the probabilities are made to sum to 1.
 
+    Where no temperature is best, as of logits that say nothing, numbers behind one are
+    not told, and why.
+
     Raises:
-      UserError: as `calibration.scaled_metrics`; if class lists do not fit together.
+      UserError: as `calibration.metrics`; if class lists do not fit together.
     """
     found = judge.of(test)
     order = np.random.default_rng(0).permutation(len(found.labels))
     logits, ids = variants.own_logits(found, labels)
     logits, ids = logits[order].astype(np.float64), ids[order]
-    told = calibration.scaled_metrics(logits, ids, fit_share=fit_share, bins=bins)
-    cut, temperature = int(told["fitted_on"]), told["temperature"]
+    cut = calibration.fitted_on(len(ids), fit_share)
+    scales, notes = {"before": 1.0}, {}
+    try:
+        scales["after"] = calibration.fitted_temperature(logits[:cut], ids[:cut])
+    except UserError as error:  # a head that knows nothing has none
+        notes["without_a_temperature"] = told(error)
     findings, diagram, names = [], {}, {}
-    for name, scale in (("before", 1.0), ("after", temperature)):
+    for name, scale in scales.items():
         settings = {"temperature": scale if name == "after" else None, "when": name}
         settings = {key: value for key, value in settings.items() if value is not None}
         rest, own = logits[cut:] / scale, ids[cut:]
@@ -92,7 +100,12 @@ def calibrated(
             "resamples": resamples,
         },
         facts=judge.facts(test=test) | {"classes": logits.shape[1]},
-        notes={"fitted_on": cut, "measured_on": len(ids) - cut, **found.notes},
+        notes={
+            "fitted_on": cut,
+            "measured_on": len(ids) - cut,
+            **notes,
+            **found.notes,
+        },
         output_dir=judge.output_dir,
         pictures=[picture],
     )
@@ -122,6 +135,7 @@ def selected(
     logits, ids = variants.own_logits(found, labels)
     probabilities = class_probabilities.softmax(logits)
     confidence, correct = class_probabilities.answers(probabilities, ids)
+    areas = selective.CollaborativeAreas.of(confidence, correct)
 
     def measure(rows):
         sure, right = confidence[rows], correct[rows]
@@ -132,6 +146,8 @@ def selected(
         for share in fractions:
             accuracy = selective.collaborative_accuracy(sure, right, share)
             result[f"collaborative_accuracy/{share:g}"] = accuracy
+        for share, area in areas(rows, fractions).items():
+            result[f"collaborative_auc/{share:g}"] = area
         return result
 
     told = intervals.resampled(measure, (len(correct),), resamples=resamples)
@@ -140,11 +156,6 @@ def selected(
         metric, _, share = name.partition("/")
         settings = {"fraction": float(share)} if share else {}
         findings.append(measured.resampled(metric, interval, len(correct), settings))
-    for share in fractions:
-        # 200 thresholds each time: too slow to resample.
-        area = selective.collaborative_auc(confidence, correct, share)
-        settings = {"fraction": float(share)}
-        findings.append(measured.Finding("collaborative_auc", area, settings=settings))
     covered = selective.accuracy_by_coverage(confidence, correct)
     places = np.unique(np.linspace(0, len(covered) - 1, 400).astype(int))
     lines = {"head": ((places + 1) / len(covered), covered[places].tolist())}
@@ -182,7 +193,8 @@ def strangers(
     with `train`, of `mahalanobis` and `relative_mahalanobis` on the head's features.
 
     train: the split that the Gaussians of classes are fitted on, with the head's
-      classes. ridge: as `out_of_distribution.fitted_gaussians`.
+      classes; those without an image there have none, and are counted.
+    ridge: as `out_of_distribution.fitted_gaussians`.
 
     Raises:
       UserError: as the functions of `evaluation.out_of_distribution`, such as for a
@@ -198,8 +210,11 @@ def strangers(
         scores["max_logit"].append(
             out_of_distribution.negative_max_logits(split.logits)
         )
+    notes: dict[str, Any] = {}
     if train is not None:
-        scores |= _distances(judge, inside, train, (test, outside), ridge)
+        distances, without = _distances(judge, inside, train, (test, outside), ridge)
+        scores |= distances
+        notes |= {"classes_without_a_gaussian": without} if without else {}
     counts = (len(inside.logits), len(other.logits))
     findings = []
     for name, (known, strange) in scores.items():
@@ -222,6 +237,7 @@ def strangers(
         notes={
             "images": counts[0],
             "images_outside": counts[1],
+            **notes,
             **inside.notes,
             **other.notes,
         },
@@ -272,85 +288,6 @@ def to_label(
     )
 
 
-# The metrics of a score, by Plex's category; of a line of `measures.jsonl`, or of
-# `probes.jsonl`, which has shots among its settings.
-CATEGORIES: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "prediction": (("calibration", "accuracy"), ("calibration", "nll")),
-    "uncertainty": (
-        ("calibration", "ece"),
-        ("selective", "calibration_auc"),
-        ("selective", "collaborative_accuracy"),
-        ("open_set", "auroc"),
-    ),
-    "adaptation": (("FewShot", "few_shot_accuracy"),),
-}
-
-
-def score(results: Sequence[str], *, output_dir: str) -> list[dict]:
-    """Plex's score: the mean over categories of the mean of normalised metrics.
-
-    results: files of lines that the measures and probes wrote, of one tower. Of a
-      metric that was measured several times (splits, shots, fractions) each counts; of
-      the same thing measured again the last. Calibration counts before any
-      temperature, open-set recognition by its score `msp`. A category without a metric
-      is left out, and told.
-
-    Raises:
-      UserError: for a file that holds no such lines, none that counts, or lines of
-        several towers.
-    """
-    metrics: dict[str, dict[str, tuple[float, int]]] = {name: {} for name in CATEGORIES}
-    towers = set()
-    for line in _lines(results):
-        kind = line.get("measure", line.get("probe"))
-        settings, value = line.get("settings"), line.get("value")
-        if not isinstance(settings, dict) or not isinstance(value, float | int):
-            continue
-        metric = "few_shot_accuracy" if kind == "FewShot" else line.get("metric")
-        if settings.get("when") == "after" or settings.get("score", "msp") != "msp":
-            continue
-        for category, wanted in CATEGORIES.items():
-            if (kind, metric) in wanted:
-                told = {k: settings.get(k) for k in ("fraction", "shots", "features")}
-                data = [line.get(name) for name in ("test", "outside")]
-                name = f"{json.dumps([data, told])}/{metric}"
-                metrics[category][name] = (float(value), int(line.get("classes", 0)))
-                towers.add(json.dumps(line.get("features"), sort_keys=True))
-    if len(towers) > 1:
-        raise UserError(
-            f"the {len(results)} files of results have lines of {len(towers)} towers "
-            "or image sizes; give those of one."
-        )
-    left_out = [name for name, own in metrics.items() if not own]
-    found = selective.reliability_scores({k: own for k, own in metrics.items() if own})
-    findings = [measured.Finding(name, value) for name, value in found.items()]
-    counts = {name: len(own) for name, own in metrics.items()}
-    return measured.report(
-        "reliability_score",
-        findings,
-        protocol={"results": list(results), "metrics": counts},
-        facts={"features": json.loads(towers.pop())},
-        notes={"categories_without_a_metric": left_out} if left_out else {},
-        output_dir=output_dir,
-    )
-
-
-def _lines(results: Sequence[str]) -> list[Mapping[str, Any]]:
-    found = []
-    for path in results:
-        try:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                lines = list(file)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-        for number, text in enumerate(lines, 1):
-            line = json_files.parse(text, path, line=number)
-            if not isinstance(line, dict):
-                raise UserError(f"{path}, line {number} is no result of a measure.")
-            found.append(line)
-    return found
-
-
 def _errors_of(
     confidence: Float[np.ndarray, " images"],
     correct: Bool[np.ndarray, " images"],
@@ -373,8 +310,8 @@ def _errors_of(
 
 def _distances(
     judge: Judge, inside: Judged, train: Split, splits: tuple[Split, Split], ridge
-) -> dict[str, list[Float[np.ndarray, " images"]]]:
-    """Mahalanobis distances of both splits' features."""
+) -> tuple[dict[str, list[Float[np.ndarray, " images"]]], int]:
+    """Mahalanobis distances of both splits' features; classes without an image."""
     names = list(inside.head.features)
     if not names:
         raise UserError(
@@ -382,8 +319,9 @@ def _distances(
             "Take a head of another probe, or leave train out."
         )
     data = judge.source.read(train.task, train.split, names).joined(names)
+    seen, labels = np.unique(data.labels, return_inverse=True)
     fitted = out_of_distribution.fitted_gaussians(
-        data.features.astype(np.float64), data.labels, data.num_classes, ridge=ridge
+        data.features.astype(np.float64), labels, len(seen), ridge=ridge
     )
     found: dict[str, list] = {"mahalanobis": [], "relative_mahalanobis": []}
     for number, split in enumerate(splits):
@@ -395,7 +333,7 @@ def _distances(
         found["relative_mahalanobis"].append(
             out_of_distribution.relative_mahalanobis_distances(vectors, fitted)
         )
-    return found
+    return found, data.num_classes - len(seen)
 
 
 def _stem(found: Judged) -> str:

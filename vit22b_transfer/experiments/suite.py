@@ -33,12 +33,14 @@ NOT_BUILT = "not built yet"
 class Tower:
     """What is judged. fingerprint: hash of its weights.
 
-    texts: whether its checkpoint has a text tower as well.
+    texts: whether its checkpoint has a text tower as well. side: the least side of what
+    it is shown, in pixels.
     """
 
     name: str
     fingerprint: str
     texts: bool
+    side: int = 224
 
     def facts(self) -> dict[str, str]:
         """As a line of results has it."""
@@ -53,6 +55,10 @@ class Job:
     name: str
     layouts: tuple[Found, ...]
 
+    def told(self, problem: str) -> str:
+        """A problem behind what it is of."""
+        return f"{self.name or self.layouts[0].name}: {problem}"
+
     def data(self) -> dict[str, str]:
         """The digest of each layout."""
         return {layout.name: layout.digest for layout in self.layouts}
@@ -62,12 +68,13 @@ class Job:
 class Prepared:
     """A job whose recipe is read. protocol: value by parameter, without paths.
 
-    command: what a user would type to run it alone. run: what does it, and the folder
-    that its pictures are named from.
+    command: gives what a user would type to run it alone; a head that it asks is
+    learned for that. run: what does it, and the folder that its pictures are named
+    from.
     """
 
     protocol: Mapping[str, str]
-    command: str
+    command: Callable[[], str]
     run: Callable[[], tuple[Any, str]]
 
 
@@ -86,7 +93,12 @@ def jobs(row: Row, survey: Survey, tower: Tower) -> tuple[list[Job], list[str]]:
         lacking = [n for n, some in zip(others, there, strict=True) if not some]
         firsts = survey.named(first)
         if part.texts and not tower.texts:
-            missing.append(f"{part.name}: the tower is none of a model of pairs")
+            missing.append("the tower is none of a model of pairs")
+        elif tower.side < part.least_side:
+            missing.append(
+                f"{part.name}: needs pictures of {part.least_side} pixels, the tower "
+                f"sees {tower.side}"
+            )
         elif firsts and (gone := [p for p in part.needs if p not in firsts[0].paths]):
             missing.append(f"{part.name or first}: no {', '.join(gone)} in {first}")
         elif not firsts or lacking:
@@ -98,7 +110,7 @@ def jobs(row: Row, survey: Survey, tower: Tower) -> tuple[list[Job], list[str]]:
                 own = layout.name.partition("/")[2]
                 name = part.name.replace("*", own) if own else part.name
                 found.append(Job(part, name, (layout, *rest)))
-    return found, missing
+    return found, [*dict.fromkeys(missing)]
 
 
 def run(
@@ -110,11 +122,13 @@ def run(
     console: rich.console.Console,
     *,
     show_faults: bool = False,
+    written: Callable[[], object] = lambda: None,
 ) -> list[Line]:
     """A line for each of the rows, in their order; those run now are written to `out`.
 
     A row that fails has its error for a reason, and the others go on. show_faults:
-    whether the place of an error is printed.
+    whether the place of an error is printed. written: called behind each line that is
+    new in the file.
     """
     folder = whole_files.writable_directory(out, "output directory")
     with locks.held(folder):
@@ -131,6 +145,7 @@ def run(
             if line.key not in done and not _is_same(line, last.get(row.number)):
                 path = os.path.join(folder, results.RESULTS_FILE)
                 probe.append_lines(path, [line.as_json()])
+                written()
     return found
 
 
@@ -148,12 +163,13 @@ def _row(
         return blank
     if missing:
         console.print(f"  without: {reason}", markup=False)
-    findings, failed, ready = [], [], []
+    findings, ready = [], []
+    failed: dict[str, str] = {}
     for job in todo:
         try:
             ready.append((job, prepare(job)))
         except UserError as error:
-            failed.append(f"{job.name}: {file_errors.told(error)}")
+            failed[job.name] = job.told(file_errors.told(error))
     data = {key: text for job in todo for key, text in job.data().items()}
     protocol = {job.name: dict(one.protocol) for job, one in ready}
     facts = [row.number, tower.fingerprint, data, protocol]
@@ -162,11 +178,12 @@ def _row(
     if key in done and not failed:
         console.print("  done before", markup=False)
         return dataclasses.replace(done[key], reason=reason)
+    commands: list[str] = []
     for job, one in ready:
-        console.print(f"  {one.command}", markup=False)
-        if problem := _attempt(job, one, findings, folder, show_faults, console):
-            failed.append(f"{job.name}: {problem}")
-    for problem in failed:
+        told = (findings, commands)
+        if problem := _attempt(job, one, told, folder, show_faults, console):
+            failed[job.name] = job.told(problem)
+    for problem in failed.values():
         console.print(f"  failed: {problem}", markup=False)
     seconds = time.monotonic() - began
     console.print(f"  {seconds:.1f} s", markup=False)
@@ -174,22 +191,28 @@ def _row(
         blank,
         status=results.FAILED if failed else results.DONE,
         key=key,
-        reason="; ".join([*failed, *missing]),
+        reason="; ".join([*failed.values(), *missing]),
         numbers=tuple(_beside(row, n) for one in findings for n in one.numbers),
         charts=tuple(chart for one in findings for chart in one.charts),
         pictures=tuple(picture for one in findings for picture in one.pictures),
         data=data,
         protocol=protocol,
-        commands=tuple(one.command for _, one in ready),
+        commands=tuple(commands),
         notes=results.as_texts({k: v for one in findings for k, v in one.notes.items()})
         | _odd(todo),
         seconds=round(seconds, 1),
+        failed=failed,
     )
 
 
-def _attempt(job, prepared, findings, folder, show_faults, console) -> str:
-    """Runs a job; its error in a line, or ""."""
+def _attempt(job, prepared, told, folder, show_faults, console) -> str:
+    """Runs a job, adds its finding and command; its error in a line, or ""."""
+    findings, commands = told
     try:
+        commands.append(prepared.command())
+        shown = commands[-1].replace("\n", "\n  ")
+        # Whatever the width: a line that is broken could not be typed.
+        console.print(f"  {shown}", markup=False, highlight=False, soft_wrap=True)
         result, place = prepared.run()
         found = job.part.finding(result, job.name)
         pictures = [_inside(picture, place, folder) for picture in found.pictures]

@@ -77,7 +77,9 @@ def dense(found: Sequence[Measured], name: str, shown: Mapping[str, str]) -> Fin
         notes |= one.notes
         pictures += [Picture(name, path) for path in one.pictures]
         if one.metric in shown:
-            number = _number(name, shown[one.metric], one.value, one.interval)
+            facts = {"value": one.value, "interval": one.interval}
+            facts["count"] = one.images
+            number = _number(name, shown[one.metric], facts)
             numbers.append(number)
     return Finding(numbers, pictures=pictures, notes=notes)
 
@@ -94,7 +96,7 @@ def measured(lines: Lines, name: str, shown: Mapping[str, str]) -> Finding:
         if not settings or "data_sets" in settings:
             keys.append(metric)
         numbers += [
-            _number(name, shown[key], line["value"], line["interval"])
+            _number(name, shown[key], line)
             for key in keys
             if key in shown and line["value"] is not None
         ]
@@ -120,7 +122,7 @@ def shape_bias(lines: Lines, name: str) -> Finding:
             "Put them into stimuli/cue-conflict."
         )
     whole = biases.pop("all")
-    number = _number(name, "%", whole["value"], whole["interval"])
+    number = _number(name, "%", whole)
     title = f"{name} by category"
     chart = _bars(title, {key: one for key, one in biases.items()})
     return Finding([number], [chart], _pictures(lines, name), _notes(lines))
@@ -138,13 +140,13 @@ def parity(lines: Lines, name: str) -> Finding:
     numbers = []
     for line in ends:
         label = f"limit {line['settings']['limit']:.3g}%"
-        numbers.append(_number(name, label, line["value"], line["interval"]))
+        numbers.append(_number(name, label, line))
     chart = Chart(title, "limit", "%", [curve])
     return Finding(numbers, [chart], _pictures(lines, name), _notes(lines))
 
 
 def subgroups(lines: Lines, name: str, metric: str) -> Finding:
-    """A metric of each subgroup in %, and of accuracies their gap."""
+    """A metric of each subgroup in %; of accuracies their gap, of others by chance."""
     numbers, own = [], {}
     for line in lines:
         group = line["settings"].get("subgroup")
@@ -153,9 +155,11 @@ def subgroups(lines: Lines, name: str, metric: str) -> Finding:
             label = f"{group}%"
         elif line["metric"] == f"{metric}_gap" and line["value"] is not None:
             label = "gap%"
+        elif line["metric"] == f"{metric}_by_chance":
+            label = f"{group}, chance%"
         else:
             continue
-        numbers.append(_number(name, label, line["value"], line["interval"]))
+        numbers.append(_number(name, label, line))
     chart = _bars(f"{name}: {metric} of subgroups", own)
     return Finding(numbers, [chart], notes=_notes(lines))
 
@@ -171,16 +175,15 @@ def _bars(title: str, lines: Mapping[str, Mapping[str, Any]]) -> Chart:
     return Chart(title, "", "%", [curve], bars=True, ticks=[*lines])
 
 
-def _number(
-    name: str, label: str, value: float, interval: Sequence[float] | None
-) -> Number:
-    """`label` as in `dense`."""
+def _number(name: str, label: str, line: Mapping[str, Any]) -> Number:
+    """A line's `value`, `interval` and `count`; `label` as in `dense`."""
+    value, interval = line["value"], line["interval"]
     times = 100.0 if label.endswith("%") else 1.0
     label = label.removesuffix("%").strip()
     whole = ", ".join(part for part in (name, label) if part)
     low, high = (None, None) if interval is None else (times * x for x in interval)
     unit = "%" if times > 1 else ""
-    return Number(whole, times * value, low, high, unit)
+    return Number(whole, times * value, low, high, unit, count=line["count"])
 
 
 def _pictures(lines: Lines, name: str) -> list[Picture]:

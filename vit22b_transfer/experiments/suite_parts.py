@@ -27,6 +27,7 @@ class Part:
     head: whether a head of `HEADS` is asked, which is learned at need, and whose file
     is then the macro HEAD. texts: whether the tower must be one of a model of
     image-text pairs. needs: optional parts of the first layout that it needs.
+    least_side: of the pictures that the tower is shown, in pixels.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Part:
     head: str = ""
     texts: bool = False
     needs: tuple[str, ...] = ()
+    least_side: int = 0
 
     def root(self) -> Callable[..., Any]:
         """The function, imported now."""
@@ -242,3 +244,50 @@ def calibration(name: str, layout: str, split: str) -> Part:
     settings = {"TEST_TASK": "'{task}'", "TEST_SPLIT": repr(split)}
     function = "reliability.calibrated"
     return measure(name, layouts, "calibration", function, _CALIBRATED, settings)
+
+
+def strangers(name: str, layout: str) -> Part:
+    """How a head, and distances of its features, tell images of no known class."""
+    return measure(
+        name,
+        (layout, "imagenet"),
+        "open_set",
+        "reliability.strangers",
+        {
+            "auroc/msp": "AUROC%",
+            "fpr95/msp": "FPR95%",
+            "auroc/mahalanobis": "Mahalanobis AUROC%",
+            "auroc/relative_mahalanobis": "relative AUROC%",
+        },
+        {
+            "TEST_TASK": "'{imagenet_task}'",
+            "OUTSIDE_TASK": "'{task}'",
+            # Of few images, or features that do not vary, a covariance is singular.
+            "RIDGE": "0.001",
+        },
+    )
+
+
+def selective(name: str) -> Part:
+    """What is gained if a head may refuse, or ask an oracle for 1 % of the images."""
+    shown = {
+        "aurra": "AURRA%",
+        "calibration_auc": "calibration AUC%",
+        "collaborative_auc/0.01": "oracle AUC%",
+    }
+    settings = {"TEST_TASK": "'{task}'"}
+    layouts = ("imagenet",)
+    return measure(name, layouts, "selective", "reliability.selected", shown, settings)
+
+
+def corruptions(name: str) -> Part:
+    """A head on the fifteen corruptions at five severities, made on the fly."""
+    return measure(
+        name,
+        ("imagenet",),
+        "corruptions",
+        "corrupted.robustness",
+        {"mce": "mCE"},
+        {"TEST_TASK": "'{task}'"},
+        least_side=32,
+    )

@@ -92,7 +92,8 @@ class Line:
 
     key: of tower, data and protocol together; a line of the same key is not made again.
     tower: name and fingerprint of its weights. data: digests by layout. protocol: value
-    by parameter. seconds: that the row took.
+    by parameter. seconds: that the row took. failed: what went wrong with a part of it,
+    by the name of the part's numbers.
     """
 
     row: int
@@ -109,6 +110,7 @@ class Line:
     commands: Sequence[str] = ()
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """As `read_lines` takes it."""
@@ -275,6 +277,7 @@ _READERS: dict[Any, dict[str, Any]] = {
         "commands": _several(_text),
         "notes": _named(_text),
         "seconds": _number,
+        "failed": _named(_text),
     },
 }
 

@@ -285,26 +285,9 @@ ROWS: tuple[Row, ...] = (
         "ImageNet, strange images",
         sure=False,
         parts=[
-            run.measure(
-                "*",
-                ("ood/*", "imagenet"),
-                "open_set",
-                "reliability.strangers",
-                {"auroc/msp": "AUROC%", "fpr95/msp": "FPR95%"},
-                {
-                    "TEST_TASK": "'{imagenet_task}'",
-                    "OUTSIDE_TASK": "'{task}'",
-                    "GAUSSIANS": "None",
-                },
-            ),
-            run.measure(
-                "ImageNet",
-                ("imagenet",),
-                "selective",
-                "reliability.selected",
-                {"aurra": "AURRA%", "calibration_auc": "calibration AUC%"},
-                {"TEST_TASK": "'{task}'"},
-            ),
+            run.strangers("*", "ood/*"),
+            run.selective("ImageNet"),
+            run.corruptions("corrupted"),
         ],
     ),
     Row(

@@ -1,9 +1,10 @@
-"""What lies in a folder of data sets in standard layouts, found by names alone.
+"""What lies in a folder of data sets in standard layouts, found by names.
 
-Nothing is decoded: files are counted by the ends of their names, and a layout is told
-from another content by their names and sizes. A folder may come from a stranger: no
-link is followed that leads out of it or to another folder, no more than so many files
-are looked at, and what is odd is counted.
+No image is decoded: files are counted by the ends of their names, and a layout is told
+from another content by their names, sizes and modification times. What its lists and
+tables say is then compared with that (`layout_checks`). A folder may come from a
+stranger: no link is followed that leads out of it or to another folder, no more than so
+many files are looked at, and what is odd is counted.
 """
 
 import dataclasses
@@ -15,11 +16,13 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 
 from vit22b_transfer import UserError
+from vit22b_transfer.experiments import layout_checks
 from vit22b_transfer.experiments.layouts import (
     CLASSES,
     FILE,
     FILES,
     LAYOUTS,
+    Found,
     Layout,
     Part,
 )
@@ -35,34 +38,6 @@ _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _SHOWN = 3
 # Files of a desktop, which are none of a data set.
 _OF_SYSTEMS = ("._", ".DS_Store", "Thumbs.db", "desktop.ini")
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A layout that is there.
-
-    place: its folder. paths: absolute, by part. counts: images (or files) by part.
-    digest: of the names and sizes of all of its files. notes: what is odd in it, by
-    what it is, counted. classes: names of the folders of classes, by part.
-    """
-
-    name: str
-    place: str
-    paths: Mapping[str, str]
-    counts: Mapping[str, int]
-    digest: str
-    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def kind(self) -> str:
-        """The name of its layout: "few_shot" of "few_shot/pets"."""
-        return self.name.partition("/")[0]
-
-    @property
-    def task(self) -> str:
-        """The name of its task (`tasks.suite`), another one where its files are."""
-        return f"suite_{self.name.replace('/', '_')}_{self.digest[:8]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +87,18 @@ def survey(folder: str) -> Survey:
         entries = sorted(os.listdir(root))
     except OSError as error:
         raise UserError(f"{folder} cannot be listed: {error.strerror}.") from error
-    found, refused, known = {}, {}, set()
+    found: dict[str, Found] = {}
+    refused, known = {}, set()
     for layout in LAYOUTS.values():
         if layout.place:
             known.add(layout.place.split("/")[0])
         else:
             known |= {path for part in layout.parts for path in part.paths}
+            known.add(layout.inside)
         for name, place in _places(layout, root, refused):
             one = _looked_at(layout, name, place, root)
+            if isinstance(one, Found):
+                one = layout_checks.checked(one, found.get("imagenet"))
             if isinstance(one, Found):
                 found[name] = one
             elif one:
@@ -166,6 +145,22 @@ def _places(
 ) -> Iterator[tuple[str, str]]:
     """(name, path) of each folder that may be of the layout."""
     place = os.path.join(root, layout.place) if layout.place else root
+    if layout.inside:
+        other = os.path.join(root, layout.inside)
+        parts = [path for part in layout.parts for path in part.paths]
+        first, second = (
+            [path for path in parts if os.path.lexists(os.path.join(one, path))]
+            for one in (place, other)
+        )
+        if first and second:
+            refused[layout.name] = (
+                f"{first[0]} and {layout.inside}/{second[0]} are both there; which is "
+                "meant? Leave it in one of the two places"
+            )
+            return
+        # A folder of its own name without any of its parts lacks them.
+        own = layout.inside == layout.name and os.path.lexists(other)
+        place = other if second or (own and not first) else place
     if not layout.several:
         yield layout.name, place
         return
@@ -192,9 +187,11 @@ def _places(
 
 def _looked_at(layout: Layout, name: str, place: str, root: str) -> Found | str:
     """What is there of a layout; "" if nothing is, else why it is not used."""
-    if layout.place and not os.path.isdir(place):
-        return f"{layout.place} is no folder" if os.path.lexists(place) else ""
-    if layout.place and os.path.islink(place):
+    own = place != root
+    if own and not os.path.isdir(place):
+        shown = os.path.relpath(place, root)
+        return f"{shown} is no folder" if os.path.lexists(place) else ""
+    if own and os.path.islink(place):
         return "it is a link; copy or move the folder itself here"
     paths, missing = {}, []
     for part in layout.parts:
@@ -205,11 +202,11 @@ def _looked_at(layout: Layout, name: str, place: str, root: str) -> Found | str:
             paths[part.name] = os.path.normpath(os.path.join(place, there[0]))
         elif not part.optional:
             missing.append(f"{part.paths[0]}{_slash(part)}")
-    if missing and (layout.place or paths):
+    if missing and (own or paths):
         return f"{', '.join(missing)} missing"
     if missing:
         return ""
-    walk, counts, classes = _Walk(root), {}, {}
+    walk, counts, classes = _Walk(root, place), {}, {}
     for part in layout.parts:
         if part.name not in paths:
             continue
@@ -235,11 +232,11 @@ def _of_system(name: str) -> bool:
 class _Walk:
     """Looks at all files of a layout. count, classes: of the last part."""
 
-    def __init__(self, root: str):
+    def __init__(self, root: str, place: str):
         self.digest = hashlib.sha256()
         self.notes: dict[str, int] = {}
         self.count, self.classes = 0, []
-        self._root, self._files = root, 0
+        self._root, self._place, self._files = root, place, 0
 
     def take(self, part: Part, path: str) -> str:
         """Adds a part to the digest; why it is not used, or ""."""
@@ -270,10 +267,11 @@ class _Walk:
             if _of_system(entry.name):
                 self._note("files of a desktop system, left out")
             elif entry.is_dir(follow_symlinks=False):
-                if part.kind == CLASSES and not depth:
-                    self.classes.append(entry.name)
+                before = self.count
                 if problem := self._folder(part, entry.path, depth + 1):
                     return problem
+                if part.kind == CLASSES and not depth and self.count > before:
+                    self.classes.append(entry.name)
             elif problem := self._file(part, entry, depth):
                 return problem
         return ""
@@ -295,8 +293,9 @@ class _Walk:
         if part.kind == CLASSES and not depth:
             self._note("images beside the folders of classes, left out")
             return ""
-        name = entry.path.removeprefix(self._root)
-        self.digest.update(os.fsencode(f"{name}\0{status.st_size}\0"))
+        name = entry.path.removeprefix(self._place)
+        facts = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"
+        self.digest.update(os.fsencode(facts))
         self.count += 1
         return ""
 

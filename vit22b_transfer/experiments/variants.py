@@ -1,6 +1,7 @@
 """A kept head on ImageNet's variants, and on labels that were judged again."""
 
 import difflib
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.stats
@@ -35,6 +36,8 @@ def accuracy(judge: Judge, test: Split, *, labels: str = "same") -> list[dict]:
       UserError: if class lists do not fit together; as `Judge.of`.
     """
     _check_form(labels)
+    if labels not in ("same", "named"):
+        _check_imagenet(judge.before(test)[0].classes, labels)
     found = judge.of(test)
     if labels == "same":
         ids = found.labels_of_head()
@@ -123,7 +126,7 @@ def subset_labels(
         subset = tuple(places[name] for name in names)
         return np.array(subset)[found.labels], subset
     subset = _SUBSETS[labels]
-    _check_imagenet(found, labels)
+    _check_imagenet(found.head.classes, labels)
     if found.num_classes == len(subset):
         return np.array(subset)[found.labels], subset
     if found.num_classes != class_subsets.CLASSES:
@@ -142,7 +145,7 @@ def objectnet_scores(
     Raises:
       UserError: if the split's classes are none of these folders.
     """
-    _check_imagenet(found, "objectnet")
+    _check_imagenet(found.head.classes, "objectnet")
     if found.class_names is None:
         raise UserError(f"{found.what} has no class list of ObjectNet's folders.")
     folders = list(OBJECTNET)
@@ -178,11 +181,16 @@ def several_labels(judge: Judge, test: Split, *, judgements: str) -> list[dict]:
       UserError: as `class_subsets.read_judgements` and `Judge.of`; if two images have
         one file name, or no image a label.
     """
+    head, names = judge.before(test)
+    judgements_of(names, judgements, head.classes, f"{test.task} {test.split}")
     found = judge.of(test, labelled=False)
-    given = _judgements_of(found, judgements)
+    of_image = judgements_of(found.every_id, judgements, found.head.classes, found.what)
+    given = [of_image[name] for name in found.ids]
     rows = np.flatnonzero([len(own) > 0 for own in given])
     if not len(rows):
-        raise UserError(f"{judgements} has no label for any image of {found.what}.")
+        raise UserError(
+            f"{judgements} has no label for any image of {found.what} that can be read."
+        )
     votes = [given[row] for row in rows]
     logs = class_probabilities.log_softmax(found.logits[rows])
     best = logs.argmax(axis=1)
@@ -215,17 +223,30 @@ def several_labels(judge: Judge, test: Split, *, judgements: str) -> list[dict]:
     )
 
 
-def _judgements_of(found: Judged, path: str) -> list[tuple[int, ...]]:
-    """The judged labels of each image that has logits."""
-    files = {name.rpartition("/")[2]: name for name in found.every_id}
-    if len(files) < len(found.every_id):
+def judgements_of(
+    names: Sequence[str], path: str, classes: int, what: str
+) -> dict[str, tuple[int, ...]]:
+    """The judged labels of each image of a split, by its name.
+
+    names: of all images, in any order; without any nothing is looked at. what: the
+      split, for errors.
+
+    Raises:
+      UserError: as `class_subsets.read_judgements`; if two images have one file name,
+        or no image a label.
+    """
+    if not names:
+        return {}
+    files = {name.rpartition("/")[2]: name for name in names}
+    if len(files) < len(names):
         raise UserError(
-            f"{len(found.every_id) - len(files)} images of {found.what} have the file "
-            f"name of another, so that their order says nothing. Rename them."
+            f"{len(names) - len(files)} images of {what} have the file name of "
+            "another, so that their order says nothing. Rename them."
         )
-    given = class_subsets.read_judgements(path, len(files), found.head.classes)
-    of_image = dict(zip((files[name] for name in sorted(files)), given, strict=True))
-    return [of_image[name] for name in found.ids]
+    given = class_subsets.read_judgements(path, len(files), classes)
+    if not any(given):
+        raise UserError(f"{path} has no label for any image of {what}.")
+    return dict(zip((files[name] for name in sorted(files)), given, strict=True))
 
 
 def _best_right(logits, labels):
@@ -237,9 +258,9 @@ def _best_right(logits, labels):
     return result
 
 
-def _check_imagenet(found: Judged, labels: str) -> None:
-    if found.head.classes != class_subsets.CLASSES:
+def _check_imagenet(classes: int, labels: str) -> None:
+    if classes != class_subsets.CLASSES:
         raise UserError(
             f"labels={labels!r} is for a head of ILSVRC's 1000 classes, in their usual "
-            f"order, but this one has {found.head.classes}. Learn one on ImageNet."
+            f"order, but this one has {classes}. Learn one on ImageNet."
         )

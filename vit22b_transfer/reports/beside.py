@@ -7,6 +7,9 @@ from vit22b_transfer.experiments import suite_results as results
 from vit22b_transfer.experiments.suite_results import Line, Number
 from vit22b_transfer.experiments.suite_rows import ROWS, Row
 
+# Numbers of fewer examples are marked.
+FEW = 30
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -52,6 +55,11 @@ def entries(towers: Sequence[Mapping[int, Line]]) -> list[Entry]:
         ]
         names = dict.fromkeys(name for numbers in own for name in numbers)
         names |= dict.fromkeys(row.paper)
+        for lines in towers:
+            failed = lines[row.number].failed if row.number in lines else {}
+            for part in failed:
+                if part and not any(_is_of(name, part) for name in names):
+                    names[part] = None
         for place, name in enumerate(names or [""]):
             numbers = [some.get(name) for some in own]
             known = [number for number in numbers if number is not None]
@@ -61,13 +69,23 @@ def entries(towers: Sequence[Mapping[int, Line]]) -> list[Entry]:
     return found
 
 
-def state(line: Line | None) -> str:
-    """Why a row has no number, in a word or two."""
+def state(line: Line | None, name: str = "") -> str:
+    """Why a line of the table has no number, in a word or two; `name` is the number's.
+
+    Of a row of several parts one may have failed and another lack its data.
+    """
     if line is None:
         return "not chosen"
-    if line.status == results.FAILED:
-        return "failed"
-    return "-" if line.status == results.DONE else "not run"
+    if line.status == results.SKIPPED:
+        return "not run"
+    if line.failed and not any(_is_of(name, part) for part in line.failed):
+        return "-"
+    return "failed" if line.status == results.FAILED else "-"
+
+
+def _is_of(name: str, part: str) -> bool:
+    """Whether a number is one of a part, by their names."""
+    return not part or name == part or name.startswith(f"{part}, ")
 
 
 def shown(number: Number) -> str:
@@ -81,6 +99,11 @@ def interval(number: Number) -> str:
         return "none"
     low, high = (_rounded(x, number.unit) for x in (number.low, number.high))
     return f"{low} to {high}"
+
+
+def few(number: Number) -> bool:
+    """Whether it is of so few examples that it says little; not where none are told."""
+    return 0 < number.count < FEW
 
 
 def paper(entry: Entry) -> str:

@@ -126,7 +126,7 @@ def _cells(entry: beside.Entry, towers: Sequence[Results]) -> list[Markup]:
     drawn = []
     for place, (one, tower) in enumerate(zip(entry.numbers, towers, strict=True)):
         if one is None:
-            state = beside.state(tower.lines.get(number))
+            state = beside.state(tower.lines.get(number), entry.name)
             how = "bad" if state == "failed" else "soft"
             cells.append(tag("td", state, class_=f"number {how}"))
         else:
@@ -145,6 +145,8 @@ def _cells(entry: beside.Entry, towers: Sequence[Results]) -> list[Markup]:
             )
         if len(towers) == 1:
             span = "" if one is None else beside.interval(one)
+            if one is not None and beside.few(one):
+                span += f", of {one.count}"
             cells.append(tag("td", span, class_="number wide soft"))
     cells.append(tag("td", *drawn))
     cells.append(tag("td", beside.paper(entry), class_="number"))

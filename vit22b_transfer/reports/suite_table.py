@@ -20,18 +20,24 @@ def show(
     """
     by_row = [{line.row: line for line in lines} for lines in towers]
     entries = beside.entries(by_row)
-    names = [f"{entry.row.number:>2}  {entry.title}" for entry in entries]
-    columns = {}
+    # Short enough for 80 columns: further numbers of a row stand below its name.
+    names = [
+        f"{entry.row.number:>2}  {entry.title}" if entry.first else f"    {entry.name}"
+        for entry in entries
+    ]
+    columns, marked = {}, False
     for place, lines in enumerate(by_row):
         cells, spans = [], []
         for entry in entries:
             line, number = lines.get(entry.row.number), entry.numbers[place]
             if number is None:
-                cells.append(beside.state(line))
+                cells.append(beside.state(line, entry.name))
             else:
                 span = f" ({beside.interval(number)})" if len(by_row) > 1 else ""
                 cells.append(f"{beside.shown(number)} {number.unit}".strip() + span)
-            spans.append("" if number is None else beside.interval(number))
+            mark = " *" if number is not None and beside.few(number) else ""
+            marked |= bool(mark)
+            spans.append("" if number is None else beside.interval(number) + mark)
         tower = _name(lines, place) if len(by_row) > 1 else "ours"
         columns[tower] = cells
         if len(by_row) == 1:
@@ -39,6 +45,8 @@ def show(
     columns["ViT-22B"] = [beside.paper(entry) for entry in entries]
     tables.print_table(console or rich.console.Console(), names, columns, heading="row")
     said = progress.console() if console is None else console
+    if marked:
+        said.print(f"*: of fewer than {beside.FEW} examples", markup=False)
     if any(not e.row.sure and e.paper is not None for e in entries):
         said.print("?: from memory, not confirmed against the paper", markup=False)
     for place, lines in enumerate(by_row):
