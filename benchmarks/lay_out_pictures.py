@@ -3,11 +3,16 @@
     python benchmarks/lay_out_pictures.py digits OUT
     python benchmarks/lay_out_pictures.py fashion /usr/share/datasets/fashion-mnist OUT
     python benchmarks/lay_out_pictures.py emoji package OUT
+    python benchmarks/lay_out_pictures.py styles google/package twitter/package OUT
 
 `digits` are the 1,797 of scikit-learn (8 x 8 grey levels; of the extra `test`), the
 last 450 of them, mostly of other writers, for validation. `fashion` is Debian's
 dataset-fashion-mnist (60,000 and 10,000 pictures of 28 x 28; MIT). `emoji` is what `npm
 pack emoji-datasource-google@16.0.0` gives, unpacked (64 x 64; Apache-2.0 and OFL).
+`styles` are the emoji of two such packages, the second emoji-datasource-twitter@16.0.0
+(CC-BY 4.0): what they show (their category) as classes, without skin tones, drawn as
+by the first; every fifth for validation, and those as drawn by the second lie in
+OUT/imagenet_v2, so that `vit22b suite` judges the same head on another style.
 
 Classes: OUT/train/CLASS/*.png, OUT/validation/CLASS/*.png and OUT/classes.txt, as
 gin_configs/recipes/image_folder.gin takes them. Emoji: OUT/images with OUT/train.json
@@ -40,6 +45,7 @@ TONES = {
 }
 DIGITS_TO_VALIDATE = 450
 HELD_OUT_EVERY = 6
+VALIDATED_EVERY = 5
 
 
 def lay_out_classes(out, splits, names):
@@ -102,6 +108,42 @@ def named_emoji(package):
                 yield other["image"], base, f"{base} {TONES[code]}"
 
 
+def on_white(package, file_name):
+    """A picture of the one style that a package has."""
+    (style,) = (package / "img").iterdir()
+    picture = PIL.Image.open(style / "64" / file_name).convert("RGBA")
+    white = PIL.Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture)
+    return white.convert("RGB")
+
+
+def styles(package, other, out):
+    """Categories of emoji; those of validation as `other` draws them as well."""
+    entries = [
+        entry
+        for entry in json.loads((package / "emoji.json").read_text())
+        if entry["category"] != "Component"  # skin tones alone
+    ]
+    entries.sort(key=lambda entry: entry["sort_order"])  # like ones are neighbours
+    made = collections.Counter()
+    for number, entry in enumerate(entries):
+        validated = number % VALIDATED_EVERY == 0
+        name = re.sub("[^a-z]+", "_", entry["category"].lower())
+        drawn = {"validation" if validated else "train": package}
+        if validated:
+            drawn["imagenet_v2"] = other
+        for split, drawer in drawn.items():
+            folder = out / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            on_white(drawer, entry["image"]).save(folder / entry["image"])
+            made[split, name] += 1
+    names = sorted({name for _, name in made})
+    (out / "classes.txt").write_text("".join(f"{name}\n" for name in names))
+    for split in ("train", "validation", "imagenet_v2"):
+        count = sum(made[split, name] for name in names)
+        print(f"{split}: {count} pictures of {len(names)} classes")
+
+
 def held_out(bases):
     """Every sixth of the men and women in a role that somebody else has as well."""
     roles = collections.Counter(re.sub(r"^(wo)?man ", "", base) for base in bases)
@@ -119,11 +161,7 @@ def emoji(package, out):
     apart = held_out({base for _, base, _ in rows})
     (out / "images").mkdir(parents=True)
     for file_name, _, _ in rows:
-        path = package / "img" / "google" / "64" / file_name
-        picture = PIL.Image.open(path).convert("RGBA")
-        white = PIL.Image.new("RGBA", picture.size, "white")
-        white.alpha_composite(picture)
-        white.convert("RGB").save(out / "images" / file_name)
+        on_white(package, file_name).save(out / "images" / file_name)
     parts = {
         "train": [row for row in rows if row[1] not in apart],
         "validation": [row for row in rows if row[1] in apart],
@@ -162,17 +200,17 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for function in (digits, fashion, emoji):
+    for function, count in ((digits, 0), (fashion, 1), (emoji, 1), (styles, 2)):
         kind = kinds.add_parser(function.__name__, help=function.__doc__)
-        if function is not digits:
-            kind.add_argument("folder", type=pathlib.Path, help="what was unpacked")
+        kind.set_defaults(function=function, folders=[])
+        if count:
+            kind.add_argument(
+                "folders", type=pathlib.Path, nargs=count, help="what was unpacked"
+            )
         kind.add_argument("out", type=pathlib.Path, help="a folder to be made")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True)
-    if args.kind == "digits":
-        digits(args.out)
-    else:
-        {"fashion": fashion, "emoji": emoji}[args.kind](args.folder, args.out)
+    args.function(*args.folders, args.out)
 
 
 if __name__ == "__main__":

@@ -222,6 +222,37 @@ def test_rates_learned_together_are_those_learned_alone(small, monkeypatch):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("common", "rates"), [(0.0, (1e-2, 1e-1)), (10.0, (1e-4, 1e-3))]
+)
+def test_rates_tried_in_bfloat16_are_judged_as_in_float32(digits, common, rates):
+    """Also where vectors have much in common, which bfloat16 would round away."""
+    train = changed(digits[0], features=digits[0].features + common)
+    sgd = linear.Sgd(rates, 0.9, 0.1, epochs=20, batch_size=256)
+    rows, held = np.arange(900), np.arange(900, 1000)
+    whole = linear.learn(train, sgd, rows=rows)
+    tried = linear.learn(train, sgd, rows=rows, dtype=linear.TRIED_IN)
+    shares, losses = linear.judged(whole, train, held)
+    assert losses[0] > losses[1] + 0.04 and shares[1] > 0.4
+    found, near = linear.judged(tried, train, held)
+    assert found == shares
+    np.testing.assert_allclose(near, losses, rtol=1e-4)
+    np.testing.assert_allclose(tried.kernel, whole.kernel, atol=1e-3)
+
+
+def test_of_equally_accurate_rates_that_of_the_least_loss_is_taken(small):
+    """One by which a head has hardly begun tells no probabilities."""
+    apart = [
+        changed(x, features=x.features + 9 * np.eye(6, dtype=np.float32)[x.labels])
+        for x in small
+    ]
+    sgd = linear.Sgd((1e-2, 1e-1), 0.9, 0.0, epochs=20, batch_size=20)
+    (outcome,) = run(linear.LinearProbe([RAW], sgd, 0.2), *apart)
+    settings = outcome.settings
+    assert settings["tried"]["raw"] == {"0.01": 1.0, "0.1": 1.0}
+    assert settings["rate"] == 0.1 and settings["held_out_loss"] < 0.05
+
+
 def test_one_step_of_sgd_is_that_of_the_formula(small):
     train, _ = small
     sgd = linear.Sgd((0.5,), 0.9, 0.1, epochs=2, batch_size=64)
@@ -251,7 +282,7 @@ def test_a_rate_that_diverges_is_counted_and_never_chosen(small):
     )
     (outcome,) = probe.run(sets, others)
     assert outcome.settings["features"] == ["raw"] and outcome.value > 0.6
-    assert outcome.notes == {"diverged_rates": 2}
+    assert outcome.notes["diverged_rates"] == 2
     assert outcome.settings["tried"]["wild"] == {"0.01": None, "0.3": None}
     with pytest.raises(UserError, match="every one of the learning rates .* diverges"):
         probe.run({("wild",): train}, {("wild",): test})

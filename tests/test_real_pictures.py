@@ -89,6 +89,38 @@ def test_emoji_become_pairs_of_which_whole_names_are_held_out(benchmark, tmp_pat
         assert np.asarray(PIL.Image.open(out / "images" / name)).min() == 255
 
 
+def test_emoji_in_two_styles_are_the_same_ones_for_validation(benchmark, tmp_path):
+    layout, kinds = benchmark("lay_out_pictures"), ["Food & Drink", "Flags"]
+    entries = [
+        {"image": f"{n}.png", "sort_order": n, "category": kinds[n % 2]}
+        for n in range(20)
+    ]
+    entries.append({"image": "20.png", "sort_order": 30, "category": "Component"})
+    for style, grey in (("google", 10), ("twitter", 200)):
+        folder = tmp_path / style / "img" / style / "64"
+        folder.mkdir(parents=True)
+        (tmp_path / style / "emoji.json").write_text(json.dumps(entries))
+        for entry in entries:
+            colour = (grey, grey, grey, 255)
+            PIL.Image.new("RGBA", (64, 64), colour).save(folder / entry["image"])
+    out, styles = tmp_path / "out", [str(tmp_path / s) for s in ("google", "twitter")]
+    layout.main(["styles", *styles, str(out)])
+    assert (out / "classes.txt").read_text().splitlines() == ["flags", "food_drink"]
+    found = {
+        split: {
+            f"{path.parent.name}/{path.stem}": np.asarray(PIL.Image.open(path))[0, 0, 0]
+            for path in (out / split).rglob("*.png")
+        }
+        for split in ("train", "validation", "imagenet_v2")
+    }
+    assert len(found["train"]) == 16 and set(found["train"].values()) == {10}
+    assert found["validation"].keys() == found["imagenet_v2"].keys()
+    assert not found["validation"].keys() & found["train"].keys()
+    assert set(found["validation"].values()) == {10}
+    assert set(found["imagenet_v2"].values()) == {200}
+    assert "food_drink/0" in found["validation"] and "flags/5" in found["validation"]
+
+
 @pytest.mark.slow
 def test_a_tower_on_digits_is_right_more_often_than_a_linear_classifier(
     benchmark, tmp_path

@@ -99,7 +99,7 @@ def test_the_transformer_over_frames_is_vivits():
 @pytest.mark.parametrize(
     "head, message",
     [
-        (video_head.TemporalHead(head_dim=5), "head_dim=5 do not divide"),
+        (video_head.TemporalHead(head_dim=5), "head_dim=5 do not .* such as 4"),
         (video_head.TemporalHead(depth=0), "each must be positive"),
     ],
 )
@@ -271,6 +271,20 @@ class Greys(features.FeatureSource):
         return {"checkpoint": "none"}
 
 
+def test_a_head_that_fits_no_vector_is_said_before_any_frame_is_read(tmp_path):
+    tower = types.SimpleNamespace(width=96)
+    source = Greys(tower, "", "", ONE_DEVICE, (16, 16), 8)
+    training = head_training.HeadTraining(optimizers.adamw(1e-3), 1, 1)
+    protocol = video.VideoProtocol(video_head.TemporalHead(), training)
+    with pytest.raises(UserError, match="96 numbers.*TemporalHead.head_dim.*as 48"):
+        video.run_video(
+            protocol,
+            source=source,
+            data=video_folders.VideoFolder(tmp_path / "nothing"),
+            output_dir=str(tmp_path / "out"),
+        )
+
+
 @pytest.mark.slow
 def test_a_head_of_frames_tells_what_no_frame_does(tmp_path):
     root = tmp_path / "clips"
@@ -278,7 +292,7 @@ def test_a_head_of_frames_tells_what_no_frame_does(tmp_path):
     write_clips(root, "validation", 5)
     broken = root / "validation" / "darker" / "clip_0" / "frame_00001.png"
     broken.write_bytes(broken.read_bytes()[:40])
-    source = Greys(None, "", "", ONE_DEVICE, (16, 16), 8)
+    source = Greys(types.SimpleNamespace(width=8), "", "", ONE_DEVICE, (16, 16), 8)
     optimizer = optimizers.adamw(optimizers.cosine(1e-2, total_steps=100))
     training = head_training.HeadTraining(optimizer, 100, 16)
     protocol = video.VideoProtocol(HEAD, training, frames=3, stride=1, views=2)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.sparse
 from jaxtyping import Float, Int
 
 from vit22b_transfer import UserError
@@ -115,34 +116,58 @@ class Ridge:
 def fit_ridge(train: Labelled, penalty: float) -> Ridge:
     """Ridge regression to -1 and 1 on whitened features, on any number of images.
 
-    W = (X'X + penalty I)^-1 X'Y, from sums over blocks of images; with fewer images
-    than columns X' (XX' + penalty I)^-1 Y, which is the same. The constant is penalised
-    like the other columns. Deviations are those of the population, plus 1e-5.
+    W = (X'X + penalty I)^-1 X'Y, from sums over blocks of images, each read once; with
+    fewer images than columns X' (XX' + penalty I)^-1 Y, which is the same. The constant
+    is penalised like the other columns. Deviations are those of the population, plus
+    1e-5.
     """
     constant = train.constant()
-    parts = list(train.blocks())
-    mean, squares = np.zeros(train.width), np.zeros(train.width)
-    for rows in parts:
-        mean += train.block(rows).sum(axis=0) / len(train)
-    for rows in parts:
-        squares += ((train.block(rows) - mean) ** 2).sum(axis=0)
-    deviation = np.sqrt(squares / len(train))
-    scale = np.where(constant, 0.0, 1.0 / (deviation + _EPSILON))
-    fit = Ridge(mean, scale, np.zeros((train.width + 1, train.num_classes)))
-    if len(train) < train.width + 1:
-        columns = fit.columns(train.block(slice(None)))
-        kernel = columns @ columns.T + penalty * np.eye(len(train))
-        targets = _targets(train.labels, train.num_classes)
-        weights = columns.T @ np.linalg.solve(kernel, targets)
-    else:
-        gram = penalty * np.eye(train.width + 1)
-        products = np.zeros_like(fit.weights)
-        for rows in parts:
-            columns = fit.columns(train.block(rows))
-            gram += columns.T @ columns
-            products += columns.T @ _targets(train.labels[rows], train.num_classes)
-        weights = np.linalg.solve(gram, products)
+    if len(train) >= train.width + 1:
+        return _fit_from_sums(train, penalty, constant)
+    features = train.block(slice(None))
+    scale = _scale(features.var(axis=0), constant)
+    nothing = np.zeros((train.width + 1, train.num_classes))
+    fit = Ridge(features.mean(axis=0), scale, nothing)
+    columns = fit.columns(features)
+    kernel = columns @ columns.T + penalty * np.eye(len(train))
+    targets = np.full((len(train), train.num_classes), -1.0)
+    targets[np.arange(len(train)), train.labels] = 1.0
+    weights = columns.T @ np.linalg.solve(kernel, targets)
     return dataclasses.replace(fit, weights=weights)
+
+
+def _fit_from_sums(train: Labelled, penalty: float, constant: np.ndarray) -> Ridge:
+    """From sums of the features, and of their products, about the first block's mean.
+
+    Whitening and targets are worked into the sums: whitened columns sum to 0.
+    """
+    counts = train.counts()
+    centre, squares = np.zeros(0), np.zeros((train.width, train.width))
+    of_classes = np.zeros((train.num_classes, train.width))
+    for rows in train.blocks():
+        near = train.block(rows)
+        centre = centre if len(centre) else near.mean(axis=0)
+        near -= centre
+        squares += near.T @ near
+        number = np.arange(len(near))
+        entries = (np.ones(len(near)), (train.labels[rows], number))
+        shape = (train.num_classes, len(near))
+        of_classes += scipy.sparse.csr_array(entries, shape=shape) @ near
+    shift = of_classes.sum(axis=0) / len(train)
+    squares -= len(train) * np.outer(shift, shift)
+    of_classes -= counts[:, None] * shift
+    scale = _scale(np.maximum(np.diag(squares), 0) / len(train), constant)
+    gram = penalty * np.eye(train.width + 1)
+    gram[:-1, :-1] += squares * np.outer(scale, scale)
+    gram[-1, -1] += len(train) * _CONSTANT**2
+    products = np.zeros((train.width + 1, train.num_classes))
+    products[:-1] = 2 * scale[:, None] * of_classes.T
+    products[-1] = _CONSTANT * (2 * counts - len(train))
+    return Ridge(centre + shift, scale, np.linalg.solve(gram, products))
+
+
+def _scale(variance: np.ndarray, constant: np.ndarray) -> np.ndarray:
+    return np.where(constant, 0.0, 1.0 / (np.sqrt(variance) + _EPSILON))
 
 
 def draw_shots(
@@ -173,9 +198,3 @@ def check_every_class(train: Labelled) -> None:
             "that few shots of every class cannot be drawn. Add images, or take these "
             "classes off the class list."
         )
-
-
-def _targets(labels, num_classes):
-    targets = np.full((len(labels), num_classes), -1.0)
-    targets[np.arange(len(labels)), labels] = 1.0
-    return targets

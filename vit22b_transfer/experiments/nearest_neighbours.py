@@ -102,7 +102,7 @@ def nearest(
             jnp.full((high, count), -jnp.inf, jnp.float32),
             jnp.zeros((high, count), jnp.int32),
         )
-        asked = _filled(test.features[queries], high)
+        asked = _unit(jnp.asarray(_filled(test.features[queries], high)))
         for rows in train.blocks(wide):
             block = _filled(train.features[rows], wide)
             found = rows.stop - rows.start
@@ -145,15 +145,15 @@ def _merged(
     places: Int[Array, "queries count"],
 ):
     """The nearest ones, those of a block of training images among them."""
-    new = jnp.matmul(_unit(queries), _unit(block).T, precision="highest")
+    new = jnp.matmul(queries, _unit(block).T, precision="highest")
     number = jnp.arange(len(block), dtype=jnp.int32)
     new = jnp.where((number < found)[None], new, -jnp.inf)
     # Earlier images first: top_k keeps the order of equal ones.
+    count = similarity.shape[1]
     similarity = jnp.concatenate([similarity, new], axis=1)
-    number = jnp.broadcast_to((number + start)[None], new.shape)
-    places = jnp.concatenate([places, number], axis=1)
-    similarity, chosen = jax.lax.top_k(similarity, similarity.shape[1] - len(block))
-    return similarity, jnp.take_along_axis(places, chosen, axis=1)
+    similarity, chosen = jax.lax.top_k(similarity, count)
+    before = jnp.take_along_axis(places, jnp.minimum(chosen, count - 1), axis=1)
+    return similarity, jnp.where(chosen < count, before, chosen - count + start)
 
 
 def _unit(vectors):

@@ -62,6 +62,7 @@ def run_video(
     Raises:
       UserError: if something does not fit together.
     """
+    protocol.head.config(source.tower.width)  # an error before any frame is read
     output_dir = whole_files.writable_directory(output_dir, "output directory")
     training = protocol.training
     task = data.task(stride=protocol.stride, least=protocol.frames)

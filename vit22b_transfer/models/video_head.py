@@ -43,9 +43,11 @@ class TemporalHead:
         if min(self.depth, self.head_dim, self.mlp_ratio) < 1:
             raise UserError(f"{self}: each must be positive.")
         if width % self.head_dim:
+            fits = max(n for n in range(1, self.head_dim) if not width % n)
             raise UserError(
                 f"the tower's vectors have {width} numbers, which attention heads of "
-                f"head_dim={self.head_dim} do not divide. Take a divisor."
+                f"head_dim={self.head_dim} do not divide. Set TemporalHead.head_dim "
+                f"to a divisor, such as {fits}."
             )
         return vit_blocks.BlockConfig(
             width=width,
