@@ -206,15 +206,17 @@ def of_timm(config: Config, side: int, patch_size: int) -> Images:
             f" known are {', '.join(FILTERS)} and center, squash."
         )
     kept = side // patch_size * patch_size
-    sides = dict(resized=crop.denominator, cropped=crop.numerator, kept=crop.numerator)
+    sides = (crop.denominator, crop.numerator, crop.numerator)
     if kept != side:
-        resized = math.floor(side / crop)
-        sides = dict(resized=resized, cropped=side, kept=kept)
+        sides = (math.floor(side / crop), side, kept)
+    resized, cropped, kept_part = sides
     how = Preparation(
         filter=filter_,  # pyright: ignore[reportArgumentType]
         fit="squash" if mode == "squash" else "shorter_side",
         halves="even",
-        **sides,
+        resized=resized,
+        cropped=cropped,
+        kept=kept_part,
     )
     mean = _channels(config, "mean", mean)
     deviation = _channels(config, "std", deviation, least=1e-6)
