@@ -13,7 +13,9 @@ from vit22b_transfer.commands.arguments import (
     GIN_EPILOG,
     GIN_NOTE,
     Add,
+    add_deterministic,
     add_gin_file,
+    deterministic_files,
     shard_override,
     without_startup_notes,
 )
@@ -107,6 +109,7 @@ def add_to(add: Add) -> None:
             )
         if name == "eval":
             results.add_predictions(command)
+            add_deterministic(command)
         if name == "infer":
             command.add_argument(
                 "--images",
@@ -185,12 +188,12 @@ def _recipe(args: argparse.Namespace, paths: Sequence[str]) -> Any:
     """The recipe of --gin_file, or of the folder, with what the command line sets."""
     from vit22b_transfer.recipes import loading
 
-    files = args.gin_file
+    files, behind = args.gin_file, deterministic_files(args)
     overrides = [*args.overrides, *shard_override(getattr(args, "shard", None))]
     folder = getattr(args, "folder", None)
     if folder is None and (files or not hasattr(args, "folder")):
-        return loading.read(files, overrides, paths)
-    files = [folders.recipe_of(folder), *files]
+        return loading.read([*files, *behind], overrides, paths)
+    files = [folders.recipe_of(folder), *files, *behind]
     folders.use_vocabulary(folder or "")
     unset = loading.read(files, overrides, paths).required()
     overrides = [*folders.opened(folder or "", unset), *overrides]

@@ -286,3 +286,34 @@ def _penalised(decoded, eos_id, alpha, settings):
     )
     penalty = length_penalty(lengths.astype(jnp.float32), alpha)
     return decoded.replace(scores=decoded.scores / penalty, settings=settings)
+
+
+def decode_settings(decode_fn: Any) -> dict[str, Any]:
+    """The method and parameters of a decode function, however they were bound.
+
+    Asked of its own result, so that bindings by gin or functools.partial are seen.
+    """
+    # Larger than any top_k or number of beams; nothing is computed.
+    vocab_size = 1 << 24
+
+    def step_fn(tokens, cache, index, ancestry):
+        del index, ancestry
+        return jnp.zeros((*tokens.shape, vocab_size), jnp.float32), cache
+
+    def decode(rng):
+        return decode_fn(
+            lambda num_beams: (),
+            step_fn,
+            batch_size=1,
+            max_decode_length=1 << 12,  # longer than any answer of a list
+            eos_id=1,
+            rng=rng,
+        )
+
+    decoded = jax.eval_shape(decode, jax.random.key(0))
+    return dict(decoded.settings) or {"method": _name(decode_fn)}
+
+
+def _name(function):
+    function = getattr(function, "func", function)
+    return getattr(function, "__qualname__", type(function).__qualname__)

@@ -127,6 +127,11 @@ _PREDICTS: dict[str, Meaning] = {
         (None,),
     ),
     "weights": _TRAINED_WEIGHTS,
+    "fixed_rows": _refused(
+        "T5X computes whole batches. Leave gin_configs/runs/deterministic.gin out, or "
+        "use `vit22b eval` or `vit22b infer`",
+        (None,),
+    ),
 }
 _OF_CACHING = _own("it is of `vit22b cache-features` and cached training alone")
 _OF_TRAINING = _own("it is of `vit22b train` alone")
