@@ -181,6 +181,7 @@ def predict_shard(
             f"{data.split!r} has, so they cannot be dealt out; leave --shard out."
         )
     if files.is_complete():
+        files.remove_left()
         console.print(f"reusing the predictions in {files.path}", markup=False)
         return Predictions(files.path, **files.summary(), reused=True)
     index, count = shard
@@ -232,6 +233,8 @@ def predict_split(
             ShardFiles(files).check_none_writes()
         processes.wait_for_all("predictions locked")
         if files.is_complete():
+            if jax.process_index() == 0:
+                files.remove_left()
             console.print(
                 f"reusing the predictions in {files.path}{part}{left_out}", markup=False
             )

@@ -25,6 +25,7 @@ SHARED = (
     "vit22b_transfer.data.t5x_tasks.",
     "vit22b_transfer.data.vocabularies.",
     "vit22b_transfer.inference.answer_lists.",
+    "vit22b_transfer.inference.controls.",
     "vit22b_transfer.inference.decoding.",
     "vit22b_transfer.training.optimizers.",
     "vit22b_transfer.t5x_adapter.",
