@@ -80,14 +80,14 @@ class Controls:
         """
         past = jnp.arange(tokens.shape[1]) < index
         if self.repetition_penalty != 1.0:
-            said = _marked(scores, tokens, jnp.broadcast_to(past, tokens.shape))
+            said = _marked(scores, tokens, jnp.broadcast_to(past[None], tokens.shape))
             penalty = jnp.float32(self.repetition_penalty)
             changed = jnp.where(scores > 0, scores / penalty, scores * penalty)
             scores = jnp.where(said, changed, scores)
         if self.no_repeat_ngram_size:
             scores = self._without_repeats(scores, tokens, index)
         if self.min_new_tokens:
-            is_eos = jnp.arange(scores.shape[1]) == eos_id
+            is_eos = (jnp.arange(scores.shape[1]) == eos_id)[None]
             too_early = is_eos & (index < self.min_new_tokens)
             scores = jnp.where(too_early, -jnp.inf, scores)
         return scores
@@ -120,7 +120,7 @@ class Controls:
             window = tokens[:, offset : offset + length - before]
             same &= window == last[:, offset : offset + 1]
         # The token behind a window must be one of the text.
-        same &= jnp.arange(before, length) < index
+        same &= (jnp.arange(before, length) < index)[None]
         return jnp.where(_marked(scores, tokens[:, before:], same), -jnp.inf, scores)
 
 
