@@ -4,6 +4,7 @@ import json
 import os
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from harness import Reader
@@ -61,5 +62,5 @@ def _sixteen(folder):
 
 def _read_sixteen(folder):
     head = types.SimpleNamespace(class_names=None, classes=32)
-    judged = types.SimpleNamespace(head=head)
+    judged: Any = types.SimpleNamespace(head=head)
     humans._sixteen(judged, os.path.join(folder, "sixteen.json"))
