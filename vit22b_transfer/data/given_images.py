@@ -118,9 +118,10 @@ class GivenImagesSource(IndexedSource):
             return [_asked(record, self._question) for record in records]
         for name, record in named:
             if not (record.question or record.image_problem):
+                image = ascii(record.image_id[:_LONGEST_ID])
                 raise UserError(
-                    f"{_shown(name)}: image {ascii(record.image_id[:_LONGEST_ID])} has no "
-                    "question; give one for all, or a list with a column question."
+                    f"{_shown(name)}: image {image} has no question; give one for all, "
+                    "or a list with a column question."
                 )
         return records
 
