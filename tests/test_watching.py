@@ -121,6 +121,6 @@ def test_the_command_evaluates_the_checkpoints_of_a_training(
     assert cli.main(["watch", str(run)]) == 0, capsys.readouterr().err
     assert f"{run} is finished; 2 checkpoints were evaluated" in capsys.readouterr().out
     points = curves.read(str(run)).points
-    assert [step for step, _ in points[f"watch/{TASK}/CIDEr"]] == [1.0, 2.0]
+    assert [step for step, _ in points[f"watch/{TASK}/cider"]] == [1.0, 2.0]
     known = json.loads((run / "watch" / "metrics.json").read_text())
     assert known[f"{TASK}/test"]["checkpoint"].endswith("checkpoint_2")
