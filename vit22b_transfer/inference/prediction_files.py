@@ -158,7 +158,6 @@ class PredictionFiles:
         Raises:
           UserError: if a host's lines or an index are missing.
         """
-        self._remove_unfinished()
         for path in self._host_paths if of_hosts else ():
             if not os.path.exists(path):
                 raise UserError(
