@@ -114,9 +114,9 @@ def test_a_file_is_the_same_from_batches_devices_and_shards(checkpoint, tmp_path
         infer.restore(
             model, Partitioning(data=devices), checkpoint, LENGTHS, size, fixed_rows=1
         )
-        for devices, size in ((1, 2), (8, 8))
+        for devices, size in ((1, 2), (8, 16))
     )
-    small, large = (infer.SplitToRead(TASK, "test", LENGTHS, n) for n in (2, 8))
+    small, large = (infer.SplitToRead(TASK, "test", LENGTHS, n) for n in (2, 16))
     whole = tmp_path / "whole.jsonl"
     infer.predict_split(one, small, output=str(whole), seed=3)
     assert len(list(read_lines(str(whole)))) == tiny_captions.NUM_IMAGES

@@ -46,7 +46,7 @@ def readers() -> list[Reader]:
         *lists,
         Reader("answer list", _answers, _read_answers),
         Reader("responses", _whole, _read_responses, names=["out.jsonl"]),
-        Reader("shards", _shards, _read_shards, names=["out.jsonl"]),
+        Reader("prediction shards", _shards, _read_shards, names=["out.jsonl"]),
         Reader("watch", _watched, _read_watched, share=0.3),
     ]
 
