@@ -16,7 +16,6 @@ row of a table for each storm.
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import pathlib
@@ -29,43 +28,10 @@ import tempfile
 import time
 
 import storm_contents
+import storm_processes
+from storm_processes import child, do, flags
 
-from vit22b_transfer.commands import arguments as command_arguments
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-TASK = "scenes_captioning"
 STEPS = 12
-RECIPE = """
-from __gin__ import dynamic_registration
-from vit22b_transfer.models import t5
-from vit22b_transfer.models import vit
-from vit22b_transfer.partitioning import rules
-from vit22b_transfer.training import optimizers
-from vit22b_transfer.training import train
-from vit22b_transfer.inference import cache_features
-
-include 'gin_configs/recipes/scenes_captioning.gin'
-
-BATCH_SIZE = 8
-FEATURE_LENGTHS = {'images': %IMAGE_SIZE, 'inputs': 4, 'targets': 8}
-vit.ViTConfig:
-  width = 32
-  depth = 1
-  mlp_dim = 64
-t5.T5Config:
-  width = 32
-  num_encoder_layers = 0
-  num_decoder_layers = 1
-  head_dim = 8
-  mlp_dim = 64
-WARMUP_STEPS = 1
-SCHEDULE = @optimizers.constant()
-optimizers.constant.peak = 0.001
-train.Periods.log = 1
-train.Periods.evaluate = 4
-train.Periods.checkpoint = 2
-cache_features.cache_features.examples_per_shard = 4
-"""
 # Of the drawn scenes; each evaluation and each inference is several batches.
 SIZES = {"train": 24, "validation": 24, "test": 40}
 # Seconds in which the others have to end when one of four processes does no more.
@@ -84,7 +50,8 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kill_storms_") as folder:
         work = pathlib.Path(folder)
-        _prepare(work, options.devices)
+        storm_processes.prepare(work, options.devices, SIZES)
+        do(work / "source.txt", lambda: _write_source(work / "source"))
         if options.processes:
             print(_stop_one_of_four(work, options.signal, options.seed % 4))
             return
@@ -98,72 +65,7 @@ def main():
             print(_storm(work, command, options), flush=True)
 
 
-# --- Children ---
-
-
-def _prepare(work, devices):
-    """Imports, and the sources of all commands; nothing starts threads here."""
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": _flags(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(work / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "VIT22B_DATA_DIR": str(work / "data"),
-        "VIT22B_VOCABULARY": "",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
-    os.chdir(ROOT)
-    with command_arguments.without_startup_notes():
-        for module in (
-            "tensorboard.summary.writer.record_writer",
-            "vit22b_transfer.data.batches",
-            "vit22b_transfer.data.feature_cache",
-            "vit22b_transfer.demo.scenes",
-            "vit22b_transfer.inference.cache_features",
-            "vit22b_transfer.inference.infer",
-            "vit22b_transfer.training.train",
-            "vit22b_transfer.weights.convert",
-        ):
-            importlib.import_module(module)
-    (work / "recipe.gin").write_text(RECIPE)
-    _do(work / "data.txt", lambda: _write_scenes(work))
-    _do(work / "source.txt", lambda: _write_source(work / "source"))
-
-
-def _flags(devices):
-    return (
-        f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0"
-    )
-
-
-def _child(output, function):
-    """The process id of a fork that runs `function` and ends with its exit code."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(file, stream)
-        function()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _do(output, function):
-    """Runs `function`, which has to end well, in a child."""
-    _, status = os.waitpid(_child(output, function), 0)
-    assert status == 0, output.read_text()
+# --- Commands ---
 
 
 def _run(work, output, arguments, *, kill_after=None):
@@ -175,7 +77,7 @@ def _run(work, output, arguments, *, kill_after=None):
         if code := cli.main(arguments):
             sys.exit(code)
 
-    pid = _child(output, command)
+    pid = child(output, command)
     end = None if kill_after is None else time.monotonic() + kill_after
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -188,12 +90,6 @@ def _run(work, output, arguments, *, kill_after=None):
         time.sleep(0.002)
     assert status == 0, output.read_text()
     return True
-
-
-def _write_scenes(work):
-    from vit22b_transfer.demo import scenes
-
-    scenes.write_scenes(work / "data", seed=3, sizes=SIZES)
 
 
 def _write_source(folder):
@@ -308,7 +204,7 @@ def _other_devices(work, command, devices, expected):
         return "no devices"
     count = 5 - devices
     before = os.environ["XLA_FLAGS"]
-    os.environ["XLA_FLAGS"] = _flags(count)
+    os.environ["XLA_FLAGS"] = flags(count)
     try:
         # The inference and the features are those of the same checkpoint.
         out = work / f"other_{command}"
@@ -330,7 +226,7 @@ def _content(work, command, out):
     def write():
         file.write_text(json.dumps(storm_contents.read(command, out)))
 
-    _do(work / "content.txt", write)
+    do(work / "content.txt", write)
     return json.loads(file.read_text())
 
 
@@ -352,7 +248,7 @@ def _stop_one_of_four(work, name, victim):
             from vit22b_transfer import cli
 
             os.environ |= {
-                "XLA_FLAGS": _flags(1),
+                "XLA_FLAGS": flags(1),
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": "4",
                 "JAX_PROCESS_ID": str(number),
@@ -360,7 +256,7 @@ def _stop_one_of_four(work, name, victim):
             if code := cli.main(arguments):
                 sys.exit(code)
 
-        children[_child(work / f"four_{number}.txt", command)] = number
+        children[child(work / f"four_{number}.txt", command)] = number
     victim = sorted(children)[victim]
     try:
         while not (work / "four" / "checkpoint_6").exists():

@@ -130,6 +130,19 @@ def test_a_shard_and_the_whole_keep_each_other_out(tmp_path, monkeypatch):
         shards.entered(0, 2).__enter__()
 
 
+def test_what_was_killed_in_merging_is_gone_after_the_next_start(tmp_path):
+    (tmp_path / ".out.jsonl.abcdefgh.unfinished").write_text("{")
+    for index in range(2):
+        run_shard(tmp_path, index, 2, batches=9, cut=0)
+    names = ["out.jsonl", "out.jsonl.run.json"]
+    assert sorted(os.listdir(tmp_path)) == names
+    # Killed when all was in place but the parts were not removed yet.
+    (tmp_path / "out.jsonl.shard-00000-of-00002.000").write_text("")
+    (tmp_path / ".out.jsonl.run.json.abcdefgh.unfinished").write_text("{")
+    assert ShardFiles(files(tmp_path)).merge(TOTAL)["num_examples"] == TOTAL
+    assert sorted(os.listdir(tmp_path)) == names
+
+
 def test_merging_says_what_is_missing_and_does_it_once(tmp_path, capsys):
     path = str(tmp_path / "out.jsonl")
     with pytest.raises(UserError, match="was not begun"):

@@ -1,13 +1,17 @@
-"""Readers of experiments: kept heads, tables of attributes, judgements of pictures."""
+"""Readers of experiments: heads, tables of attributes, judgements, the sixteen."""
 
+import json
 import os
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from harness import Reader
 
 from vit22b_transfer.evaluation import class_subsets
-from vit22b_transfer.experiments import attributes, heads, perceptual
+from vit22b_transfer.evaluation.sixteen_classes import NAMES
+from vit22b_transfer.experiments import attributes, heads, humans, perceptual
 
 
 def readers() -> list[Reader]:
@@ -15,6 +19,7 @@ def readers() -> list[Reader]:
         Reader("kept head", _head, _read_head, share=0.3),
         Reader("attributes", _attributes, _read_attributes, share=0.3),
         Reader("judgements", _judgements, _read_judgements, share=0.3),
+        Reader("sixteen", _sixteen, _read_sixteen, share=0.3),
     ]
 
 
@@ -48,3 +53,14 @@ def _judgements(folder):
 def _read_judgements(folder):
     perceptual.judgement(folder, "ref/1.png")
     class_subsets.read_judgements(os.path.join(folder, "real.json"), 3)
+
+
+def _sixteen(folder):
+    told = {name: [number, number + 16] for number, name in enumerate(NAMES)}
+    (Path(folder) / "sixteen.json").write_text(json.dumps(told))
+
+
+def _read_sixteen(folder):
+    head = types.SimpleNamespace(class_names=None, classes=32)
+    judged: Any = types.SimpleNamespace(head=head)
+    humans._sixteen(judged, os.path.join(folder, "sixteen.json"))

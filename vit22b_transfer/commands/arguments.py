@@ -50,6 +50,22 @@ def add_shard(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_deterministic(command: argparse.ArgumentParser) -> None:
+    """Adds --deterministic."""
+    command.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="each example alone, so that its prediction is equal to the bit whatever "
+        "batch size and number of devices; slower",
+    )
+
+
+def deterministic_files(args: argparse.Namespace) -> list[str]:
+    """The gin files that --deterministic stands for."""
+    wanted = getattr(args, "deterministic", False)
+    return ["gin_configs/runs/deterministic.gin"] if wanted else []
+
+
 def shard_override(shard: str | None) -> list[str]:
     """The override that --shard stands for."""
     if shard is None:

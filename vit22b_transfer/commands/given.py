@@ -15,7 +15,9 @@ from vit22b_transfer.commands import folders
 from vit22b_transfer.commands.arguments import (
     GIN_EPILOG,
     Add,
+    add_deterministic,
     add_shard,
+    deterministic_files,
     shard_override,
     without_startup_notes,
 )
@@ -104,6 +106,7 @@ def add_output(command: argparse.ArgumentParser) -> None:
         help="names in lists may lead out of their folder",
     )
     add_shard(command)
+    add_deterministic(command)
 
 
 # Of `add_output`, what the inference of a recipe has no use for.
@@ -153,7 +156,7 @@ def _run_in(
         if getattr(args, "answers", None):
             files.append("gin_configs/models/answer_list.gin")
             overrides.append(f"ANSWERS={literal(os.path.abspath(args.answers))}")
-        files += args.gin_file
+        files += [*deterministic_files(args), *args.gin_file]
         print(f"as a recipe: {as_command(files, overrides)}", file=sys.stderr)
         # Without a file only the texts are for whoever reads the output.
         told = contextlib.redirect_stdout(sys.stdout if args.out else sys.stderr)

@@ -140,6 +140,7 @@ def asked(args: argparse.Namespace) -> bool:
 def score(args: argparse.Namespace) -> None:
     """`eval --predictions`."""
     given = [args.folder, *args.gin_file, *args.overrides]
+    given += ["--deterministic"] if args.deterministic else []
     if any(given):
         raise UserError(
             "--predictions FILE needs no recipe and no model; leave out "

@@ -13,7 +13,9 @@ from vit22b_transfer.commands.arguments import (
     GIN_EPILOG,
     GIN_NOTE,
     Add,
+    add_deterministic,
     add_gin_file,
+    deterministic_files,
     shard_override,
     without_startup_notes,
 )
@@ -24,6 +26,7 @@ from vit22b_transfer.commands.arguments import (
 FUNCTIONS = {
     "train": "vit22b_transfer.training.train.fine_tune",
     "eval": "vit22b_transfer.evaluation.evaluate.evaluate_checkpoint",
+    "watch": "vit22b_transfer.evaluation.evaluate.evaluate_checkpoint",
     "infer": "vit22b_transfer.inference.infer.infer_split",
     "cache-features": "vit22b_transfer.inference.cache_features.cache_features",
     "bench": "vit22b_transfer.planning.bench.measure",
@@ -85,6 +88,7 @@ def add_to(add: Add) -> None:
     for name, text in (
         ("train", "Fine-tune the model of a recipe."),
         ("eval", "Score a checkpoint with the metrics of the recipe's task."),
+        ("watch", "Evaluate each new checkpoint of a run beside its training."),
         ("infer", "Write predictions for a whole split as JSON lines."),
         ("cache-features", "Run a tower or a teacher once, for training without it."),
     ):
@@ -107,6 +111,8 @@ def add_to(add: Add) -> None:
             )
         if name == "eval":
             results.add_predictions(command)
+        if name in ("eval", "watch"):
+            add_deterministic(command)
         if name == "infer":
             command.add_argument(
                 "--images",
@@ -116,12 +122,13 @@ def add_to(add: Add) -> None:
                 "caption` does; the arguments below are of these",
             )
             given.add_output(command)
-        command.add_argument(
-            "--distributed",
-            action="store_true",
-            help="this is one of several processes that run this command together: "
-            "see gin_configs/launch",
-        )
+        if name != "watch":
+            command.add_argument(
+                "--distributed",
+                action="store_true",
+                help="this is one of several processes that run this command together: "
+                "see gin_configs/launch",
+            )
     command = add(
         "merge", _merge, "Merge what the shards of an inference have written."
     )
@@ -192,12 +199,12 @@ def _recipe(args: argparse.Namespace, paths: Sequence[str]) -> Any:
     """The recipe of --gin_file, or of the folder, with what the command line sets."""
     from vit22b_transfer.recipes import loading
 
-    files = args.gin_file
+    files, behind = args.gin_file, deterministic_files(args)
     overrides = [*args.overrides, *shard_override(getattr(args, "shard", None))]
     folder = getattr(args, "folder", None)
     if folder is None and (files or not hasattr(args, "folder")):
-        return loading.read(files, overrides, paths)
-    files = [folders.recipe_of(folder), *files]
+        return loading.read([*files, *behind], overrides, paths)
+    files = [folders.recipe_of(folder), *files, *behind]
     folders.use_vocabulary(folder or "")
     unset = loading.read(files, overrides, paths).required()
     overrides = [*folders.opened(folder or "", unset), *overrides]
@@ -269,6 +276,11 @@ def _run(args: argparse.Namespace) -> None:
         console.print(said, markup=False)
     if args.command == "train":
         _plan(loading.arguments(recipe, root, paths), args.force)
+    if args.command == "watch":
+        from vit22b_transfer.evaluation import watching
+
+        run = loading.arguments(recipe, root, paths)["output_dir"]
+        call = functools.partial(watching.watch, run, call)
     try:
         call()
     except UserError as error:

@@ -45,6 +45,8 @@ from vit22b_transfer.host import json_files
 TASK, SPLIT = "given_images", "given"
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "path")
 _QUESTION = preprocessors.QUESTION_FIELD
+# Of an id, in a message.
+_LONGEST_ID = 100
 _LISTS = (".json", ".jsonl", ".csv", *packed_images.SUFFIXES)
 
 
@@ -97,17 +99,19 @@ class GivenImagesSource(IndexedSource):
         return f"{len(records)} examples, sha256 {hashed.hexdigest()[:16]}"
 
     def _read(self, split, files, bad: BadRecords) -> list[Record]:
-        records = [record for name in files for record in self._of(name)]
+        named = [(name, record) for name in files for record in self._of(name)]
+        records = [record for _, record in named]
         if not self._asked:
             once = {(r.image_path, r.image_id): _asked(r, "") for r in records}
             return list(once.values())
         if self._question:
-            records = [_asked(record, self._question) for record in records]
-        for record in records:
+            return [_asked(record, self._question) for record in records]
+        for name, record in named:
             if not (record.question or record.image_problem):
+                image = ascii(record.image_id[:_LONGEST_ID])
                 raise UserError(
-                    f"image {record.image_id!a} has no question; give one for all, or "
-                    "a list with a column question."
+                    f"{_shown(name)}: image {image} has no question; give one for all, "
+                    "or a list with a column question."
                 )
         return records
 

@@ -7,6 +7,7 @@ as those of files.
 
 import base64
 import binascii
+import contextlib
 import functools
 import os
 import pathlib
@@ -194,10 +195,10 @@ def _parquet(path: pathlib.Path) -> Iterator[Record]:
     row = 0
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
-        columns = {}
-        if texts:
-            table = file.read_row_group(group, columns=texts)
-            columns = {name: table.column(name).to_pylist() for name in texts}
+        columns = _columns(str(path), group, texts) if texts else {}
+        # An image has a byte at least.
+        if rows > path.stat().st_size or any(len(x) != rows for x in columns.values()):
+            raise UserError(f"{path} is damaged: it has not the {rows} rows it says.")
         for inside in range(rows):
             values = {name: columns[name][inside] for name in texts}
             said = packed_texts.of_values(values)
@@ -206,9 +207,29 @@ def _parquet(path: pathlib.Path) -> Iterator[Record]:
             row += 1
 
 
+@contextlib.contextmanager
+def _damage_said(path: str) -> Iterator[None]:
+    """What pyarrow raises of a damaged file, as a UserError."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise UserError(f"{path} is damaged ({brief(str(error))}).") from error
+
+
+def _columns(path: str, group: int, names: list[str]) -> dict[str, list[Any]]:
+    """Columns of a row group by name."""
+    with _damage_said(path):
+        table = _parquet_file(path).read_row_group(group, columns=names)
+        return {name: table.column(name).to_pylist() for name in names}
+
+
 @functools.lru_cache(maxsize=2)
 def _parquet_group(path: str, group: int) -> Any:
-    return _parquet_file(path).read_row_group(group, columns=["image"]).column("image")
+    with _damage_said(path):
+        table = _parquet_file(path).read_row_group(group, columns=["image"])
+        return table.column("image")
 
 
 def _parquet_image(path: str, row: int) -> bytes:
@@ -220,7 +241,9 @@ def _parquet_image(path: str, row: int) -> bytes:
         row -= rows
     else:
         raise UserError(f"{path} has no such row any more")
-    value = _parquet_group(path, group)[row].as_py()
+    column = _parquet_group(path, group)
+    with _damage_said(path):
+        value = column[row].as_py()
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):

@@ -49,6 +49,7 @@ def evaluate_checkpoint(
     seed: int = 0,
     max_examples: int | None = None,
     weights: infer.Weights = "trained",
+    fixed_rows: int | None = None,
 ) -> dict[str, Scores]:
     """The scores of a checkpoint by task; a mixture stands for its tasks.
 
@@ -60,6 +61,8 @@ def evaluate_checkpoint(
 
     weights: the trained ones, or their average, which a training with `ema_decay` kept.
 
+    fixed_rows: see `infer_split`; the loss and accuracies, which are sums over
+      batches, still differ by rounding.
     max_examples: for a trial, score no more than the first examples of each task: the
       table says so, and the entry is `TASK/SPLIT/first_N`.
 
@@ -73,7 +76,13 @@ def evaluate_checkpoint(
     tasks = [tasks] if isinstance(tasks, str) else tasks
     names = [name for given in tasks for name in registered.task_names(given, split)]
     restored = infer.restore(
-        model, partitioning, checkpoint, feature_lengths, batch_size, weights=weights
+        model,
+        partitioning,
+        checkpoint,
+        feature_lengths,
+        batch_size,
+        weights=weights,
+        fixed_rows=fixed_rows,
     )
     suffix = "" if weights == "trained" else f"/{weights}"
     results, entries, titles = {}, {}, []

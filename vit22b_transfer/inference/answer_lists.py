@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Int32
 
 from vit22b_transfer import UserError
 from vit22b_transfer.inference import beams, decoding
+from vit22b_transfer.inference.controls import Controls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,7 @@ def from_list(
     rng: Array | None = None,
     num_beams: int = 8,
     alpha: float = 0.0,
+    controls: Controls | None = None,
 ) -> decoding.Decoded:
     """The best of the answers in a file, one to a line, by beam search.
 
@@ -123,11 +125,17 @@ def from_list(
     vocabulary, / `length_penalty`.
 
     Raises:
-      UserError: if the file has no answers, or one has more than `max_decode_length`
+      UserError: if there are controls: an answer of the list is one, however short; if
+        the file has no answers, or one has more than `max_decode_length`
         tokens.
     """
     from vit22b_transfer.data import records, text_files
 
+    if controls is not None:
+        raise UserError(
+            "answers from a list are what the list says: leave out the controls of "
+            "decoding (gin_configs/models/decoding_controls.gin)."
+        )
     lines = text_files.lines(records.resolve_path(answers))
     texts = [line.strip() for _, line in lines]
     found = trie([vocabulary.encode(text) for text in texts], eos_id)

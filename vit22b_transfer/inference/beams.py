@@ -4,8 +4,10 @@ A search ranks the 2K best one-token continuations of its K alive beams in each 
 which continuations there are is its own: `expand` offers all tokens of the vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
@@ -85,14 +87,25 @@ def initial(
 
 
 def expand(
-    logits: Float[Array, "batch beams vocab"], log_probs: Float32[Array, "batch beams"]
+    logits: Float[Array, "batch beams vocab"],
+    log_probs: Float32[Array, "batch beams"],
+    adjust: Callable[[Array], Array] | None = None,
 ) -> Candidates:
-    """The 2K best continuations: K beams have at most K ends, so K go on."""
+    """The 2K best continuations: K beams have at most K ends, so K go on.
+
+    adjust: what log-probabilities [B, K, V] go through before they rank; at most zero
+      as they are.
+    """
     batch_size, num_beams, vocab_size = logits.shape
     per_beam = min(2 * num_beams, vocab_size)
     # In float32: XLA's CPU top_k of bfloat16 falls back to a sort, 100 times slower.
-    _, ids = lax.top_k(logits.astype(jnp.float32), per_beam)
-    totals = log_probs[:, :, None] + log_probs_of(logits, ids)
+    logits = logits.astype(jnp.float32)
+    if adjust is None:
+        _, ids = lax.top_k(logits, per_beam)
+        best = log_probs_of(logits, ids)
+    else:
+        best, ids = lax.top_k(adjust(jax.nn.log_softmax(logits)), per_beam)
+    totals = log_probs[:, :, None] + best
     totals, places = lax.top_k(
         totals.reshape(batch_size, num_beams * per_beam), 2 * num_beams
     )

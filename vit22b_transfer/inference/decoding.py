@@ -24,6 +24,7 @@ written as rows k' and columns t. The first token fed is 0. Log-probabilities ar
 float32 whatever the logits are.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 from vit22b_transfer import UserError
 from vit22b_transfer.inference import beams, sampling
 from vit22b_transfer.inference.beams import PAD_ID, BatchSize, length_penalty
+from vit22b_transfer.inference.controls import Controls
 
 Cache = Any
 InitCache = Callable[[int], Cache]
@@ -70,10 +72,13 @@ def greedy(
     max_decode_length: int,
     eos_id: int,
     rng: Array | None = None,
+    controls: Controls | None = None,
 ) -> Decoded:
     """The most probable token at each step; of equal ones the smallest id.
 
-    Scores: sum of the log-probabilities of the tokens, EOS included.
+    controls: rules that logits go through before.
+    Scores: sum of the log-probabilities that the model itself gives the tokens (before
+    any controls), EOS included.
     """
     del rng
 
@@ -87,6 +92,7 @@ def greedy(
         choose,
         shape=(batch_size, max_decode_length),
         eos_id=eos_id,
+        controls=controls,
         settings=(("method", "greedy"),),
     )
 
@@ -102,6 +108,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    controls: Controls | None = None,
 ) -> Decoded:
     """One random sequence each.
 
@@ -110,8 +117,9 @@ def sample(
     top_k: only the k most probable tokens may be drawn; 0: all of them.
     top_p: only the smallest set of most probable tokens whose mass is at least top_p
       (Holtzman et al. 2020), after temperature and top_k; 1.0: all of them.
+    controls: rules that logits go through before all these.
     Scores: sum of the log-probabilities that the model itself gives the tokens (before
-    temperature, top_k and top_p), EOS included.
+    controls, temperature, top_k and top_p), EOS included.
     """
     if rng is None:
         raise UserError("sample needs rng, a jax.random.key; greedy needs none.")
@@ -144,6 +152,7 @@ def sample(
         choose,
         shape=(batch_size, max_decode_length),
         eos_id=eos_id,
+        controls=controls,
         settings=(
             ("method", "sample"),
             ("temperature", temperature),
@@ -163,9 +172,14 @@ class _Sequences(NamedTuple):
     cache: Cache
 
 
-def _decode_one_by_one(init_cache, step_fn, choose, *, shape, eos_id, settings):
+def _decode_one_by_one(
+    init_cache, step_fn, choose, *, shape, eos_id, controls, settings
+):
     """Decoded, where `choose(float32 logits [B, V], index)` gives the next tokens."""
     batch_size, max_decode_length = shape
+    if controls is not None:
+        controls.check(max_decode_length)
+        settings += controls.settings
     ancestry = jnp.ones((batch_size, 1, 1, max_decode_length), bool)
 
     def unfinished(state):
@@ -174,7 +188,10 @@ def _decode_one_by_one(init_cache, step_fn, choose, *, shape, eos_id, settings):
     def step(state):
         logits, cache = step_fn(state.last[:, None], state.cache, state.index, ancestry)
         logits = logits[:, 0].astype(jnp.float32)
-        chosen = choose(logits, state.index)
+        allowed = logits
+        if controls is not None:
+            allowed = controls.applied(logits, state.tokens, state.index, eos_id)
+        chosen = choose(allowed, state.index)
         log_probs = beams.log_probs_of(logits, chosen[:, None])[:, 0]
         chosen = jnp.where(state.ended, PAD_ID, chosen)
         return _Sequences(
@@ -210,6 +227,7 @@ def beam_search(
     rng: Array | None = None,
     num_beams: int = 4,
     alpha: float = 0.6,
+    controls: Controls | None = None,
 ) -> Decoded:
     """The best finished hypothesis of each beam search, by penalised score.
 
@@ -220,7 +238,10 @@ def beam_search(
     `max_decode_length` the best alive beam is returned. One beam is greedy search.
 
     alpha: 0 or more; 0 turns the length penalty off, more favours long sequences.
-    Scores: sum of log-probabilities / `length_penalty(tokens with EOS, alpha)`.
+    controls: rules that log-probabilities go through before they rank; of one beam, as
+      in greedy search, logits.
+    Scores: sum of log-probabilities / `length_penalty(tokens with EOS, alpha)`. With a
+    repetition penalty and several beams it is part of them.
     """
     if num_beams < 1:
         raise UserError(f"num_beams is {num_beams}; it must be at least 1.")
@@ -234,8 +255,13 @@ def beam_search(
             batch_size=batch_size,
             max_decode_length=max_decode_length,
             eos_id=eos_id,
+            controls=controls,
         )
+        settings += () if controls is None else controls.settings
         return _penalised(decoded, eos_id, alpha, settings)
+    if controls is not None:
+        controls.check(max_decode_length)
+        settings += controls.settings
     full_penalty = length_penalty(max_decode_length, alpha)
 
     def unfinished(state):
@@ -248,7 +274,10 @@ def beam_search(
             state.alive, jnp.maximum(index - 1, 0), axis=2, keepdims=False
         )
         logits, cache = step_fn(last, state.cache, index, state.ancestry)
-        candidates = beams.expand(logits, state.log_probs)
+        adjust = controls and functools.partial(
+            controls.applied_to_beams, tokens=state.alive, index=index, eos_id=eos_id
+        )
+        candidates = beams.expand(logits, state.log_probs, adjust)
         ends = candidates.token == eos_id
         finished, score = beams.keep_finished(state, candidates, ends, alpha)
         alive, log_probs, ancestry, _ = beams.keep_alive(state, candidates, ends)
@@ -286,3 +315,34 @@ def _penalised(decoded, eos_id, alpha, settings):
     )
     penalty = length_penalty(lengths.astype(jnp.float32), alpha)
     return decoded.replace(scores=decoded.scores / penalty, settings=settings)
+
+
+def decode_settings(decode_fn: Any) -> dict[str, Any]:
+    """The method and parameters of a decode function, however they were bound.
+
+    Asked of its own result, so that bindings by gin or functools.partial are seen.
+    """
+    # Larger than any top_k or number of beams; nothing is computed.
+    vocab_size = 1 << 24
+
+    def step_fn(tokens, cache, index, ancestry):
+        del index, ancestry
+        return jnp.zeros((*tokens.shape, vocab_size), jnp.float32), cache
+
+    def decode(rng):
+        return decode_fn(
+            lambda num_beams: (),
+            step_fn,
+            batch_size=1,
+            max_decode_length=1 << 12,  # longer than any answer of a list
+            eos_id=1,
+            rng=rng,
+        )
+
+    decoded = jax.eval_shape(decode, jax.random.key(0))
+    return dict(decoded.settings) or {"method": _name(decode_fn)}
+
+
+def _name(function):
+    function = getattr(function, "func", function)
+    return getattr(function, "__qualname__", type(function).__qualname__)

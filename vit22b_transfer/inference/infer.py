@@ -10,13 +10,13 @@ from importlib import metadata
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import rich.console
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import fingerprints
 from vit22b_transfer.host import disk_errors, progress, whole_files
 from vit22b_transfer.inference import predicting
+from vit22b_transfer.inference.decoding import decode_settings
 from vit22b_transfer.inference.prediction_files import LineWriter, PredictionFiles
 from vit22b_transfer.inference.prediction_shards import ShardFiles
 from vit22b_transfer.inference.restored import (
@@ -64,6 +64,7 @@ def infer_split(
     seed: int = 0,
     max_examples: int | None = None,
     weights: Weights = "trained",
+    fixed_rows: int | None = None,
     shard: tuple[int, int] | None = None,
     recipe: str = "",
 ) -> Predictions | None:
@@ -75,11 +76,14 @@ def infer_split(
     weights: the trained ones, or their average, which a training with `ema_decay` kept.
     seed: of `decoding.sample`: what is drawn of an example depends on it and on the
       example's index alone, but for rounding: batch size and mesh decide in which order
-      sums are taken.
+      sums are taken, unless there are `fixed_rows`.
     max_examples: for a trial, predict no more than the first ones. The file is then
       called TASK-SPLIT-CHECKPOINT-first_N.jsonl, its record holds `max_examples`, and
       it is never taken for one of the whole split, nor gone on from.
 
+    fixed_rows: examples that a device computes at a time; the bytes of a line then
+      depend on neither batch size nor mesh, and a stopped run may go on with others.
+      None: all that it has of a batch, which is quicker.
     shard: (i, n): be the i-th, from 0, of n jobs that fill one file, each alone with
       its devices; it makes every n-th batch of those that are not there. Whoever ends
       last merges; the others return None.
@@ -102,7 +106,13 @@ def infer_split(
     if shard is not None:
         _check_shard(shard)
     restored = restore(
-        model, partitioning, checkpoint, feature_lengths, batch_size, weights=weights
+        model,
+        partitioning,
+        checkpoint,
+        feature_lengths,
+        batch_size,
+        weights=weights,
+        fixed_rows=fixed_rows,
     )
     data = SplitToRead(task, split, feature_lengths, batch_size, max_examples)
     restored, data = restored.judging(data)
@@ -171,6 +181,7 @@ def predict_shard(
             f"{data.split!r} has, so they cannot be dealt out; leave --shard out."
         )
     if files.is_complete():
+        files.remove_left()
         console.print(f"reusing the predictions in {files.path}", markup=False)
         return Predictions(files.path, **files.summary(), reused=True)
     index, count = shard
@@ -222,6 +233,8 @@ def predict_split(
             ShardFiles(files).check_none_writes()
         processes.wait_for_all("predictions locked")
         if files.is_complete():
+            if jax.process_index() == 0:
+                files.remove_left()
             console.print(
                 f"reusing the predictions in {files.path}{part}{left_out}", markup=False
             )
@@ -349,9 +362,12 @@ def _fingerprint(restored, data, seed):
         "parameters": restored.params_digest,
         "model": fingerprints.text_digest(repr(model.module)),
         "feature_lengths": image_lengths.described(data.feature_lengths, model),
-        "batch_size": data.batch_size,
         "seed": seed,
     }
+    if restored.fixed_rows is None:
+        facts["batch_size"] = data.batch_size
+    else:
+        facts["fixed_rows"] = restored.fixed_rows
     if said := registered.digest(data.task):
         facts["examples"] = said
     if (cut := data.cut_to()) is not None:
@@ -379,34 +395,3 @@ def _output_path(output, data, restored):
         path = os.path.join(path, f"{name}.jsonl")
     whole_files.writable_directory(os.path.dirname(path), "output directory")
     return path
-
-
-def decode_settings(decode_fn: Any) -> dict[str, Any]:
-    """The method and parameters of a decode function, however they were bound.
-
-    Asked of its own result, so that bindings by gin or functools.partial are seen.
-    """
-    # Larger than any top_k or number of beams; nothing is computed.
-    vocab_size = 1 << 24
-
-    def step_fn(tokens, cache, index, ancestry):
-        del index, ancestry
-        return jnp.zeros((*tokens.shape, vocab_size), jnp.float32), cache
-
-    def decode(rng):
-        return decode_fn(
-            lambda num_beams: (),
-            step_fn,
-            batch_size=1,
-            max_decode_length=1 << 12,  # longer than any answer of a list
-            eos_id=1,
-            rng=rng,
-        )
-
-    decoded = jax.eval_shape(decode, jax.random.key(0))
-    return dict(decoded.settings) or {"method": _name(decode_fn)}
-
-
-def _name(function):
-    function = getattr(function, "func", function)
-    return getattr(function, "__qualname__", type(function).__qualname__)

@@ -115,8 +115,7 @@ class PredictionFiles:
 
     def recover(self, block: int) -> Recovered:
         """Gathers the lines of stopped runs, as many as make whole blocks."""
-        for path in (self.path, self._record_path, self._begun_path):
-            whole_files.remove_unfinished(path)
+        self._remove_unfinished()
         if self.record() is None:
             self.begin()
         parts = self.parts()
@@ -187,9 +186,23 @@ class PredictionFiles:
             "sha256": _sha256(self.path),
         }
         _write_json(self._record_path, record)
-        for path in parts:
-            os.remove(path)
+        self.remove_left()
         return counts
+
+    def remove_left(self) -> None:
+        """Removes the parts of a complete file, and what was killed in merging it.
+
+        It needs no lock: of what is complete nobody writes anything.
+        """
+        self._remove_unfinished()
+        for path in self.parts():
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+
+    def _remove_unfinished(self) -> None:
+        for path in (self.path, self._record_path, self._begun_path):
+            with contextlib.suppress(FileNotFoundError):
+                whole_files.remove_unfinished(path)
 
     def record(self) -> dict[str, Any] | None:
         """The manifest; None before anything was begun. UserError if it is damaged."""

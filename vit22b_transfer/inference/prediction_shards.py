@@ -81,6 +81,7 @@ class ShardFiles:
         """
         with _held_soon(self._files.path):
             if self._files.is_complete():
+                self._files.remove_left()
                 return self._files.summary()
             if self.num_written() < total:
                 return None

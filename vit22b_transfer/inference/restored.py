@@ -18,6 +18,7 @@ from vit22b_transfer.checkpoints import (
     restoring,
 )
 from vit22b_transfer.host import progress
+from vit22b_transfer.inference import fixed_rows as fixed
 from vit22b_transfer.inference import predicting, shared_images
 from vit22b_transfer.models import multimodal
 from vit22b_transfer.partitioning.rules import Partitioning
@@ -30,7 +31,7 @@ Weights = Literal["trained", "average"]
 class RestoredModel:
     """A model with the parameters of a checkpoint on the devices of a mesh.
 
-    weights: which of the checkpoint's: see `infer_split`.
+    weights: which of the checkpoint's; fixed_rows: see `infer_split`.
     """
 
     model: Any
@@ -38,16 +39,24 @@ class RestoredModel:
     checkpoint: str
     params: Any
     weights: str = "trained"
+    fixed_rows: int | None = None
 
     @functools.cached_property
     def predict(self) -> predicting.Predict:
-        """The jitted function of `predicting.make_predict`."""
+        """That of `predicting.make_predict`, or of `fixed_rows.FixedRows`."""
+        if self.fixed_rows is not None:
+            return fixed.FixedRows(self.model, self.partitioning, self.fixed_rows)
         return predicting.make_predict(self.model, self.partitioning)
 
     @functools.cached_property
     def shared(self) -> shared_images.SharedImages | None:
-        """What predicts batches whose images repeat; None for models of other kinds."""
+        """What predicts batches whose images repeat; None for models of other kinds.
+
+        None too with `fixed_rows`: which images repeat depends on the batch.
+        """
         model = self.model
+        if self.fixed_rows is not None:
+            return None
         is_one = isinstance(model, multimodal.ImageTextModel)
         if not is_one or model.module.tower is None:
             return None
@@ -117,10 +126,11 @@ def restore(
     batch_size: int,
     *,
     weights: Weights = "trained",
+    fixed_rows: int | None = None,
 ) -> RestoredModel:
     """The model with a checkpoint's parameters, laid out on the mesh.
 
-    weights: see `infer_split`.
+    weights, fixed_rows: see `infer_split`.
     """
     from vit22b_transfer.data import batches, image_lengths, placement
 
@@ -130,6 +140,8 @@ def restore(
     path = reading.resolve(checkpoint)
     # A batch that the mesh cannot hold is an error before gigabytes are read.
     placement.Placement.on(partitioning, batch_size)
+    if fixed_rows is not None:
+        fixed.check(partitioning, batch_size, fixed_rows)
     shapes, types = batches.batch_shapes(
         image_lengths.converter_of(model), feature_lengths, batch_size
     )
@@ -156,4 +168,4 @@ def restore(
             f"{path}: the teacher of its distillation ({left_out} arrays) is left out",
             markup=False,
         )
-    return RestoredModel(model, partitioning, path, params, weights)
+    return RestoredModel(model, partitioning, path, params, weights, fixed_rows)

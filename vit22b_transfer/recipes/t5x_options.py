@@ -25,6 +25,7 @@ SHARED = (
     "vit22b_transfer.data.t5x_tasks.",
     "vit22b_transfer.data.vocabularies.",
     "vit22b_transfer.inference.answer_lists.",
+    "vit22b_transfer.inference.controls.",
     "vit22b_transfer.inference.decoding.",
     "vit22b_transfer.training.optimizers.",
     "vit22b_transfer.t5x_adapter.",
@@ -127,6 +128,11 @@ _PREDICTS: dict[str, Meaning] = {
         (None,),
     ),
     "weights": _TRAINED_WEIGHTS,
+    "fixed_rows": _refused(
+        "T5X computes whole batches. Leave gin_configs/runs/deterministic.gin out, or "
+        "use `vit22b eval` or `vit22b infer`",
+        (None,),
+    ),
 }
 _OF_CACHING = _own("it is of `vit22b cache-features` and cached training alone")
 _OF_TRAINING = _own("it is of `vit22b train` alone")

@@ -1,13 +1,16 @@
-"""The numbers that a run logged, read back from its `metrics.jsonl`."""
+"""The numbers that a run logged, read back from `metrics.jsonl` and `watch.jsonl`."""
 
 import math
 import os
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from vit22b_transfer import UserError
 from vit22b_transfer.host import json_files
 from vit22b_transfer.training.logs import METRICS_FILE
 
+# Beside the training's own file: scores of checkpoints, by `vit22b watch`.
+WATCHED_FILE = "watch.jsonl"
 # Points of a curve; of more every second, third ... one is kept.
 MOST_POINTS = 400
 # Curves of a run; of lines in bytes, and of names.
@@ -23,22 +26,15 @@ class Curves(NamedTuple):
 
 
 def read(model_dir: str) -> Curves:
-    """All finite numbers of a run's log; none if it is not there.
+    """All finite numbers of a run's logs; none if they are not there.
 
     The last of two values of a step counts. Lines that cannot be read are counted.
     """
-    path = os.path.join(model_dir, METRICS_FILE)
     found: dict[str, dict[int, float]] = {}
     damaged = 0
-    if not os.path.isfile(path):
-        return Curves({}, 0)
-    with open(path, "rb") as lines:
-        while text := lines.readline(_MOST_LINE):
-            try:
-                line = json_files.parse(text, METRICS_FILE)
-            except UserError:
-                line = None
-            if not isinstance(line, dict) or type(line.get("step")) is not int:
+    for file in (METRICS_FILE, WATCHED_FILE):
+        for line in lines(os.path.join(model_dir, file)):
+            if line is None:
                 damaged += 1
                 continue
             for name, value in line.items():
@@ -52,6 +48,23 @@ def read(model_dir: str) -> Curves:
         for name, values in found.items()
     }
     return Curves(points, damaged)
+
+
+def lines(path: str) -> Iterator[dict[str, Any] | None]:
+    """The objects of a log with their `step`, None for a line that cannot be read.
+
+    None at all if there is no such file.
+    """
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        while text := file.readline(_MOST_LINE):
+            try:
+                line = json_files.parse(text, os.path.basename(path))
+            except UserError:
+                line = None
+            is_one = isinstance(line, dict) and type(line.get("step")) is int
+            yield line if is_one else None
 
 
 def _is_drawn(step, value):
