@@ -5,6 +5,7 @@ import json
 import os
 
 from vit22b_transfer import UserError
+from vit22b_transfer.commands import folders
 from vit22b_transfer.commands.arguments import Add, without_startup_notes
 from vit22b_transfer.commands.results import add_modules, register
 
@@ -65,6 +66,7 @@ def add_to(add: Add) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    folders.use_vocabulary("")
     for name in ("size", "batch_size", "seconds"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name} {getattr(args, name)}: it is to be above 0.")
@@ -102,6 +104,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    folders.use_vocabulary("")  # of a project, in its folder
     for name in ("size", "inputs", "targets", "most_images"):
         value = getattr(args, name)
         if value is not None and value < 1:

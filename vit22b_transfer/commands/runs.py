@@ -3,6 +3,7 @@
 import argparse
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -203,6 +204,12 @@ def _recipe(args: argparse.Namespace, paths: Sequence[str]) -> Any:
     overrides = [*args.overrides, *shard_override(getattr(args, "shard", None))]
     folder = getattr(args, "folder", None)
     if folder is None and (files or not hasattr(args, "folder")):
+        if hasattr(args, "folder") and os.path.isfile(folders.RECIPE):
+            print(
+                f"vit22b: note: {folders.RECIPE} of this folder is not read, since "
+                "--gin_file is given; name this folder, '.', to take both",
+                file=sys.stderr,
+            )
         return loading.read([*files, *behind], overrides, paths)
     files = [folders.recipe_of(folder), *files, *behind]
     folders.use_vocabulary(folder or "")

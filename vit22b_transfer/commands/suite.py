@@ -95,6 +95,10 @@ def _run(args: argparse.Namespace) -> None:
             f"{', '.join(map(str, failed))}. Their errors stand below the table; "
             "started again, the suite runs them anew."
         )
+    if not any(line.status == "done" for line in lines):
+        raise UserError(
+            f"none of the {len(lines)} rows can be run; why stands below the table."
+        )
 
 
 def _write_page(out: str, fingerprint: str) -> str:

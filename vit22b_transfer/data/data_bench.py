@@ -1,12 +1,13 @@
 """How fast a task is read, and where the time goes."""
 
+import contextlib
 import itertools
 import os
 import time
 from typing import NamedTuple
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import images, packed_images, streams
+from vit22b_transfer.data import decoded_images, images, packed_images, streams
 from vit22b_transfer.data import tasks as registered
 from vit22b_transfer.data.converters import ImageTextFeatureConverter
 from vit22b_transfer.data.example_images import records_of
@@ -51,7 +52,8 @@ def measure(
     """Reads batches as a training does, for some seconds, and times its parts.
 
     size: side of the images in pixels. limits: tokens of `inputs` and `targets`.
-    The first batch, in which TensorFlow builds its graph, is not counted.
+    The first batch, in which TensorFlow builds its graph, is not counted. Every image
+    is decoded anew, where a training keeps those of a small set.
 
     Raises:
       UserError: if there is no such task or split, it is none of images and texts or
@@ -70,18 +72,20 @@ def measure(
     request = Request(task_name, split, lengths, converter, batch_size)
     parts, scaled = _parts(task_name, split, size, lengths)
     batches = host_train_batches(request, 0, 0, HostShard())
-    next(batches)
-    count, used, started = 0, time.process_time(), time.perf_counter()
-    with progress.Progress(
-        progress.console(stderr=True), f"reading {task_name} {split}", total=None
-    ) as shown:
+    label = f"reading {task_name} {split}"
+    with (
+        decoded_images.SMALL_SETS.keeping_none(),
+        progress.Progress(progress.console(stderr=True), label, total=None) as shown,
+        contextlib.closing(batches),
+    ):
+        next(batches)
+        count, used, started = 0, time.process_time(), time.perf_counter()
         for batch in batches:
             count += len(batch.flags)
             shown.add(len(batch.flags))
             if time.perf_counter() - started > seconds:
                 break
-    wall, used = time.perf_counter() - started, time.process_time() - used
-    batches.close()
+        wall, used = time.perf_counter() - started, time.process_time() - used
     each = used / count
     parts["the rest"] = max(0.0, each - sum(parts.values()))
     return Measured(

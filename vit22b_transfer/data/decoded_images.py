@@ -1,6 +1,8 @@
 """Images that stay in memory once they are decoded, as all of a small set can."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,6 +23,18 @@ class DecodedImages:
         self._bytes = 0
         self._images: dict[tuple, np.ndarray] = {}
         self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def keeping_none(self) -> Iterator[None]:
+        """A block in which every image is decoded anew, as those of a large set are."""
+        with self._lock:
+            kept, self._images = (self._max_bytes, self._bytes, self._images), {}
+            self._max_bytes = self._bytes = 0
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._max_bytes, self._bytes, self._images = kept
 
     def read(
         self,

@@ -200,7 +200,8 @@ def _change(name: str, one: Judged, other: Judged) -> Change:
     if ours.statistic is None:
         rows = np.concatenate([ours.rows, theirs.rows], axis=1)
         rows = rows[~np.isnan(rows).any(axis=1)]
-        if len(rows) and np.isin(rows, (0.0, 1.0)).all():
+        # Of a metric that is 0 everywhere it is not known what it counts.
+        if np.any(rows) and np.isin(rows, (0.0, 1.0)).all():
             exact = intervals.mcnemar(rows[:, 0] > 0, rows[:, 1] > 0)
     if found is not None and found.interval.standard_error > 0:
         images = len(np.unique(one.images))

@@ -21,7 +21,11 @@ from vit22b_transfer import UserError
 from vit22b_transfer.experiments import heads as kept
 from vit22b_transfer.experiments import linear
 from vit22b_transfer.experiments.features import SplitFeatures
-from vit22b_transfer.experiments.labelled import check_labels, held_out
+from vit22b_transfer.experiments.labelled import (
+    check_labels,
+    held_out,
+    share_and_loss,
+)
 from vit22b_transfer.experiments.outcomes import Outcome
 from vit22b_transfer.host import progress
 from vit22b_transfer.models import attentive_head
@@ -65,12 +69,14 @@ class AttentiveProbe:
         check_labels(train.labels, train.num_classes, train.what)
         fitted, held = held_out(train.labels, self.held_out, self.seed, train.what)
         heads = self._learned(train, fitted, self.rates)
-        tried = {}
-        for rate, share in zip(
-            self.rates, self._hits(heads, train, held).mean(axis=0), strict=True
-        ):
-            tried[str(rate)] = None if np.isnan(share) else float(share)
-        known = {rate: share for rate, share in tried.items() if share is not None}
+        found = self._logits(heads, train, held)
+        judged = [share_and_loss(of_rate, train.labels[held]) for of_rate in found]
+        tried: dict[str, float | None] = {}
+        known = {}
+        for rate, (share, loss) in zip(self.rates, judged, strict=True):
+            tried[str(rate)] = None if np.isnan(share) else share
+            if not np.isnan(share):
+                known[str(rate)] = (share, -loss)
         if not known:
             raise UserError(
                 f"every one of the learning rates {tuple(self.rates)} diverges on "
@@ -80,7 +86,7 @@ class AttentiveProbe:
         heads = self._learned(train, np.arange(len(train.labels)), (float(best),))
         settings = {
             "rate": float(best),
-            "held_out_accuracy": known[best],
+            "held_out_accuracy": known[best][0],
             "tried": tried,
         }
         diverged = len(tried) - len(known)
@@ -148,10 +154,10 @@ class AttentiveProbe:
                 bar.show(number + 1)
         return params
 
-    def _hits(
+    def _logits(
         self, params: Any, data: SplitFeatures, rows: np.ndarray
-    ) -> Float[np.ndarray, "images rates"]:
-        """1 where a head is right, NaN where its logits are not finite."""
+    ) -> Float[np.ndarray, "rates images classes"]:
+        """Of each head, which may not be finite."""
         size = min(self.batch_size, len(rows))
         head = head_of(data)
 
@@ -159,15 +165,13 @@ class AttentiveProbe:
             return head.apply({"params": params}, x.astype(jnp.float32))
 
         jitted = jax.jit(jax.vmap(logits, in_axes=(0, None)))
-        hits = []
+        parts = []
         for start in range(0, len(rows), size):
             taken = rows[start : start + size]
             filled = np.concatenate([taken, np.repeat(taken[:1], size - len(taken))])
-            found = np.asarray(jitted(params, _finite(data, filled)))[:, : len(taken)]
-            right = np.argmax(found, axis=-1) == data.labels[taken]
-            finite = np.isfinite(found).all(axis=-1)
-            hits.append(np.where(finite, right, np.nan).T)
-        return np.concatenate(hits)
+            found = np.asarray(jitted(params, _finite(data, filled)))
+            parts.append(found[:, : len(taken)])
+        return np.concatenate(parts, axis=1)
 
 
 def head_of(data: SplitFeatures) -> attentive_head.AttentiveHead:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import scipy.special
 from jaxtyping import Bool, Float, Int
 
 from vit22b_transfer import UserError
@@ -165,3 +166,18 @@ def held_out(
 def _listed(values: np.ndarray) -> str:
     more = ", ..." if len(values) > _SHOWN else ""
     return ", ".join(map(str, values[:_SHOWN].tolist())) + more
+
+
+def share_and_loss(
+    logits: Float[np.ndarray, "images classes"], labels: Int[np.ndarray, " images"]
+) -> tuple[float, float]:
+    """The share of images that are right, and the mean cross-entropy in nats.
+
+    A share of NaN and an infinite loss where a logit is not finite.
+    """
+    logits = logits.astype(np.float64)
+    if not np.isfinite(logits).all():
+        return float("nan"), float("inf")
+    right = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+    share = float(np.mean(np.argmax(logits, axis=1) == labels))
+    return share, float(np.mean(scipy.special.logsumexp(logits, axis=1) - right))

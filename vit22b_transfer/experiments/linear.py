@@ -17,12 +17,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 from jaxtyping import Array, Float, Int, Shaped
 
 from vit22b_transfer import UserError
 from vit22b_transfer.experiments import heads
-from vit22b_transfer.experiments.labelled import Labelled, Sets, check_alike, held_out
+from vit22b_transfer.experiments.labelled import (
+    Labelled,
+    Sets,
+    check_alike,
+    held_out,
+    share_and_loss,
+)
 from vit22b_transfer.experiments.outcomes import Outcome
 
 # Deviation of the weights before training; biases start at zero.
@@ -321,15 +326,11 @@ def judged(
     The share is None, and the loss infinite, of one that diverged. Losses are means
     over images, in nats.
     """
-    found = logits(heads, data, rows).astype(np.float64)
-    labels = data.labels[rows]
-    hits = np.argmax(found, axis=-1) == labels[:, None]
-    finite = np.atleast_1d(np.isfinite(found).all(axis=(0, 2)))
-    shares: list[float | None] = [None] * len(finite)
-    losses = [np.inf] * len(finite)
-    for number in np.flatnonzero(finite).tolist():
-        shares[number] = float(hits[:, number].mean())
-        told = found[:, number]
-        right = np.take_along_axis(told, labels[:, None], axis=1)[:, 0]
-        losses[number] = float(np.mean(scipy.special.logsumexp(told, axis=1) - right))
+    found = logits(heads, data, rows)
+    each = [
+        share_and_loss(found[:, number], data.labels[rows])
+        for number in range(found.shape[1])
+    ]
+    shares = [None if np.isnan(share) else share for share, _ in each]
+    losses = [loss for _, loss in each]
     return shares, losses

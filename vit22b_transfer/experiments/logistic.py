@@ -12,11 +12,17 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 import scipy.special
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from vit22b_transfer import UserError
 from vit22b_transfer.experiments import heads
-from vit22b_transfer.experiments.labelled import Labelled, Sets, check_alike, held_out
+from vit22b_transfer.experiments.labelled import (
+    Labelled,
+    Sets,
+    check_alike,
+    held_out,
+    share_and_loss,
+)
 from vit22b_transfer.experiments.outcomes import Outcome
 
 # Largest slope of the mean loss at which L-BFGS stops.
@@ -64,7 +70,7 @@ class LogisticProbe:
             )
 
     def run(self, train: Sets, test: Sets) -> list[Outcome]:
-        """One result, that of the chosen set and strength; of equals the first."""
+        """One result, that of the chosen set and strength."""
         for name, data in train.items():
             check_alike(data, test[name])
         head = self.learned(train)
@@ -74,9 +80,10 @@ class LogisticProbe:
     def learned(self, train: Sets) -> heads.Head:
         """The fit of the chosen set and strength.
 
+        Of equally accurate ones that of the least cross-entropy on what is held out.
         Fits that stop at max_iterations are counted.
         """
-        tried, stopped, best = {}, 0, (-1.0, (), 0.0)
+        tried, stopped, best = {}, 0, (-1.0, 0.0, (), 0.0)
         for name, data in train.items():
             data.constant()  # which says if nothing can be told
             fit, of_set = None, {}
@@ -88,12 +95,12 @@ class LogisticProbe:
             for strength in sorted(self.strengths):
                 fit = fit_logistic(part, strength, self.max_iterations, start=fit)
                 stopped += not fit.converged
-                found = float(np.mean(fit.predict(rest) == rest.labels))
+                found, loss = share_and_loss(fit.logits(rest), rest.labels)
                 of_set[f"{strength:g}"] = found
-                if found > best[0]:
-                    best = (found, name, strength)
+                if (found, -loss) > best[:2]:
+                    best = (found, -loss, name, strength)
             tried["+".join(name)] = of_set
-        value, name, strength = best
+        value, _, name, strength = best
         data = train[name]
         fit = fit_logistic(data, strength, self.max_iterations)
         stopped += not fit.converged
@@ -111,13 +118,10 @@ class Logistic:
     loss: float
     converged: bool
 
-    def predict(self, data: Labelled) -> Int[np.ndarray, " images"]:
-        """The best class of each image; of equal ones the first."""
-        best = [
-            np.argmax(data.block(rows) @ self.weights + self.bias, axis=1)
-            for rows in data.blocks()
-        ]
-        return np.concatenate(best)
+    def logits(self, data: Labelled) -> Float[np.ndarray, "images classes"]:
+        """Of each image and class."""
+        found = [data.block(rows) @ self.weights + self.bias for rows in data.blocks()]
+        return np.concatenate(found)
 
 
 def fit_logistic(

@@ -30,13 +30,13 @@ def show(
         cells, spans = [], []
         for entry in entries:
             line, number = lines.get(entry.row.number), entry.numbers[place]
+            mark = " *" if number is not None and beside.few(number) else ""
+            marked |= bool(mark)
             if number is None:
                 cells.append(beside.state(line, entry.name))
             else:
-                span = f" ({beside.interval(number)})" if len(by_row) > 1 else ""
+                span = f" ({beside.interval(number)}{mark})" if len(by_row) > 1 else ""
                 cells.append(f"{beside.shown(number)} {number.unit}".strip() + span)
-            mark = " *" if number is not None and beside.few(number) else ""
-            marked |= bool(mark)
             spans.append("" if number is None else beside.interval(number) + mark)
         tower = _name(lines, place) if len(by_row) > 1 else "ours"
         columns[tower] = cells
