@@ -1,5 +1,6 @@
 """Images and captions inside of archives, as a task's source."""
 
+import gzip
 import io
 import json
 import re
@@ -153,6 +154,21 @@ def test_a_bad_entry_is_named_or_counted(tmp_path):
     }
 
 
+def test_malformed_json_is_the_problem_of_its_image_alone(tmp_path):
+    with tarfile.open(tmp_path / "pairs.tar", "w") as archive:
+        for number, text in enumerate([b'{"caption": ', b'{"caption": "good"}']):
+            for name, data in (("png", PICTURES[number]), ("json", text)):
+                member = tarfile.TarInfo(f"{number}.{name}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    files = {"train": tmp_path / "pairs.tar"}
+    with pytest.raises(UserError, match=r"0.png of .*pairs.tar: .*malformed JSON"):
+        ArchiveSource(files).num_records("train")
+    source = ArchiveSource(files, on_bad_record="skip")
+    assert source.record("train", 0).target == "good"
+    assert source.report()["train"] == {"entry that cannot be used": 1}
+
+
 def test_what_is_no_archive_is_one_clear_error(tmp_path):
     def refused(path, match, error=UserError):
         with pytest.raises(error, match=match):
@@ -168,7 +184,7 @@ def test_what_is_no_archive_is_one_clear_error(tmp_path):
         ("cut", content[:-3], "cut off, or no TFRecord file: a record of"),
         ("short", content + b"\1\2", "damaged, cut off"),
         ("huge", struct.pack("<QI", 2**60, 0) + content, "1,152,921,504,606,846,976"),
-        ("packed", b"\x1f\x8b" + content, "compressed; unpack it first"),
+        ("packed", gzip.compress(content), "compressed; unpack it first"),
         ("other", content[:12] + b"\xff" * (len(content) - 12), "no tf.train.Example"),
         ("empty", b"", "holds no image"),
     ):
@@ -188,6 +204,19 @@ def test_what_is_no_archive_is_one_clear_error(tmp_path):
     ):
         (tmp_path / f"{name}.array_record").write_bytes(data)
         refused(tmp_path / f"{name}.array_record", "holds no image|no readable")
+
+
+def test_a_first_record_as_long_as_gzips_mark_reads_is_no_compressed_file(tmp_path):
+    path = tmp_path / "pairs.tfrecord"
+    long = 0x8B1F
+    for length in range(long - 200, long):
+        one = example(0, {"caption": ["a"], "other": ["x" * length]})
+        if one.ByteSize() == long:
+            break
+    with tf.io.TFRecordWriter(str(path)) as file:
+        file.write(one.SerializeToString())
+    assert path.read_bytes()[:2] == b"\x1f\x8b"
+    assert ArchiveSource({"train": path}).num_records("train") == 1
 
 
 def test_an_archive_that_changed_since_is_an_error_of_that_image(tmp_path):

@@ -145,7 +145,13 @@ def _of_group(
         content = _part(str(path), member.offset_data, member.size)
         if suffix == "txt":
             values[beside] = content.decode(errors="replace")
-        elif isinstance(known := json_files.parse(content, path), dict):
+            continue
+        try:
+            known = json_files.parse(content, "the text beside the image")
+        except UserError as error:
+            problem = str(error)
+            continue
+        if isinstance(known, dict):
             values |= known
     said = packed_texts.of_values(values)
     for suffix, member in group.items():
