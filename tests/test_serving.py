@@ -138,6 +138,19 @@ def test_what_is_asked_is_checked_and_never_cut(home, model):
     assert model.prepare(photo, "x" * 63).tokens[-1] == 1
 
 
+def test_jpegs_are_decoded_as_the_model_learned_from_them(model, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (90, 300, 3), np.uint8)
+    packed = io.BytesIO()
+    PIL.Image.fromarray(noise).save(packed, "JPEG", quality=95)
+    whole = model.prepare(packed.getvalue(), "caption en")
+    scaled = Preparation(jpegs="scaled")
+    monkeypatch.setattr(model, "_how", scaled)
+    found = model.prepare(packed.getvalue(), "caption en")
+    expected = images.read_image(packed.getvalue(), found.pixels.shape[:2], scaled)
+    np.testing.assert_array_equal(found.pixels, expected)
+    assert np.any(found.pixels != whole.pixels) and found.region == whole.region
+
+
 def test_batch_sizes_are_few_and_divide_among_the_devices():
     assert predictor.batch_sizes(16, 1) == (1, 4, 16)
     assert predictor.batch_sizes(20, 1) == (1, 4, 16, 20)
