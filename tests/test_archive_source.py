@@ -1,5 +1,6 @@
 """Images and captions inside of archives, as a task's source."""
 
+import concurrent.futures
 import gzip
 import io
 import json
@@ -217,6 +218,42 @@ def test_a_first_record_as_long_as_gzips_mark_reads_is_no_compressed_file(tmp_pa
         file.write(one.SerializeToString())
     assert path.read_bytes()[:2] == b"\x1f\x8b"
     assert ArchiveSource({"train": path}).num_records("train") == 1
+
+
+@pytest.mark.parametrize("name", ["pairs.parquet", "pairs.array_record"])
+def test_many_threads_read_one_archive(name, tmp_path):
+    path = tmp_path / name
+    rows = [bytes([number]) * 20_000 for number in range(60)]
+    if name == "pairs.parquet":
+        table = pyarrow.table({"image": rows})
+        pyarrow.parquet.write_table(table, path, row_group_size=3)
+        places = [f"parquet:{number}::{path}" for number in range(60)]
+    else:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for row in rows:
+            image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[row]))
+            features = tf.train.Features(feature={"image": image})
+            writer.write(tf.train.Example(features=features).SerializeToString())
+        writer.close()
+        places = [f"arrayrecord:{number}::{path}" for number in range(60)]
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(60), 20))
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        found = threads.map(packed_images.read, [places[n] for n in order])
+        assert all(image == rows[n] for image, n in zip(found, order, strict=True))
+
+
+def test_a_damaged_row_group_is_an_error_of_its_images(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    image = np.random.default_rng(0).bytes(9_000)
+    table = pyarrow.table({"image": [image] * 2})
+    pyarrow.parquet.write_table(table, path, row_group_size=1, compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[2_000:3_000] = bytes(1_000)
+    content[4:40] = bytes(36)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"pairs.parquet is damaged"):
+        packed_images.read(f"parquet:0::{path}")
+    assert packed_images.read(f"parquet:1::{path}") == image
 
 
 def test_an_archive_that_changed_since_is_an_error_of_that_image(tmp_path):

@@ -13,6 +13,7 @@ import pathlib
 import re
 import stat
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -28,6 +29,10 @@ SUFFIXES = (".tar", ".parquet", *packed_examples.SUFFIXES)
 _KINDS = "tar|parquet|request|tfrecord|arrayrecord"
 _PLACE = re.compile(rf"({_KINDS}):(\d+):(\d*):(.+)", re.DOTALL)
 _DATA = re.compile(r"data:[\w./+-]*;base64,")
+
+# A file of Arrow is for one thread at a time: with several, and their own threads below
+# them, a process that has TensorFlow hangs or dies.
+_PARQUET = threading.Lock()
 
 Find = Callable[[str], tuple[str | None, str]]
 
@@ -202,7 +207,8 @@ def _parquet(path: pathlib.Path) -> Iterator[Record]:
         rows = file.metadata.row_group(group).num_rows
         columns = {}
         if texts:
-            table = file.read_row_group(group, columns=texts)
+            with _PARQUET:
+                table = _parquet_rows(str(path), group, texts)
             columns = {name: table.column(name).to_pylist() for name in texts}
         for inside in range(rows):
             values = {name: columns[name][inside] for name in texts}
@@ -212,9 +218,17 @@ def _parquet(path: pathlib.Path) -> Iterator[Record]:
             row += 1
 
 
+def _parquet_rows(path: str, group: int, columns: list[str]) -> Any:
+    file = _parquet_file(path)
+    try:
+        return file.read_row_group(group, columns=columns, use_threads=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({brief(str(error))}).") from error
+
+
 @functools.lru_cache(maxsize=2)
 def _parquet_group(path: str, group: int) -> Any:
-    return _parquet_file(path).read_row_group(group, columns=["image"]).column("image")
+    return _parquet_rows(path, group, ["image"]).column("image")
 
 
 def _parquet_image(path: str, row: int) -> bytes:
@@ -226,7 +240,9 @@ def _parquet_image(path: str, row: int) -> bytes:
         row -= rows
     else:
         raise UserError(f"{path} has no such row any more")
-    value = _parquet_group(path, group)[row].as_py()
+    with _PARQUET:
+        images = _parquet_group(path, group)
+    value = images[row].as_py()
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
