@@ -31,7 +31,7 @@ _PLACE = re.compile(rf"({_KINDS}):(\d+):(\d*):(.+)", re.DOTALL)
 _DATA = re.compile(r"data:[\w./+-]*;base64,")
 
 # A file of Arrow is for one thread at a time: with several, and their own threads below
-# them, a process that has TensorFlow hangs or dies.
+# them, a process that has TensorFlow hangs or dies now and then.
 _PARQUET = threading.Lock()
 
 Find = Callable[[str], tuple[str | None, str]]
