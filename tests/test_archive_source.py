@@ -1,5 +1,7 @@
 """Images and captions inside of archives, as a task's source."""
 
+import concurrent.futures
+import gzip
 import io
 import json
 import re
@@ -153,6 +155,21 @@ def test_a_bad_entry_is_named_or_counted(tmp_path):
     }
 
 
+def test_malformed_json_is_the_problem_of_its_image_alone(tmp_path):
+    with tarfile.open(tmp_path / "pairs.tar", "w") as archive:
+        for number, text in enumerate([b'{"caption": ', b'{"caption": "good"}']):
+            for name, data in (("png", PICTURES[number]), ("json", text)):
+                member = tarfile.TarInfo(f"{number}.{name}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    files = {"train": tmp_path / "pairs.tar"}
+    with pytest.raises(UserError, match=r"0.png of .*pairs.tar: .*malformed JSON"):
+        ArchiveSource(files).num_records("train")
+    source = ArchiveSource(files, on_bad_record="skip")
+    assert source.record("train", 0).target == "good"
+    assert source.report()["train"] == {"entry that cannot be used": 1}
+
+
 def test_what_is_no_archive_is_one_clear_error(tmp_path):
     def refused(path, match, error=UserError):
         with pytest.raises(error, match=match):
@@ -168,7 +185,7 @@ def test_what_is_no_archive_is_one_clear_error(tmp_path):
         ("cut", content[:-3], "cut off, or no TFRecord file: a record of"),
         ("short", content + b"\1\2", "damaged, cut off"),
         ("huge", struct.pack("<QI", 2**60, 0) + content, "1,152,921,504,606,846,976"),
-        ("packed", b"\x1f\x8b" + content, "compressed; unpack it first"),
+        ("packed", gzip.compress(content), "compressed; unpack it first"),
         ("other", content[:12] + b"\xff" * (len(content) - 12), "no tf.train.Example"),
         ("empty", b"", "holds no image"),
     ):
@@ -188,6 +205,57 @@ def test_what_is_no_archive_is_one_clear_error(tmp_path):
     ):
         (tmp_path / f"{name}.array_record").write_bytes(data)
         refused(tmp_path / f"{name}.array_record", "holds no image|no readable")
+
+
+def test_a_first_record_as_long_as_gzips_mark_reads_is_no_compressed_file(tmp_path):
+    path = tmp_path / "pairs.tfrecord"
+    long = 0x8B1F
+    for length in range(long - 200, long):
+        one = example(0, {"caption": ["a"], "other": ["x" * length]})
+        if one.ByteSize() == long:
+            break
+    with tf.io.TFRecordWriter(str(path)) as file:
+        file.write(one.SerializeToString())
+    assert path.read_bytes()[:2] == b"\x1f\x8b"
+    assert ArchiveSource({"train": path}).num_records("train") == 1
+
+
+@pytest.mark.parametrize("name", ["pairs.parquet", "pairs.array_record"])
+def test_many_threads_read_one_archive(name, tmp_path):
+    path = tmp_path / name
+    # So many that a process whose threads all ask Arrow at once often dies.
+    rng = np.random.default_rng(0)
+    rows = [rng.bytes(10_000) for _ in range(400)]
+    if name == "pairs.parquet":
+        table = pyarrow.table({"image": rows})
+        pyarrow.parquet.write_table(table, path, row_group_size=20)
+        places = [f"parquet:{number}::{path}" for number in range(400)]
+    else:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for row in rows:
+            image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[row]))
+            features = tf.train.Features(feature={"image": image})
+            writer.write(tf.train.Example(features=features).SerializeToString())
+        writer.close()
+        places = [f"arrayrecord:{number}::{path}" for number in range(400)]
+    order = rng.integers(0, 400, 1500)
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        found = threads.map(packed_images.read, [places[n] for n in order])
+        assert all(image == rows[n] for image, n in zip(found, order, strict=True))
+
+
+def test_a_damaged_row_group_is_an_error_of_its_images(tmp_path):
+    path = tmp_path / "pairs.parquet"
+    image = np.random.default_rng(0).bytes(9_000)
+    table = pyarrow.table({"image": [image] * 2})
+    pyarrow.parquet.write_table(table, path, row_group_size=1, compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[2_000:3_000] = bytes(1_000)
+    content[4:40] = bytes(36)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"pairs.parquet is damaged"):
+        packed_images.read(f"parquet:0::{path}")
+    assert packed_images.read(f"parquet:1::{path}") == image
 
 
 def test_an_archive_that_changed_since_is_an_error_of_that_image(tmp_path):

@@ -18,6 +18,7 @@ from shell_commands import no_tasks, use_one_device
 
 from vit22b_transfer import UserError, cli
 from vit22b_transfer.commands import serving
+from vit22b_transfer.data import converters
 from vit22b_transfer.inference import decoding
 from vit22b_transfer.serving import artifacts
 
@@ -144,6 +145,19 @@ def test_what_has_no_effect_or_cannot_be_exported_is_an_error(
     command[3] = "hf-t5"
     assert cli.main([*command, "--vocabulary", "bytes"]) == 1
     assert "--vocabulary is of --format jax" in capfd.readouterr().err
+
+
+def test_a_taken_directory_is_refused_before_anything_is_restored(tmp_path):
+    (tmp_path / "mine").write_text("")
+    converter = converters.ImageTextFeatureConverter
+    with pytest.raises(UserError, match="is not an empty directory"):
+        artifacts.write(
+            tiny_models.image_text_model(feature_converter_cls=converter),
+            checkpoint="nowhere",
+            feature_lengths={"images": (8, 8), "inputs": 4, "targets": 4},
+            prompts=(),
+            output=str(tmp_path),
+        )
 
 
 def test_a_blind_model_is_no_artifact(tmp_path):

@@ -108,6 +108,11 @@ def test_launch_files_compose_with_what_the_user_has_set():
     done = subprocess.run(
         ["sh", "-euc", script], capture_output=True, text=True, env={"XLA_FLAGS": flags}
     )
+    # A strict shell (-u) has no flags either: nothing is set.
+    bare = subprocess.run(
+        ["sh", "-euc", script], capture_output=True, text=True, env={}
+    )
+    assert (bare.returncode, bare.stderr) == (0, "")
     said = dict(line.split("=", 1) for line in done.stdout.splitlines())
     found = said["XLA_FLAGS"].split()
     assert found[0] == flags and len(set(found)) == len(found) == 8

@@ -161,6 +161,10 @@ def test_the_interval_of_a_gap_is_newcombe_s():
     ):
         found = fairness.gap_interval(np.array(hits), np.array(count))
         assert found == pytest.approx(expected, abs=5e-5)
+    # A small group beside a huge one is not as unsure as two small ones: Wilson's end
+    # of 5 of 10 is 0.2634 from the share, of the other as good as nothing.
+    uneven = fairness.gap_interval(np.array([5, 500_000]), np.array([10, 1_000_000]))
+    assert uneven == pytest.approx((0.0, 0.2634), abs=5e-5)
     low, high = fairness.gap_interval(np.array([4, 4]), np.array([4, 4]))
     assert low == 0 and high > 0.4  # all right in both: no gap, and nothing is sure
     three = fairness.gap_interval(np.array([56, 48, 50]), np.array([70, 80, 70]))

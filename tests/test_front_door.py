@@ -91,11 +91,19 @@ def test_the_printed_recipe_gives_the_same_file(captioned, home, capfd):
 
 
 @pytest.mark.slow
-def test_an_exported_folder_gives_the_captions_of_what_it_was_made_of(captioned, home):
+def test_an_exported_folder_gives_the_captions_of_what_it_was_made_of(
+    captioned, home, capfd
+):
     vit22b("export", "imported", "--format", "hf-paligemma", "--out", "exported")
     exported = ["--model", "exported", "--vocabulary", "bytes"]
     vit22b("caption", "photos", *exported, "--out", "of_export.jsonl")
     assert (home / "of_export.jsonl").read_bytes() == captioned.read_bytes()
+    # The folder of the import is gone; what is told begins with one that stays.
+    made_with = json.loads((home / "of_export.jsonl.run.json").read_text())["made_with"]
+    assert made_with["recipe"].startswith("vit22b import exported --out imported && ")
+    assert f"as a recipe: {made_with['recipe']}\n" in capfd.readouterr().err
+    assert "vit22b_imported_" not in made_with["recipe"]
+    assert "--gin_file=imported/model.gin" in made_with["recipe"]
 
 
 def test_an_answer_is_shown_and_no_file_is_left(home, capfd):

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import html_checks
 import numpy as np
@@ -135,6 +136,19 @@ def test_what_is_asked_is_checked_and_never_cut(home, model):
         with pytest.raises(UserError, match="more than the 64 tokens"):
             model.prepare(photo, long)
     assert model.prepare(photo, "x" * 63).tokens[-1] == 1
+
+
+def test_jpegs_are_decoded_as_the_model_learned_from_them(model, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (90, 300, 3), np.uint8)
+    packed = io.BytesIO()
+    PIL.Image.fromarray(noise).save(packed, "JPEG", quality=95)
+    whole = model.prepare(packed.getvalue(), "caption en")
+    scaled = Preparation(jpegs="scaled")
+    monkeypatch.setattr(model, "_how", scaled)
+    found = model.prepare(packed.getvalue(), "caption en")
+    expected = images.read_image(packed.getvalue(), found.pixels.shape[:2], scaled)
+    np.testing.assert_array_equal(found.pixels, expected)
+    assert np.any(found.pixels != whole.pixels) and found.region == whole.region
 
 
 def test_batch_sizes_are_few_and_divide_among_the_devices():
@@ -354,7 +368,7 @@ def test_only_this_machines_own_page_may_ask(port):
     for host in ("stranger.example", "127.0.0.1.stranger.example:80", "localhost:1:2"):
         refused(port, 421, "call it http://127.0.0.1:PORT", Host=host)
         assert served.ask(port, "/health", headers={"Host": host})[0] == 421
-    for host in ("localhost:8000", "LOCALHOST", "[::1]:8000"):
+    for host in ("localhost:8000", "LOCALHOST", "[::1]:8000", "127.0.0.2:8000"):
         assert served.ask(port, "/health", headers={"Host": host})[0] == 200
     refused(port, 403, "only this server's own page", Origin="http://stranger.example")
     refused(port, 403, "only this server's own page", Origin="null")
@@ -389,6 +403,15 @@ def test_slow_clients_are_given_up_and_hold_nothing(served_app, port):
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
         client.sendall(whole[:40])
         assert client.recv(65536).startswith(b"HTTP/1.1 408 ")
+    # So has one that was answered before its body was there, and sends on and on.
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        endless = {"Content-Length": 10**9}
+        client.sendall(served.request("/v1/nowhere", headers, b"x", **endless))
+        assert client.recv(65536).startswith(b"HTTP/1.1 404 ")
+        with pytest.raises(OSError):
+            for _ in range(100):
+                client.sendall(b"x")
+                time.sleep(0.1)
 
 
 def test_large_bodies_are_bounded_while_they_come_and_all_together(served_app, port):
@@ -454,6 +477,7 @@ def test_the_page_asks_no_other_server_and_is_kept_to_itself(port):
     [
         (["--port", "99999"], "cannot listen at 127.0.0.1 port 99999"),
         (["--host", "no.such.host.invalid"], "cannot listen at no.such.host"),
+        (["--host", "a..b"], "cannot listen at a..b"),
         (["--queue", "0"], "at least one request has to wait"),
         (["--batch_size", "0"], "batch_size is 0"),
         (["--prompt", "answer {}"], "no other braces"),

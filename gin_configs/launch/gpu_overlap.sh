@@ -12,11 +12,11 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_NVLS_ENABLE=1
 
 # Orders operations so that communication runs beside computation.
-XLA_FLAGS="$XLA_FLAGS --xla_gpu_enable_latency_hiding_scheduler=true"
+XLA_FLAGS="${XLA_FLAGS-} --xla_gpu_enable_latency_hiding_scheduler=true"
 # Gradients of several layers are summed together; at least the bytes of one layer.
-XLA_FLAGS="$XLA_FLAGS --xla_gpu_all_reduce_combine_threshold_bytes=134217728"
-XLA_FLAGS="$XLA_FLAGS --xla_gpu_all_gather_combine_threshold_bytes=134217728"
-XLA_FLAGS="$XLA_FLAGS --xla_gpu_reduce_scatter_combine_threshold_bytes=67108864"
+XLA_FLAGS="${XLA_FLAGS-} --xla_gpu_all_reduce_combine_threshold_bytes=134217728"
+XLA_FLAGS="${XLA_FLAGS-} --xla_gpu_all_gather_combine_threshold_bytes=134217728"
+XLA_FLAGS="${XLA_FLAGS-} --xla_gpu_reduce_scatter_combine_threshold_bytes=67108864"
 # The parameters of the next scanned layer come while this one computes.
-XLA_FLAGS="$XLA_FLAGS --xla_gpu_enable_while_loop_double_buffering=true"
+XLA_FLAGS="${XLA_FLAGS-} --xla_gpu_enable_while_loop_double_buffering=true"
 export XLA_FLAGS

@@ -5,7 +5,7 @@
 #   . gin_configs/launch/gpu_windowed.sh && vit22b train ...
 
 # Products behind an all-gather and before a reduce-scatter are cut into pieces.
-XLA_FLAGS="$XLA_FLAGS --xla_gpu_threshold_for_windowed_einsum_mib=0"
+XLA_FLAGS="${XLA_FLAGS-} --xla_gpu_threshold_for_windowed_einsum_mib=0"
 # The pieces run on several streams.
-XLA_FLAGS="$XLA_FLAGS --xla_gpu_multi_streamed_windowed_einsum=true"
+XLA_FLAGS="${XLA_FLAGS-} --xla_gpu_multi_streamed_windowed_einsum=true"
 export XLA_FLAGS

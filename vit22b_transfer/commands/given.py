@@ -157,11 +157,15 @@ def _run_in(
             files.append("gin_configs/models/answer_list.gin")
             overrides.append(f"ANSWERS={literal(os.path.abspath(args.answers))}")
         files += [*deterministic_files(args), *args.gin_file]
-        print(f"as a recipe: {as_command(files, overrides)}", file=sys.stderr)
+        recipe = as_command(files, overrides)
+        if folder != named:  # what this command alone has imported will be gone
+            recipe = recipe.replace(folder, "imported")
+            recipe = f"vit22b import {shlex.quote(named)} --out imported && {recipe}"
+        print(f"as a recipe: {recipe}", file=sys.stderr)
         # Without a file only the texts are for whoever reads the output.
         told = contextlib.redirect_stdout(sys.stdout if args.out else sys.stderr)
         with told:
-            result = _infer(files, overrides)
+            result = _infer(files, overrides, recipe)
         if result is None:
             return  # other shards are still at work
         if args.openai:
@@ -173,7 +177,7 @@ def _run_in(
             _show(result.path)
 
 
-def _infer(files: list[str], overrides: list[str]) -> Any:
+def _infer(files: list[str], overrides: list[str], told: str) -> Any:
     from vit22b_transfer.inference import infer
     from vit22b_transfer.recipes import loading, shipped
 
@@ -184,7 +188,7 @@ def _infer(files: list[str], overrides: list[str]) -> Any:
         streams.keep_tensorflow_off_accelerators()
         recipe = loading.read(files, overrides, paths)
         call = loading.install(recipe, infer.infer_split, paths)
-    return call(recipe=as_command(files, overrides))
+    return call(recipe=told)
 
 
 @contextlib.contextmanager
@@ -196,9 +200,9 @@ def model_directory(folder: str) -> Iterator[str]:
     """
     from vit22b_transfer.weights import imported
 
-    if imported.is_import(folder) or not os.path.isfile(
-        os.path.join(folder, "config.json")
-    ):
+    of_run = os.path.isfile(os.path.join(folder, folders.PREDICT))
+    public = os.path.isfile(os.path.join(folder, "config.json"))
+    if of_run or imported.is_import(folder) or not public:
         yield folder
         return
     from vit22b_transfer.weights import convert

@@ -1,7 +1,6 @@
 """How fast a task is read, and where the time goes."""
 
 import contextlib
-import itertools
 import os
 import time
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from vit22b_transfer.data.order import HostShard
 from vit22b_transfer.host import progress
 from vit22b_transfer.models.preparation import Preparation
 
-# Images of which the parts are timed one by one.
+# The most images of which the parts are timed one by one.
 _SAMPLE = 64
 # Of texts, where none is given.
 _LENGTH = 256
@@ -99,7 +98,7 @@ def _parts(
     """Seconds of a processor for each part of an example; for images at a scale."""
     task = registered.task_named(task_name)
     records = [one for one in records_of(task_name, split) if one.image_path]
-    some = list(itertools.islice(records, 0, None, max(1, len(records) // _SAMPLE)))
+    some = records[:: max(1, -(-len(records) // _SAMPLE))]
     if not some:
         raise UserError(f"split {split!r} of task {task_name!r} has no image to read.")
 

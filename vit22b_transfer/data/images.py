@@ -78,6 +78,17 @@ def read_image(
     Raises:
       UserError: as `read_whole`.
     """
+    return read_with_region(source, size, how, name=name)[0]
+
+
+def read_with_region(
+    source: bytes | str | os.PathLike,
+    size: tuple[int, int],
+    how: Preparation = USUAL,
+    *,
+    name: str = "an image",
+) -> tuple[UInt8[np.ndarray, "height width 3"], tuple[float, float, float, float]]:
+    """`read_image`, and the `kept_region` of the whole image."""
 
     def made(data):
         # Of the whole image, whatever part of it is decoded.
@@ -90,7 +101,8 @@ def read_image(
 
         scaled = how.jpegs == "scaled"
         image = _opened(data, MAX_PIXELS, name, least if scaled else None)
-        return _resized(image, shape or (image.height, image.width), size, how)
+        shape = shape or (image.height, image.width)
+        return _resized(image, shape, size, how), kept_region(shape, size, how)
 
     return _of_source(source, name, made)
 

@@ -7,12 +7,14 @@ Files may be called `NAME.tfrecord-00000-of-00010` as well.
 
 import contextlib
 import functools
+import gzip
 import os
 import pathlib
 import re
 import struct
+import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import tensorflow as tf
 
@@ -96,11 +98,19 @@ def _example(content: bytes, where: str) -> dict[str, list[Any]]:
     }
 
 
+def _is_compressed(file: BinaryIO) -> bool:
+    """Whether gzip's bytes begin; those of its mark alone may be a record's length."""
+    try:
+        return bool(gzip.GzipFile(fileobj=file).read(1))
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
 def _tfrecords(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
     """Offset and size, and the bytes, of each record."""
     with open(path, "rb") as file:
         left = os.fstat(file.fileno()).st_size
-        if file.read(2) == b"\x1f\x8b":
+        if _is_compressed(file):
             raise UserError(
                 f"{path} is compressed; unpack it first (gunzip), for its images to be "
                 "read in any order."

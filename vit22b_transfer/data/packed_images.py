@@ -14,6 +14,7 @@ import pathlib
 import re
 import stat
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -29,6 +30,10 @@ SUFFIXES = (".tar", ".parquet", *packed_examples.SUFFIXES)
 _KINDS = "tar|parquet|request|tfrecord|arrayrecord"
 _PLACE = re.compile(rf"({_KINDS}):(\d+):(\d*):(.+)", re.DOTALL)
 _DATA = re.compile(r"data:[\w./+-]*;base64,")
+
+# A file of Arrow is for one thread at a time: with several, and their own threads below
+# them, a process that has TensorFlow hangs or dies now and then.
+_PARQUET = threading.Lock()
 
 Find = Callable[[str], tuple[str | None, str]]
 
@@ -146,7 +151,13 @@ def _of_group(
         content = _part(str(path), member.offset_data, member.size)
         if suffix == "txt":
             values[beside] = content.decode(errors="replace")
-        elif isinstance(known := json_files.parse(content, path), dict):
+            continue
+        try:
+            known = json_files.parse(content, "the text beside the image")
+        except UserError as error:
+            problem = str(error)
+            continue
+        if isinstance(known, dict):
             values |= known
     said = packed_texts.of_values(values)
     for suffix, member in group.items():
@@ -195,7 +206,10 @@ def _parquet(path: pathlib.Path) -> Iterator[Record]:
     row = 0
     for group in range(file.num_row_groups):
         rows = file.metadata.row_group(group).num_rows
-        columns = _columns(str(path), group, texts) if texts else {}
+        columns = {}
+        if texts:
+            with _PARQUET:
+                columns = _columns(str(path), group, texts)
         # An image has a byte at least.
         if rows > path.stat().st_size or any(len(x) != rows for x in columns.values()):
             raise UserError(f"{path} is damaged: it has not the {rows} rows it says.")
@@ -221,14 +235,18 @@ def _damage_said(path: str) -> Iterator[None]:
 def _columns(path: str, group: int, names: list[str]) -> dict[str, list[Any]]:
     """Columns of a row group by name."""
     with _damage_said(path):
-        table = _parquet_file(path).read_row_group(group, columns=names)
+        table = _parquet_file(path).read_row_group(
+            group, columns=names, use_threads=False
+        )
         return {name: table.column(name).to_pylist() for name in names}
 
 
 @functools.lru_cache(maxsize=2)
 def _parquet_group(path: str, group: int) -> Any:
     with _damage_said(path):
-        table = _parquet_file(path).read_row_group(group, columns=["image"])
+        table = _parquet_file(path).read_row_group(
+            group, columns=["image"], use_threads=False
+        )
         return table.column("image")
 
 
@@ -241,9 +259,10 @@ def _parquet_image(path: str, row: int) -> bytes:
         row -= rows
     else:
         raise UserError(f"{path} has no such row any more")
-    column = _parquet_group(path, group)
-    with _damage_said(path):
-        value = column[row].as_py()
+    with _PARQUET:
+        column = _parquet_group(path, group)
+        with _damage_said(path):
+            value = column[row].as_py()
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):

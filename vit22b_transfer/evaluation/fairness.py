@@ -100,7 +100,8 @@ def gap_interval(
     apart = share[:, None] - share
     low = apart - np.hypot(below[:, None], above)
     high = apart + np.hypot(above[:, None], below)
-    return max(0.0, float(low.max())), min(1.0, float(high.max()))
+    pairs = ~np.eye(len(count), dtype=bool)  # not of a group with itself
+    return max(0.0, float(low[pairs].max())), min(1.0, float(high[pairs].max()))
 
 
 def subgroups(

@@ -25,14 +25,13 @@ from vit22b_transfer.experiments import (
     labelled,
     measure_pictures,
     measured,
+    outcomes,
 )
 from vit22b_transfer.experiments.features import FeatureSource, Split
 from vit22b_transfer.experiments.logistic import LogisticProbe
 from vit22b_transfer.host import whole_files
 
 _MOST_GROUPS = 64
-# Below so many images a subgroup is named beside the numbers.
-FEW = 30
 _SCORE = "Newcombe's hybrid score, 95 %, over {} images"
 
 
@@ -123,8 +122,8 @@ def parity(
         f"images_of_{part}": int(np.sum(parts == n)) for n, part in _PARTS
     }
     sizes = dict(zip(names, np.bincount(number[test]).tolist(), strict=True))
-    if small := {name: size for name, size in sizes.items() if size < FEW}:
-        counts[f"subgroups_of_fewer_than_{FEW}_test_images"] = small
+    if small := {name: size for name, size in sizes.items() if size < outcomes.FEW}:
+        counts[f"subgroups_of_fewer_than_{outcomes.FEW}_test_images"] = small
     return measured.report(
         "fairness",
         findings,

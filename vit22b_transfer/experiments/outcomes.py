@@ -12,6 +12,8 @@ from jaxtyping import Float
 # Of a normal distribution 95 % lie within so many deviations of its mean.
 _DEVIATIONS = 1.959963984540054
 INTERVAL = "Wilson, 95 %"
+# A number of fewer examples says little, which tables and results tell.
+FEW = 30
 
 
 @dataclasses.dataclass(frozen=True)

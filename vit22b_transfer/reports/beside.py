@@ -3,12 +3,10 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from vit22b_transfer.experiments import outcomes
 from vit22b_transfer.experiments import suite_results as results
 from vit22b_transfer.experiments.suite_results import Line, Number
 from vit22b_transfer.experiments.suite_rows import ROWS, Row
-
-# Numbers of fewer examples are marked.
-FEW = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +101,7 @@ def interval(number: Number) -> str:
 
 def few(number: Number) -> bool:
     """Whether it is of so few examples that it says little; not where none are told."""
-    return 0 < number.count < FEW
+    return 0 < number.count < outcomes.FEW
 
 
 def paper(entry: Entry) -> str:

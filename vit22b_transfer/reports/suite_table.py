@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import rich.console
 
+from vit22b_transfer.experiments import outcomes
 from vit22b_transfer.experiments.suite_results import FAILED, Line
 from vit22b_transfer.host import file_errors, progress, tables
 from vit22b_transfer.reports import beside
@@ -46,7 +47,7 @@ def show(
     tables.print_table(console or rich.console.Console(), names, columns, heading="row")
     said = progress.console() if console is None else console
     if marked:
-        said.print(f"*: of fewer than {beside.FEW} examples", markup=False)
+        said.print(f"*: of fewer than {outcomes.FEW} examples", markup=False)
     if any(not e.row.sure and e.paper is not None for e in entries):
         said.print("?: from memory, not confirmed against the paper", markup=False)
     for place, lines in enumerate(by_row):

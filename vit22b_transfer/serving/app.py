@@ -6,7 +6,8 @@
     GET  /health      {"status": "ready", ...}; 503 where it is not
     GET  /metrics     for Prometheus
 
-Every error is {"error": "one sentence"}.
+Every error is {"error": "one sentence"}, but for what comes no further than uvicorn: no
+HTTP, clients that are too slow with headers (408), more connections than allowed (503).
 """
 
 import asyncio

@@ -55,11 +55,11 @@ def write(
     """Writes the artifact of a model with a checkpoint's parameters; its directory.
 
     checkpoint: one, or a directory of them, of which the latest is taken.
-    output: a directory that is not there yet.
+    output: a directory that is not there yet, or empty.
 
     Raises:
       UserError: if the model is no image-text model of one image, or draws its answers
-        at random.
+        at random; before anything is restored, if the directory is not empty.
     """
     if not isinstance(model, multimodal.ImageTextModel) or model.module.tower is None:
         raise UserError(
@@ -68,18 +68,18 @@ def write(
         )
     for prompt in prompts:
         check_prompt(prompt)
-    restored = restore(model, Partitioning(data=1), checkpoint, feature_lengths, 1)
-    weights = {
-        "/".join(path): leaf
-        for path, leaf in flax.traverse_util.flatten_dict(restored.params).items()
-    }
     converter = image_lengths.converter_of(model)(pack=False)
     shapes = converter.shapes(feature_lengths)
     if len(shapes["images"]) != 3:
         raise UserError("the model takes several images at once; export one of one.")
-    exported = programs(model, weights, shapes)
     output = os.path.abspath(os.path.expanduser(output))
     with whole_files.new_directory(output) as folder:
+        restored = restore(model, Partitioning(data=1), checkpoint, feature_lengths, 1)
+        weights = {
+            "/".join(path): leaf
+            for path, leaf in flax.traverse_util.flatten_dict(restored.params).items()
+        }
+        exported = programs(model, weights, shapes)
         _write_weights(folder, weights)
         for name, program in exported.items():
             with open(os.path.join(folder, name + _ENDING), "wb") as file:

@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vit22b_transfer.serving.forms import Refused
 
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 # Of every answer. Scripts, styles and requests of the page are of this server alone.
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; "
@@ -121,7 +120,7 @@ def _length(request: Request) -> int:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to listen at is of this machine alone."""
+    """Whether a name or address is of this machine alone."""
     if host == "localhost":
         return True
     with contextlib.suppress(ValueError):
@@ -164,7 +163,8 @@ class Guard:
         hosts = said.get(b"host", [])
         host = hosts[0].decode("latin-1") if len(hosts) == 1 else ""
         name = re.sub(r":[0-9]*$", "", host).lower()
-        if not host or (self._local and name not in _LOCAL_NAMES):
+        name = re.sub(r"^\[(.*)\]$", r"\1", name)  # an address of IPv6
+        if not host or (self._local and not is_loopback(name)):
             return Refused(
                 421,
                 "this server listens on this machine alone; call it "

@@ -142,9 +142,7 @@ class Predictor:
 
     def _prepared(self, image, tokens, prompt, attention):
         size = self._height, self._width
-        whole = images.read_whole(image)
-        pixels = images.prepare(whole, size, self._how)
-        region = images.kept_region((*whole.shape[:2],), size, self._how)
+        pixels, region = images.read_with_region(image, size, self._how)
         return Asked(pixels, tokens, prompt, region, attention)
 
     def compile(self, console: rich.console.Console) -> None:

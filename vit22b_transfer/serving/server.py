@@ -26,7 +26,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     port: 0 takes a free one.
 
     Raises:
-      UserError: if the address cannot be taken.
+      UserError: if the address cannot be taken, or is none.
     """
     made = None
     try:
@@ -34,7 +34,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         if made is not None:
             made.close()
         raise UserError(
@@ -71,7 +71,7 @@ def make(app: App, bounds: Limits | None = None) -> uvicorn.Server:
 def run(app: App, bound: socket.socket, console: rich.console.Console) -> None:
     """Serves until SIGINT or SIGTERM; then what is in the queue is answered first.
 
-    A second signal ends it at once.
+    A SIGINT behind another signal ends it at once.
     """
     server = make(app)
     with _signals_end_it():
@@ -101,12 +101,13 @@ def _ignored(number, frame) -> None:
 
 
 def _protocol(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, which also gives up a client whose headers do not come."""
+    """uvicorn's protocol, which also gives up clients whose bytes do not come."""
 
     class Timed(H11Protocol):
         """HTTP/1.1 with a bound of the time from the first byte of headers to the last.
 
-        And from the connection to the first byte.
+        And from the connection to the first byte; and from an answer that came before
+        the end of a body to that end, as uvicorn reads on and throws it away.
         """
 
         _late: asyncio.TimerHandle | None = None
@@ -117,10 +118,16 @@ def _protocol(seconds: float) -> type[H11Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self.conn.their_state is not h11.IDLE:
+            if not self._waits():
                 self._stop_waiting()
             elif self._late is None:
                 self._late = self.loop.call_later(seconds, self._give_up)
+
+        def _waits(self) -> bool:
+            """Whether all that is asked is answered, and the client's bytes are due."""
+            answered = self.conn.our_state is h11.DONE
+            theirs = self.conn.their_state
+            return theirs is h11.IDLE or (answered and theirs is h11.SEND_BODY)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
@@ -133,10 +140,11 @@ def _protocol(seconds: float) -> type[H11Protocol]:
 
         def _give_up(self) -> None:
             self._late = None
-            if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            if not self._waits() or self.transport.is_closing():
                 return
-            answer = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\n"
-            self.transport.write(answer + b"content-length: 0\r\n\r\n")
+            if self.conn.their_state is h11.IDLE:
+                answer = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\n"
+                self.transport.write(answer + b"content-length: 0\r\n\r\n")
             self.transport.close()
 
     return Timed
