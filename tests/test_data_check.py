@@ -290,7 +290,12 @@ def test_the_command_takes_a_task_or_files(folder, tmp_path, capsys, monkeypatch
     with no_tasks():
         files = [str(folder / "wide.jpg"), str(folder / "leak.jpg")]
         assert cli.main(["data-check", *files, "--size", "32"]) == 0
-    assert "1 groups of near duplicates" in capsys.readouterr().out
+        assert "1 groups of near duplicates" in capsys.readouterr().out
+        (tmp_path / "list.jsonl").write_text('{"file_name": "wide.jpg"}\n')
+        arguments = [str(tmp_path / "list.jsonl"), "--size", "32"]
+        rooted = [*arguments, "--images_root", str(folder), "--json", str(said)]
+        assert cli.main(["data-check", *rooted]) == 0
+        assert json.loads(said.read_text())["splits"][0]["unread"] == {}
 
 
 @pytest.mark.parametrize(
@@ -299,6 +304,7 @@ def test_the_command_takes_a_task_or_files(folder, tmp_path, capsys, monkeypatch
         (["checked_caption"], "Nearest: checked_captions"),
         ([TASK, "--size", "0"], "--size 0: it is to be 1 or more"),
         (["no/such.jpg"], "no/such.jpg"),
+        ([TASK, "--images_root", "x"], "--images_root is of files; checked_captions"),
     ],
 )
 def test_what_is_wrong_is_said(arguments, message, checked, capsys):

@@ -28,6 +28,11 @@ def add_to(add: Add) -> None:
     )
     add_modules(command)
     command.add_argument(
+        "--images_root",
+        metavar="FOLDER",
+        help="that names in lists are relative to (default: the folder of each list)",
+    )
+    command.add_argument(
         "--split", action="append", help="may be repeated (default: all splits)"
     )
     command.add_argument(
@@ -122,10 +127,12 @@ def _run(args: argparse.Namespace) -> None:
     what = args.what
     is_task = len(what) == 1 and what[0].isidentifier() and not os.path.exists(what[0])
     if is_task:
+        if args.images_root:
+            raise UserError(f"--images_root is of files; {what[0]} is a task.")
         task = what[0]
         register(args.modules, task)
     else:
-        task = given_images.task(what, ["caption en"])
+        task = given_images.task(what, ["caption en"], folder=args.images_root)
     checked = data_check.check(
         task,
         args.split,
