@@ -93,6 +93,7 @@ def test_with_a_beam_for_each_it_is_the_best_of_all(answers, seed):
         np.testing.assert_allclose(score, every[best][row], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_with_no_beam_to_spare_answers_that_begin_others_are_found():
     """Every 13th text of up to five tokens, as many beams, 200 decoders.
 
@@ -162,6 +163,7 @@ def prefix_lm():
     return model, tiny_gemma.prefix_lm_params(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [t5, prefix_lm], ids=["T5", "Gemma"])
 def test_both_text_families_give_the_answer_that_scores_best(make):
     model, params = make()

@@ -293,6 +293,10 @@ def test_archives_are_learned_from_as_the_docs_say(tmp_path):
     write_tar(tmp_path / "pairs-train-0.tar", said)
     write_parquet(tmp_path / "pairs-test.parquet", said)
     text = (Path(__file__).parent.parent / "docs/data.md").read_text()
-    block = re.search(r"<!-- test: my-archives -->\n```bash\n(.*?)```", text, re.DOTALL)
+    block = re.search(
+        r"<!-- elsewhere: tests/test_archive_source.py -->\n```bash\n(.*?)```",
+        text,
+        re.DOTALL,
+    )
     run_in_process(block[1], tmp_path)
     assert (tmp_path / "my_model" / "checkpoint_20").is_dir()

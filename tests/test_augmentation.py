@@ -236,6 +236,7 @@ def test_all_images_of_an_example_are_drawn_alike(tmp_path):
 # --- When ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["drawn", "keyed", "drawn_mixture", "in_sequence"])
 def test_a_run_that_goes_on_draws_what_it_would_have_drawn(name, straight):
     whole = straight if name == "drawn" else train(name, 7)

@@ -94,6 +94,7 @@ def without_annotations_of(content, key, number):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil,message",
     [
@@ -184,11 +185,13 @@ def test_an_unwritable_model_dir_is_told(spoilt, tmp_path, capsys):
     assert_matches(error, "model_dir '.*file/model' .* cannot be written")
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_mesh_cannot_divide_is_told(spoilt, tmp_path, capsys):
     error = train_error(capsys, tmp_path / "model", "--gin.BATCH_SIZE=12")
     assert_matches(error, "batch_size 12 does not divide by 8")
 
 
+@pytest.mark.slow
 def test_misspelt_tasks_and_splits_name_the_nearest(spoilt, tmp_path, capsys):
     error = train_error(capsys, tmp_path / "m", "--gin.TRAIN_TASK='scenes_mixtur'")
     assert_matches(error, "no task or mixture 'scenes_mixtur'. Nearest: scenes_mixture")
@@ -274,6 +277,7 @@ def restored(checkpoint):
     )
 
 
+@pytest.mark.slow
 def test_a_split_with_bad_images_is_predicted_and_they_are_reported_at_the_end(
     restored, tmp_path, capsys, caplog
 ):

@@ -235,6 +235,7 @@ def test_a_task_that_must_be_read_in_sequence_says_so_in_the_log(tfrecords, capl
         assert "reads and drops 16 examples" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["indexed", "mixed"])
 def test_the_rows_of_the_hosts_make_up_the_global_batch(name):
     whole = train(name, 3)
@@ -308,6 +309,7 @@ def test_evaluation_resumes_at_any_example():
         evaluate("indexed", start_index=RECORDS + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["indexed", "odd"])
 def test_a_limit_makes_a_split_of_its_first_examples(name):
     whole = [e for b in evaluate(name) for e in b.examples]
@@ -323,6 +325,7 @@ def test_a_limit_makes_a_split_of_its_first_examples(name):
         evaluate(name, max_examples=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["indexed", "odd", "tfrecords"])
 def test_hosts_evaluate_each_example_exactly_once_in_equally_many_batches(
     name, tfrecords

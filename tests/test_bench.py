@@ -32,6 +32,7 @@ def model_of(**options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_what_is_counted_is_what_the_tower_needs(remat, scan_layers):

@@ -70,6 +70,7 @@ def straight(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_the_best_are_kept_besides_the_newest(straight):
     values = measured(straight)
     assert sorted(values) == [3, 6, 9, 12] and len(set(values.values())) == 4
@@ -110,6 +111,7 @@ def test_a_killed_run_keeps_the_same_checkpoints(tmp_path, straight):
 
 
 # The second call is that of step 6, the fourth that of the last, with the loss.
+@pytest.mark.slow
 @pytest.mark.parametrize("call, step", [(2, 6), (4, 12)])
 def test_scores_that_a_signal_stopped_are_done_again(tmp_path, straight, call, step):
     result = scored_run(tmp_path, scores=Scores(stops_at=call))

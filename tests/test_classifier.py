@@ -59,6 +59,7 @@ def logits():
     return made()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_losses_are_sums_over_the_labelled_images(params, logits, loss, smoothing):
@@ -183,6 +184,7 @@ def test_any_number_of_classes_lies_on_any_mesh():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["map", "gap", "cls"])
 def test_the_pooled_vector_is_the_towers_own(pooling):
     tower = tiny_models.tower_config(depth=1, pooling=pooling)

@@ -331,6 +331,7 @@ def run(registered, tmp_path_factory):
     return folder, train(byte_model(frozen_tower=True), folder, 40)
 
 
+@pytest.mark.slow
 def test_a_locked_tower_stays_locked_to_the_bit_and_all_else_is_trained(run):
     folder, _ = run
     first, last = saved(folder, 20), saved(folder, 40)
@@ -437,6 +438,7 @@ def test_an_empty_text_and_a_missing_image_are_no_pair():
     np.testing.assert_array_equal(weights, [1, 0, 0, 0, 0, 0, 0, 0])
 
 
+@pytest.mark.slow
 def test_a_run_of_pairs_is_planned(capsys):
     arguments = ["plan", "--gin_file=gin_configs/recipes/lit.gin", "--gin.BATCH_SIZE=8"]
     assert cli.main([*arguments, "--device=h100", "--devices=8"]) == 0

@@ -145,6 +145,7 @@ def temporary(gradient, devices, **arguments):
     return analysis.temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", losses.FORMS)
 def test_memory_of_the_ring_does_not_grow_with_the_devices(form):
     ring = [temporary("recomputed", devices, form=form) for devices in (2, 4, 8)]

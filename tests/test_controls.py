@@ -150,6 +150,7 @@ def test_beams_multiply_log_probabilities_of_what_was_said():
     assert decode(one, 1, controls=ALL)[:2] == greedy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "gemma"])
 def test_texts_of_both_families_keep_the_rules(family):
     controls = Controls(min_new_tokens=4, no_repeat_ngram_size=1)

@@ -83,6 +83,7 @@ def last(tensor):
     return jnp.asarray(tensor.permute(0, 2, 3, 1).numpy())
 
 
+@pytest.mark.slow
 @without_gradients
 def test_upernet_is_that_of_transformers():
     config = transformers.UperNetConfig(
@@ -208,6 +209,7 @@ def test_a_batch_is_normalised_over_all_devices():
     assert_within(1e-5, many, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["parallel", "classic"])
 def test_a_head_reads_the_patches_of_the_blocks_that_it_names(name):
     make = tower_config if name == "parallel" else classic_tower_config

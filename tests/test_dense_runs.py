@@ -57,6 +57,7 @@ def lines(path):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_linear_head_learns_classes_that_are_judged_at_the_masks_size(
     source, tmp_path, capsys
 ):

@@ -159,6 +159,7 @@ def said(module, params, images):
     return np.asarray(module.apply({"params": params}, jnp.asarray(images)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "temperature, label_weight, smoothing", [(1.0, 0.0, 0.0), (3.0, 0.5, 0.2)]
 )
@@ -192,6 +193,7 @@ def test_the_loss_compares_what_both_say_of_the_same_mixed_pixels(
         np.testing.assert_allclose(told, of_each[real > 0].mean(), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_students_alone():
     model, params = student_of(label_weight=1.0), both()
     gradient = jax.grad(lambda p: model.loss_fn(p, batch(), None)[0])(params)
@@ -286,6 +288,7 @@ def student(tmp_path_factory, teacher):
     return folder
 
 
+@pytest.mark.slow
 def test_a_teacher_stays_what_it_was_and_has_no_optimizer_state(teacher, student):
     before, after = tiny_runs.arrays_of(teacher), tiny_runs.arrays_of(student)
     names = {n for n in before if n.startswith("target/")}
@@ -300,6 +303,7 @@ def test_a_teacher_stays_what_it_was_and_has_no_optimizer_state(teacher, student
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_bit_with_mixup(student, teacher, tmp_path):
     with pytest.raises(tiny_runs.Killed):
         taught(tmp_path, teacher, data=tiny_runs.Data(batch=batch, dies_at=4))

@@ -102,6 +102,7 @@ def write_lines(path, *lines):
 # ----- Whole evaluations ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_mixture_is_evaluated_task_by_task(evaluated):
     output, results = evaluated
     assert list(results) == [TASK, OTHER_TASK]
@@ -133,6 +134,7 @@ def test_metrics_are_written_beside_what_is_there(evaluated, run):
     assert json.loads(path.read_text()) == written | {"other/test": {"metrics": {}}}
 
 
+@pytest.mark.slow
 def test_a_trial_stands_beside_the_whole_and_says_what_it_is(run, tmp_path, capsys):
     output = str(tmp_path)
     trial = run(tasks=OTHER_TASK, output_dir=output, max_examples=3)[OTHER_TASK]
@@ -178,6 +180,7 @@ def test_token_metrics_are_those_of_eval_fn_on_the_whole_split(evaluated, checkp
         assert found == pytest.approx(float(metric.compute()), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_metrics_equal_those_of_seqios_evaluator(run, checkpoint, tmp_path):
     """SeqIO's evaluator is what T5X evaluates with; no image is bad here."""
     ours = run(tasks=[GOOD_TASK], output_dir=str(tmp_path))[GOOD_TASK].metrics

@@ -126,6 +126,7 @@ def written(cache):
     return write(cache, eval_data=eval_data)
 
 
+@pytest.mark.slow
 def test_each_image_is_encoded_once_and_no_example_is_lost(written):
     train, test = written
     assert (train.num_examples, test.num_examples) == (NUM_TRAIN, NUM_IMAGES)
@@ -198,6 +199,7 @@ def mean_loss(dtype):
     return mean_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, storage, tolerance",
     [
@@ -250,6 +252,7 @@ class DyingSource(sources.CaptionFileSource):
         return super().records(split, order.map(checked))
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_goes_on_and_ends_with_the_same_bytes(
     folder, checkpoint, tmp_path, written
 ):
@@ -528,6 +531,7 @@ def runs(tmp_path_factory, cache, written, checkpoint):
     return found
 
 
+@pytest.mark.slow
 def test_training_gives_the_losses_and_parameters_of_a_frozen_tower(runs):
     (live, live_dir), (cached, cached_dir) = runs
     for ours, theirs in zip(

@@ -108,6 +108,7 @@ def checkpoint(tmp_path_factory):
     return tiny_captions.write_checkpoint(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.slow
 def test_a_file_is_the_same_from_batches_devices_and_shards(checkpoint, tmp_path):
     model = tiny_captions.model(decoding.sample)
     one, eight = (

@@ -92,6 +92,7 @@ def models():
     return free, frozen, model_params(free)
 
 
+@pytest.mark.slow
 def test_frozen_gradients_are_zero_and_the_others_unchanged(models):
     free, frozen, params = models
     example = batch(3)

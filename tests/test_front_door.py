@@ -62,6 +62,7 @@ def captioned(home):
     return home / "captions.jsonl"
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_captions_in_order_with_an_error_for_a_broken_file(captioned):
     lines = lines_of(captioned)
     assert [line["image_id"] for line in lines] == [f"photos/{x}" for x in IMAGES]

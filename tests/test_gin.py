@@ -211,6 +211,7 @@ WITH_LORA = [p for p in RECIPES if re.search("pali|blind|vqav2|folder", p.stem)]
 BUILT = [(path, ()) for path in RECIPES] + [(path, (LORA,)) for path in WITH_LORA]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path,behind",
     BUILT,

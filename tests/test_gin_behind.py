@@ -197,6 +197,7 @@ def traced_parts(read):
     )
 
 
+@pytest.mark.slow
 def test_all_that_freezes_keeps_its_promise_beside_the_others():
     """In either order, as both say the same."""
     for name, kept in FREEZING.items():
@@ -226,6 +227,7 @@ def test_updates_beside_a_frozen_tower_are_those_of_the_text_model():
         assert parts_of(*names).trained == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vqav2", "scenes_blind"])
 def test_a_recipe_that_freezes_composes_with_what_comes_behind(name):
     recipe = CONFIGS / f"recipes/{name}.gin"

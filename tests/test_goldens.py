@@ -123,6 +123,7 @@ def test_other_poolings_differ_from_the_golden_only_in_their_own_part(
     assert tree == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form, name", [("vit22b", "22B/14"), ("classic", "B/16")])
 def test_unrolled_towers_have_the_golden_parameters_unstacked(towers, form, name):
     unrolled = abstract_tower(FORMS[form](name))
@@ -217,6 +218,7 @@ def abstract_prefix_lm(tower, text):
     return abstract(prefix_lm.PrefixLMModule(tower, text), images, tokens, tokens)
 
 
+@pytest.mark.slow
 def test_every_gemma_has_the_golden_parameters_and_the_published_count(check_golden):
     trees = {}
     for name in gemma.VARIANTS:

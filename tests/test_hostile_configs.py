@@ -96,6 +96,7 @@ def written(family, model, origin="source"):
     return gin_files.gin_text([(family, model)], [origin], [], "/out/x", (), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [siglip, clip, dinov2, t5, paligemma])
 def test_what_a_configuration_says_is_a_literal_or_refused(make, tmp_path):
     make().save_pretrained(tmp_path)

@@ -558,6 +558,7 @@ def test_another_model_or_setting_is_refused_and_harms_nothing(
     assert pathlib.Path(complete.path).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_infer_takes_the_latest_checkpoint_and_any_mesh(checkpoint, complete, tmp_path):
     result = infer.infer_split(
         tiny_captions.model(),
@@ -579,6 +580,7 @@ def test_infer_takes_the_latest_checkpoint_and_any_mesh(checkpoint, complete, tm
             np.testing.assert_allclose(ours["score"], theirs["score"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sampled_predictions_are_a_function_of_the_seed(restored, tmp_path):
     model = tiny_captions.model(functools.partial(decoding.sample, temperature=1.5))
     sampled = infer.RestoredModel(

@@ -70,6 +70,7 @@ def dequantized_params(params):
     return unflatten_dict(flat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -256,6 +257,7 @@ def run(tmp_path_factory, checkpoint):
     return result.checkpoint
 
 
+@pytest.mark.slow
 def test_a_training_keeps_the_int8_tower_and_moves_the_rest(run, checkpoint):
     first = restored(checkpoint, model())
     arguments = ONE_DEVICE, run, tiny_captions.LENGTHS, 4

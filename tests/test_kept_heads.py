@@ -91,6 +91,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_head_is_learned_once_and_judged_as_the_probe_judges(
     source, kept, tmp_path, monkeypatch, capsys
 ):
@@ -248,6 +249,7 @@ def test_a_frame_is_cut_off_before_a_picture_is_resized(tmp_path, monkeypatch):
     assert b"" != second["image_error"] and not len(second["labels"])
 
 
+@pytest.mark.slow
 def test_corruptions_are_made_once_and_each_picture_by_its_own_chance(
     judge, source, monkeypatch, tmp_path
 ):

@@ -43,6 +43,7 @@ def turned(step, value):
     return optax.scale_by_schedule(scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "partitioning", [tiny_runs.ONE_DEVICE, Partitioning(data=4, model=2)]
 )
@@ -352,6 +353,7 @@ def test_few_slow_steps_are_to_be_waited_for_when_a_run_is_stopped(
 # --- Full disks ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_bytes", [300, 20_000], ids=["the log", "a checkpoint"])
 def test_training_on_a_full_disk_ends_in_a_line_and_goes_on(
     num_bytes, tmp_path, uninterrupted, capfd

@@ -89,6 +89,7 @@ def with_zeros(params):
 # The model
 
 
+@pytest.mark.slow
 @some_models
 def test_updates_of_zero_leave_the_outputs_unchanged_to_the_bit(name):
     actual = logits_of(name)(with_zeros(trained(name)[1]))
@@ -162,6 +163,7 @@ def test_scanned_layers_compute_what_unrolled_ones_do():
     assert_within(1e-5, scanned(stacked), logits_of("T5")(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [t5_model, gemma_model], ids=["T5", "Gemma"])
 def test_cached_decoding_scores_as_the_full_forward_over_scanned_layers(make):
     """Decoding unrolls the layers, so the paths are not those of the patterns."""
@@ -309,6 +311,7 @@ def test_a_run_from_a_plain_checkpoint_trains_the_updates_and_nothing_else(
     assert sum("lora_" in name for name in moments) == 2 * (len(trained) - len(base))
 
 
+@pytest.mark.slow
 def test_all_but_the_updates_must_be_in_the_checkpoint(base):
     path, params = base
     abstract = tiny_runs.abstract_params(bfloat16_model())

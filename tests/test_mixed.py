@@ -93,6 +93,7 @@ def value(metrics, name="loss"):
     return float(metrics[name].compute())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", NAMES)
 def test_a_batch_of_one_objective_has_the_loss_and_gradients_of_its_model(objective):
     model, params, grad = measured("sigmoid")
@@ -118,6 +119,7 @@ def test_a_batch_of_one_objective_has_the_loss_and_gradients_of_its_model(object
     assert counted == dict.fromkeys(NAMES, 0.0) | {objective: 4.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_mixed_batch_is_the_weighted_sum_of_its_sub_batches(name):
     model, params, grad = measured(name)
@@ -254,6 +256,7 @@ def four_steps(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_steps_and_two_more_are_four_to_the_bit(four_steps, tmp_path):
     shutil.copytree(four_steps / "checkpoint_2", tmp_path / "run" / "checkpoint_2")
     train(tmp_path / "run", 4)

@@ -128,6 +128,7 @@ def test_initial_variables_are_plain_trees_whatever_types_are_announced(types):
     assert not any("/map/" in path for path in params), "nothing would train it"
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_neither_loss_nor_gradients_nor_scores(params, plain):
     model = model_of(scan_layers=True, remat="dots", **LOSS_OPTIONS)
     scanned = everything(model)(stack_layers(params), BATCH)
@@ -173,6 +174,7 @@ def test_evaluation_without_dropout_is_the_training_loss_without_a_key(plain):
     assert relative_difference(metrics, plain["metrics"]) == 0.0
 
 
+@pytest.mark.slow
 def test_dropout_acts_only_with_a_key(params, plain):
     model = image_text_model(
         tower_config(**TWO_BLOCKS),

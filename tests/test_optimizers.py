@@ -112,6 +112,7 @@ def assert_close(actual, expected):
     jax.tree.map(compare, actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "direction"),
     [

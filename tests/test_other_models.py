@@ -70,6 +70,7 @@ def trained(tmp_path_factory):
     return folder, train(folder)
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_is_resumed_and_evaluated(trained, tmp_path):
     folder, result = trained
     assert result.metrics[f"eval/{TASK}/accuracy"] == 1.0
@@ -85,6 +86,7 @@ def test_a_classifier_learns_is_resumed_and_evaluated(trained, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_its_labels_are_predicted_in_order_and_scored(trained, tmp_path):
     folder, _ = trained
     arguments = dict(

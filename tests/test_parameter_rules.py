@@ -93,6 +93,7 @@ def test_what_pools_the_tokens_is_behind_the_blocks_and_what_joins_them_before()
     assert rates["encoder/tower/cls"] == rates["encoder/tower/registers"] == 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
 def test_stacked_layers_are_updated_as_unrolled_ones(name):
     """All options at once: clip, weight decay by pattern, rates by layer, average."""
@@ -238,6 +239,7 @@ def test_a_rule_without_effect_or_sense_is_refused(params, options, words):
 # --- Gin files, beside those that freeze ---
 
 
+@pytest.mark.slow
 def test_gin_files_go_together_in_any_order_or_are_refused():
     # The logits of the recipe's text model are those of its token table.
     no_head = (*test_gin_behind.SMALL, "adafactor.decay_factors=()")

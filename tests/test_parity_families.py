@@ -202,6 +202,7 @@ def test_positions_resampled_by_the_import_give_the_references_outputs(name, tmp
     assert_equal_outputs(model, tower, params, OTHER, f"{name}, resampled")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CLIP", "SigLIP 2 NaFlex"])
 def test_an_export_at_another_resolution_loads_and_gives_the_same_outputs(
     name, tmp_path
@@ -225,6 +226,7 @@ def test_an_export_at_another_resolution_loads_and_gives_the_same_outputs(
     assert_equal_outputs(loaded.eval(), tower, params, size, f"{name}, exported")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SigLIP", "CLIP"])
 def test_a_tower_trained_without_its_pooling_is_exported_with_the_imports(
     name, tmp_path, capsys
@@ -255,6 +257,7 @@ def test_a_tower_trained_without_its_pooling_is_exported_with_the_imports(
     assert "training with a text model leaves out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NPZ)
 def test_an_npz_of_big_visions_layout_gives_the_same_outputs_and_bytes(name, tmp_path):
     model, tensors = NPZ[name]()
@@ -389,6 +392,7 @@ def test_the_imported_gin_file_builds_the_tower_that_was_verified(case):
     assert loading.install(read, vit.VisionTower, [""])().config == tower
 
 
+@pytest.mark.slow
 def test_what_was_imported_and_exported_again_has_the_same_bytes_and_loads(
     case, tmp_path
 ):

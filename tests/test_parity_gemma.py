@@ -190,6 +190,7 @@ def test_one_block_equals_hugging_faces(family):
     assert_within(BLOCK, actual, expected, f"{family} block vs HF")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_a_text_equal_hugging_faces(family):
     """A prompt of one token leaves a purely causal model."""
@@ -287,6 +288,7 @@ def paligemma(request):
     return PaliGemma(request.param)
 
 
+@pytest.mark.slow
 def test_logits_of_image_prompt_and_target_equal_paligemmas(paligemma):
     targets = drawn_tokens(len(paligemma.LENGTHS), paligemma.TARGETS, seed=5)
     shifted = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
@@ -298,6 +300,7 @@ def test_logits_of_image_prompt_and_target_equal_paligemmas(paligemma):
     assert_within(MODEL, actual, expected[:, -paligemma.TARGETS :], "PaliGemma vs HF")
 
 
+@pytest.mark.slow
 def test_greedy_generation_is_paligemmas_token_for_token(paligemma):
     model = prefix_lm_model(paligemma.module, decode_fn=decoding.greedy)
     time = 12
@@ -324,6 +327,7 @@ def test_greedy_generation_is_paligemmas_token_for_token(paligemma):
     assert np.any(actual == multimodal.EOS_ID), "some end early"
 
 
+@pytest.mark.slow
 def test_published_variants_have_as_many_parameters_as_hugging_faces():
     for name in gemma.VARIANTS:
         family = name.split("-")[0]

@@ -42,6 +42,7 @@ def text(request, tmp_path_factory):
     return peers.imported(peers.drawn(model), folder, "hf-gemma", change)
 
 
+@pytest.mark.slow
 def test_logits_of_an_imported_text_model_equal_hugging_faces(text):
     module = peers.our_module(text.out, blind=True)
     assert module.bos_id == peers.BOS
@@ -68,6 +69,7 @@ def test_import_and_then_export_of_a_text_gives_every_byte_back(text):
     peers.assert_same_bytes(text.source, text.exported)
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_exported_by_the_sources_own_config(text, tmp_path):
     module = peers.our_module(text.out, blind=True)
     params = round_trips.moved(peers.our_params(module, text.out))

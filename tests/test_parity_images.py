@@ -259,6 +259,7 @@ def compare(family, pictures, made, values, tokens, theirs, tower, few=0.0):
     assert not wrong, f"{family}: {wrong}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CASES)
 def test_photographs_become_what_the_familys_own_processor_makes_of_them(
     family, folder, originals, pictures, tmp_path

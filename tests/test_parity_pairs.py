@@ -138,6 +138,7 @@ def pixels_of(model, tower):
     )
 
 
+@pytest.mark.slow
 @without_gradients
 def test_an_imported_model_gives_hugging_faces_logits_per_image(case):
     name, _, model, _, _, module, params = case
@@ -154,6 +155,7 @@ def test_an_imported_model_gives_hugging_faces_logits_per_image(case):
     assert_within(1e-4, logits, expected.logits_per_image, f"{name} logits")
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_exported_to_the_same_bytes_and_loads(case, tmp_path):
     _, family, model, folder, out, *_ = case
     checkpoint, to = str(out / "checkpoint_0"), tmp_path / "out"
@@ -217,6 +219,7 @@ def as_npz(model, *, bias=True):
     return {f"params/{name}": np.ascontiguousarray(x) for name, x in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False], ids=["sigmoid", "softmax"])
 @without_gradients
 def test_big_visions_npz_gives_the_same_logits_and_bytes(tmp_path, bias):

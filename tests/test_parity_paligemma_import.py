@@ -107,6 +107,7 @@ def both_logits(module, params, models):
     return ours, [logits[:, -TARGETS:].numpy() for logits in theirs]
 
 
+@pytest.mark.slow
 def test_attention_of_each_token_over_the_patches_equals_hugging_faces(whole):
     module = peers.our_module(whole.out)
     model = multimodal.ImageTextModel(module, Vocabulary(), Vocabulary())
@@ -129,6 +130,7 @@ def test_attention_of_each_token_over_the_patches_equals_hugging_faces(whole):
     assert_within(peers.TOLERANCE, ours, theirs, "attention over patches vs HF")
 
 
+@pytest.mark.slow
 def test_logits_of_an_imported_paligemma_equal_hugging_faces(whole):
     module = peers.our_module(whole.out)
     assert (module.bos_id, module.separator_id) == (peers.BOS, peers.SEPARATOR)
@@ -146,6 +148,7 @@ def test_import_and_then_export_of_a_paligemma_gives_every_byte_back(whole):
     peers.assert_same_bytes(whole.source, whole.exported)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", ["Gemma2"], indirect=True)
 def test_what_was_trained_is_exported_by_the_sources_own_config(whole, tmp_path):
     module = peers.our_module(whole.out)
@@ -155,6 +158,7 @@ def test_what_was_trained_is_exported_by_the_sources_own_config(whole, tmp_path)
     assert_within(peers.TOLERANCE, ours, theirs, "a trained PaliGemma 2 vs HF")
 
 
+@pytest.mark.slow
 def test_greedy_text_of_an_imported_paligemma_is_hugging_faces_token_for_token(whole):
     module = peers.our_module(whole.out)
     model = multimodal.ImageTextModel(
@@ -188,6 +192,7 @@ def test_greedy_text_of_an_imported_paligemma_is_hugging_faces_token_for_token(w
     assert not ours[:, theirs.shape[1] :].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", ["Gemma2"], indirect=True)
 def test_an_export_at_another_resolution_loads_and_gives_the_same_logits(
     whole, tmp_path
@@ -307,6 +312,7 @@ NPZ = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NPZ)
 def test_an_npz_of_big_visions_layout_gives_the_same_logits_and_bytes(name, tmp_path):
     kind, options = NPZ[name]

@@ -377,6 +377,7 @@ def our_model(case, out):
     return model, unflatten_dict(params, sep="/")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imported", COMPUTED, indirect=True)
 def test_an_imported_adapter_computes_what_pefts_model_does(imported):
     model, params = our_model(imported.case, imported.out)
@@ -406,6 +407,7 @@ def exported_again(imported):
 OTHERS = [name for name in CASES | VARIANTS if name not in COMPUTED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imported", OTHERS, indirect=True)
 def test_an_adapter_is_imported_and_exported_with_its_names_and_bytes(imported):
     # The gin file of the import chooses just the kernels that the adapter updates.
@@ -413,6 +415,7 @@ def test_an_adapter_is_imported_and_exported_with_its_names_and_bytes(imported):
     exported_again(imported)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imported", COMPUTED, indirect=True)
 def test_peft_loads_an_exported_adapter_and_computes_the_same(imported):
     exported = exported_again(imported)
@@ -421,6 +424,7 @@ def test_peft_loads_an_exported_adapter_and_computes_the_same(imported):
     np.testing.assert_array_equal(actual, imported.expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imported", COMPUTED, indirect=True)
 def test_hugging_face_loads_a_merged_export_and_computes_the_same(imported, capsys):
     merged = imported.path("merged")

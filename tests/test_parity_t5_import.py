@@ -192,6 +192,7 @@ def their_logits(model, prompts, shifted):
         ).logits
 
 
+@pytest.mark.slow
 def test_logits_of_an_imported_model_equal_hugging_faces(imported, tokens):
     model, params = our_model(imported.out)
     prompts, shifted = map(jnp.asarray, tokens)
@@ -343,6 +344,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_name_and_shape_of_the_published_sizes_maps(name):
     sizes = dict(vocab_size=32128, num_layers=24, feed_forward_proj="gated-gelu")
@@ -386,6 +388,7 @@ def test_a_t5_that_our_model_cannot_compute_is_refused(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_exported_by_the_sources_own_config(
     imported, tokens, tmp_path
 ):

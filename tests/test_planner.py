@@ -83,6 +83,7 @@ def plan_of(name, devices=1, device=H100, **mesh):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_model(name):
     leaves = jax.tree.leaves(job_of(name).variables()["params"])
@@ -127,6 +128,7 @@ TOWER = tower_config(**SIZES, depth=1)
 TEXT = text_config(**SIZES, head_dim=4, num_encoder_layers=0, num_decoder_layers=1)
 
 
+@pytest.mark.slow
 def test_argument_bytes_are_those_of_the_compiled_step():
     """Full and LoRA runs, and 22 B parameters: benchmarks/plan_22b.py."""
     frozen = ("encoder/tower/.*",)

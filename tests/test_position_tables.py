@@ -56,6 +56,7 @@ def restored(path, model, rules=(), image_size=OLD):
     )
 
 
+@pytest.mark.slow
 def test_the_table_is_resampled_and_all_else_is_as_it_was(before):
     path, params = before
     model = model_of(NEW)
@@ -84,6 +85,7 @@ def larger_example(number):
     return example | {"images": tf.cast(larger, tf.uint8)}
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_larger_images(before, tmp_path, capsys):
     tiny_classifier.register("larger", 8, make=larger_example)
     result = fine_tune(

@@ -180,6 +180,7 @@ def restored(tmp_path_factory):
 DATA = infer.SplitToRead(TASK, "test", LENGTHS, BATCH_SIZE)
 
 
+@pytest.mark.slow
 def test_shards_end_with_the_bytes_of_one_run(restored, tmp_path, capsys):
     whole = infer.predict_split(restored, DATA, output=str(tmp_path / "whole.jsonl"))
     expected = pathlib.Path(whole.path).read_bytes()

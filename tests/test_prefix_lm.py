@@ -169,6 +169,7 @@ def test_prompts_are_framed_as_the_module_says(ids, expected):
     np.testing.assert_array_equal(framed, expected)
 
 
+@pytest.mark.slow
 def test_cached_decoding_of_beams_equals_the_full_forward(case):
     """Beams are re-parented at random; each must see its own history and no other."""
     module, variables = case.module, {"params": case.params}
@@ -283,6 +284,7 @@ def blind():
     return compute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, remat", [("gemma2", "dots"), ("gemma3", "block")])
 def test_scan_and_remat_change_neither_loss_nor_gradients(blind, family, remat):
     params, expected = blind(family)
@@ -338,6 +340,7 @@ def test_a_frozen_tower_gets_no_gradients(local):
     assert np.any(gradients["encoder"]["projection"]["kernel"])
 
 
+@pytest.mark.slow
 def test_four_devices_compute_what_one_computes():
     """With fewer key heads than there are devices along the model axis."""
     module = prefix_lm_module(LOCAL, blind=True, **SMALL, num_kv_heads=1)

@@ -45,6 +45,7 @@ def splits():
     return split(64, 0), split(32, 1)
 
 
+@pytest.mark.slow
 def test_attention_pooling_finds_what_the_mean_of_tokens_hides(splits):
     (outcome,) = PROBE.run(*splits)
     assert outcome.value > 0.9
@@ -52,6 +53,7 @@ def test_attention_pooling_finds_what_the_mean_of_tokens_hides(splits):
     assert [*outcome.settings["tried"]] == ["1e-09", "0.01"]
 
 
+@pytest.mark.slow
 def test_a_kept_attentive_head_is_the_module_that_was_learned(splits, tmp_path):
     train, test = splits
     head = dataclasses.replace(PROBE, rates=(1e-2,), epochs=1).learned(train)
@@ -116,6 +118,7 @@ def pairs(tmp_path_factory):
     return model, str(folder), params, jnp.asarray(images)
 
 
+@pytest.mark.slow
 def test_zero_shot_is_what_the_whole_model_says(pairs, tmp_path):
     model, folder, params, images = pairs
     module, labels = model.module, np.arange(24) % 6

@@ -38,6 +38,7 @@ def largest_logits(module, params, *inputs):
     return recorded.told[instruments.LARGEST_LOGIT]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, inputs",
     [(OWN_KEYS, (X, X)), (SHARED_KEYS, (X, VIEW))],
@@ -114,6 +115,7 @@ def step_of(threshold, **options):
     return jax.device_get((after.params, metrics))
 
 
+@pytest.mark.slow
 def test_scanned_layers_and_microbatches_are_clipped_alike():
     free, free_metrics = step_of(None, instrumented=True)
     told = readings.readings(readings.split(free_metrics)[1])[0]
@@ -149,6 +151,7 @@ def tiny_model():
     return tiny_models.image_text_model(tower, text, optimizer_def=optimizer)
 
 
+@pytest.mark.slow
 def test_a_run_tells_how_many_heads_it_clips(tmp_path, capsys):
     run(
         tmp_path,

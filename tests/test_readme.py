@@ -414,6 +414,7 @@ def test_dense_runs_as_written(tmp_path, capsys):
     assert capsys.readouterr().out.count("the tower was run on") == 2
 
 
+@pytest.mark.slow
 def test_public_weights_runs_as_written(own_data, capsys):
     folder, _ = own_data
     save_public_models(folder)
@@ -470,6 +471,7 @@ def test_config_runs_as_written(tmp_path, capsys):
     assert "BATCH_SIZE = 32  # command line" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_plan_runs_as_written(tmp_path, capsys):
     run_in_process(block("test: plan"), tmp_path)
     assert "h100, 64 devices: mesh 64 data x 1 model" in capsys.readouterr().out

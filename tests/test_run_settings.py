@@ -128,6 +128,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_cannot_go_on_as_one_run_is_refused_unless_allowed(name, begun, capsys):
     arguments, told = CHANGES[name]

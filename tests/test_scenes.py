@@ -150,6 +150,7 @@ def test_objects_are_drawn_where_the_scene_says(shape, size):
     assert (image[17, 46] == COLORS["blue"]).all()
 
 
+@pytest.mark.slow
 def test_held_out_pairs_occur_in_the_compositional_split_only():
     rare = {f"{color} {shape}" for color, shape in CONFIG.held_out_pairs}
     seen_colors, seen_shapes = set(), set()
@@ -175,6 +176,7 @@ def test_held_out_pairs_occur_in_the_compositional_split_only():
             assert set(question.pairs) & set(CONFIG.held_out_pairs)
 
 
+@pytest.mark.slow
 def test_files_have_the_form_of_coco_and_vqav2(directory):
     ids = set()
     for split, count in (("train", 300), (COMPOSITIONAL, 40)):

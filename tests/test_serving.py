@@ -80,6 +80,7 @@ def content(home, name):
     return (home / "photos" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_served_answers_equal_those_of_the_commands_in_any_batch(home, model, expected):
     photos = [content(home, name) for name in NAMES]
     asked = [

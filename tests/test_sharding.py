@@ -156,6 +156,7 @@ def test_loss_metrics_and_gradients_are_those_of_one_device(mesh, rules):
     assert (split > 0) == (parts > 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh, rules", DECODED, ids=str)
 def test_predictions_are_those_of_one_device(mesh, rules):
     variant = variant_of(mesh, rules)

@@ -106,6 +106,7 @@ def one_step(scale, partitioning=ONE_DEVICE, guard=GUARD, steps_before=0, places
     return jax.device_get((now, after)), jax.device_get(window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scale, mesh, reason",
     [
@@ -213,6 +214,7 @@ def test_the_logged_rate_is_that_of_the_optimizer(straight):
         assert rates[step] == pytest.approx(float(schedule(jnp.int32(step - 1 - lag))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dies_at", [[7], [10, 13], [21, 23]], ids=str)
 def test_a_guarded_run_that_is_killed_ends_as_if_nothing_happened(
     dies_at, tmp_path, straight
@@ -238,6 +240,7 @@ def test_the_state_that_it_goes_back_to_is_that_checkpoint_to_the_bit(tmp_path):
     tiny_runs.assert_same_bits(first, last)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_to_go_back_to_outlives_newer_ones_within_a_streak(tmp_path):
     """`keep=1`: those of steps 5 and 6 are of a streak, 4 is the last good one."""
     guard = dataclasses.replace(GUARD, max_skips=8)
@@ -286,6 +289,7 @@ def test_a_guard_that_never_acts_changes_nothing(tmp_path):
     ] == logged(tmp_path / "without")
 
 
+@pytest.mark.slow
 def test_a_guard_can_be_taken_on_and_left_out_between_sessions(tmp_path):
     guarded(tmp_path, {}, guard=None, total_steps=4)
     guarded(tmp_path, {5: float("nan")}, total_steps=8)
@@ -366,6 +370,7 @@ def test_values_out_of_range_are_refused(options, message):
         SpikeGuard(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "said",
     [7, {"good_step": "4"}, {"good_step": 4, "returns": [[1, 2, 3]]}, {"returns": 1}],

@@ -66,6 +66,7 @@ def assert_same_shardings(tree, abstract):
         assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_parameters_are_born_in_parts(mesh):
     params, program = born(mesh)
@@ -85,6 +86,7 @@ def test_parameters_are_the_same_on_every_mesh():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_optimizer_state_lies_with_its_parameters_and_stays_there(mesh):
     partitioning, abstract = MESHES[mesh], abstract_of(mesh)

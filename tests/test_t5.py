@@ -55,6 +55,7 @@ def plain():
     return loss_and_gradients()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [dict(scan_layers=True), dict(remat="dots"), dict(remat="block", scan_layers=True)],
@@ -65,6 +66,7 @@ def test_scan_and_remat_change_neither_loss_nor_gradients(plain, options):
     assert relative_difference(loss_and_gradients(**options), plain) <= 1e-5
 
 
+@pytest.mark.slow
 def test_remat_draws_the_same_dropout_again():
     rng = jax.random.key(7)
     plain = loss_and_gradients(rng, dropout_rate=0.3)
@@ -80,6 +82,7 @@ def text():
     return module, params_of(module), logits
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_only_and_follows_its_key(text):
     _, params, logits = text
     module = module_of(dropout_rate=0.3, scan_layers=True)
@@ -136,6 +139,7 @@ def test_a_permuted_batch_gives_permuted_logits(text):
     assert_within(1e-5, permuted, logits(params, PROMPTS, SHIFTED)[order])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied_logits", [False, True])
 def test_cached_decoding_of_beams_equals_the_full_forward(tied_logits):
     """Beams are re-parented at random; each must see its own history and no other."""

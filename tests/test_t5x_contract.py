@@ -56,6 +56,7 @@ def params():
 # Initial variables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "types",
     [
@@ -104,6 +105,7 @@ def test_t5x_leaves_the_module_of_scanned_layers_alone(name):
     assert not getattr(model.module, "scan_layers", False)
 
 
+@pytest.mark.slow
 def test_parameters_are_made_in_place_under_the_mesh_of_t5x():
     text = text_config(num_encoder_layers=0, num_decoder_layers=1)
     model = image_text_model(tower_config(depth=1), text)
@@ -176,6 +178,7 @@ def whole(params):
     )
 
 
+@pytest.mark.slow
 def test_sums_over_microbatches_are_those_of_the_batch(params, whole):
     """T5X adds gradients up and never divides: a loss that is a mean would grow."""
     step = jit(functools.partial(accumulate, model_of()), static_argnums=3)
@@ -261,6 +264,7 @@ def test_only_prediction_names_rng_and_nothing_names_flax_mutables():
             assert ("rng" in names) == names_rng and "flax_mutables" not in names
 
 
+@pytest.mark.slow
 def test_predictions_scores_and_auxiliary_values_have_rows_in_front(params):
     model = model_of(decoding.greedy)
     arguments = params, BATCH, None, np.arange(8)[::-1].copy()
@@ -296,6 +300,7 @@ def test_sampling_without_a_key_says_so(params):
         step(params, BATCH, None, np.arange(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [model_of, MODELS["gemma"]], ids=["t5", "gemma"])
 def test_plain_and_frozen_dicts_of_parameters_give_the_same_program(make):
     model = make()  # scanned and with a frozen tower

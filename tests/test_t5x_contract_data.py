@@ -115,6 +115,7 @@ def equal(one, other):
 # Training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TASKS, "scenes_mixture"])
 def test_training_batches_have_the_shapes_that_initialise_the_model(name):
     if name == "scenes_mixture":
@@ -157,6 +158,7 @@ def test_hosts_read_different_examples_and_together_all_of_them():
     assert len(whole) == seqio.TaskRegistry.get(SCENES[0]).num_input_examples(SPLIT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SCENES, "scenes_mixture"])
 def test_the_position_in_the_training_data_can_be_saved(name, tmp_path):
     """T5X's save_dataset; a source that keeps state in Python cannot do it."""
@@ -220,6 +222,7 @@ def predict():
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_lines_of_inference_hold_texts_and_no_pixels(name, predict):
     task = seqio.TaskRegistry.get(name)
@@ -277,6 +280,7 @@ def test_a_vocabulary_file_loaded_twice_is_equal_and_another_is_not(
 # Evaluation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, size", [(SCENES[0], 16), (SCENES[1], (16, 16))])
 def test_seqios_evaluator_computes_the_metrics_of_our_own_evaluation(name, size):
     evaluator = Evaluator(

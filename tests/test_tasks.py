@@ -87,6 +87,7 @@ def assert_valid(example, size=64):
 # The drawn scenes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SCENES_TASKS))
 def test_every_split_of_the_scenes_tasks_gives_valid_examples(scenes_here, name):
     task = seqio.get_mixture_or_task(name)

@@ -137,6 +137,7 @@ def restored(path):
     return params
 
 
+@pytest.mark.slow
 def test_each_picture_is_shown_to_the_teacher_once(cache, written, capfd):
     for found in written:
         assert (found.num_examples, found.num_encoded) == (NUM_EXAMPLES, NUM_PICTURES)
@@ -146,6 +147,7 @@ def test_each_picture_is_shown_to_the_teacher_once(cache, written, capfd):
     assert "the teacher was run on 0 images" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_batches_are_the_live_ones_and_what_the_teacher_says(cache, written, teacher):
     """In any epoch; of an evaluation too, whose last batch is filled up."""
     model, params = student(), restored(teacher)["teacher"]
@@ -169,6 +171,7 @@ def test_batches_are_the_live_ones_and_what_the_teacher_says(cache, written, tea
     np.testing.assert_array_equal(rows[0][0], rows[1][2])
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_live_one_without_the_teachers_parameters(
     cache, written, teacher
 ):

@@ -89,6 +89,7 @@ def test_line_ends_separate_words(line_end):
     assert ptb_tokenize(f"a red{line_end}dog.") == ["a", "red", "dog"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_scores_equal_pycocoevalcap(seed):
     targets, predictions = corpus(seed, 300)

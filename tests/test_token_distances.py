@@ -97,6 +97,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_has_the_distance_of_the_mapped_tokens(name):
     distance, teacher, layers = CASES[name]

@@ -58,6 +58,7 @@ def test_a_killed_run_ends_bit_for_bit_as_if_nothing_happened(
     assert_same_end(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_resumes_bit_for_bit(tmp_path):
     run(tmp_path / "straight", partitioning=EIGHT_DEVICES)
     with pytest.raises(tiny_runs.Killed):
@@ -66,6 +67,7 @@ def test_a_run_on_a_mesh_resumes_bit_for_bit(tmp_path):
     assert_same_end(tmp_path / "killed", tmp_path / "straight", EIGHT_DEVICES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_after_the_step_with_a_resumable_state(
     number, tmp_path, uninterrupted
@@ -80,6 +82,7 @@ def test_a_signal_stops_after_the_step_with_a_resumable_state(
     assert_same_end(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_stops_before_it(tmp_path, uninterrupted, capfd):
     stop = Data(events={0: lambda: os.kill(os.getpid(), signal.SIGTERM)})
     result = run(tmp_path, data=stop)
@@ -97,6 +100,7 @@ def test_a_signal_before_the_first_step_stops_before_it(tmp_path, uninterrupted,
     assert_same_end(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_logged_steps_without_a_checkpoint_are_told_and_done_again(
     tmp_path, uninterrupted, capsys
 ):
@@ -125,6 +129,7 @@ tiny_runs.run(sys.argv[1], data=tiny_runs.Data(events={8: kill}))
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_outright_can_be_started_again(tmp_path, uninterrupted):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -291,6 +296,7 @@ def compiled_update(model):
     return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_costs_no_backward_pass_and_no_activations():
     def costs(frozen):
         model = tiny_models.image_text_model(

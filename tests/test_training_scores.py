@@ -65,6 +65,7 @@ def never():
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("partitioning", [ONE_DEVICE, FOUR_DEVICES], ids=["1", "4"])
 def test_scores_are_those_of_an_evaluation(
     partitioning, checkpoint, log, tmp_path, capsys, monkeypatch

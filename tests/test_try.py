@@ -111,6 +111,7 @@ NOT_THERE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", NOT_THERE)
 def test_files_that_are_not_there_name_what_chooses_others(elsewhere, recipe, capsys):
     command, split, *options = NOT_THERE[recipe]
@@ -135,6 +136,7 @@ def test_every_recipe_has_a_macro_for_its_split(path, command):
     assert said.startswith(f"--gin.{name} chooses another split, ")
 
 
+@pytest.mark.slow
 def test_a_missing_split_of_evaluation_is_told_before_the_first_step(
     elsewhere, monkeypatch, capsys
 ):

@@ -26,6 +26,7 @@ transformers = import_peer("transformers")
 HEAD = video_head.TemporalHead(depth=1, head_dim=8, mlp_ratio=2)
 
 
+@pytest.mark.slow
 @without_gradients
 def test_the_transformer_over_frames_is_vivits():
     width, frames = 16, 6

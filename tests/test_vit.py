@@ -68,6 +68,7 @@ def plain():
     return outputs_and_gradients(tower_config(**TWO_BLOCKS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -101,6 +102,7 @@ def test_remat_computes_more_products_again_and_fusion_has_fewer_of_them():
     assert products(fused_projections=True) < plain
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing_in_the_classic_form():
     plain = outputs_and_gradients(classic_tower_config(**TWO_BLOCKS))
     other = outputs_and_gradients(
@@ -125,6 +127,7 @@ PUBLIC = dict(
 )
 
 
+@pytest.mark.slow
 def test_scan_remat_and_fusion_change_nothing_in_the_forms_of_public_towers():
     plain = outputs_and_gradients(tower_config(**TWO_BLOCKS, **PUBLIC))
     for options in (
@@ -365,6 +368,7 @@ def test_params_may_be_bfloat16_under_float32_computation():
     assert out[0].tokens.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_a_fresh_tower_begins_with_zero_biases_and_unit_scales():
     module = vit.VisionTower(classic_tower_config(**TWO_BLOCKS, scan_layers=True))
     params = jit(module.init)(jax.random.key(0), PIXELS)["params"]

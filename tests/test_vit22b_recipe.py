@@ -36,6 +36,7 @@ def gradients(step, shapes):
     return {name: draw(shape) for name, shape in shapes.items()}
 
 
+@pytest.mark.slow
 def test_the_updates_of_twenty_steps_have_the_pinned_sizes():
     optimizer = optimizers.adafactor(1.0, clip_norm=None)
     params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
@@ -106,6 +107,7 @@ def reference(params, shapes, steps, peak, schedule):
     return params
 
 
+@pytest.mark.slow
 def test_the_whole_recipe_equals_its_reference_step_by_step():
     """Clipped, 3.0 in the head, 0.03 in other kernels, none elsewhere."""
     shapes = SHAPES | {"h": (48, 40), "c": (40,)}

@@ -45,6 +45,7 @@ def of_all_terms(function, states, table, targets):
 
 
 # 16 parts of 5 rows; 4 parts of 9; one part of 37.
+@pytest.mark.slow
 @pytest.mark.parametrize("size, piece", [(80, 32), (80, 48), (36, 8), (37, 10)])
 @pytest.mark.parametrize("axis, softcap", [(0, None), (1, None), (0, 2.0)])
 def test_terms_and_gradients_are_those_of_whole_logits(size, piece, axis, softcap):
@@ -100,6 +101,7 @@ def everything(model):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_a_large_vocabulary_never_makes_its_logits(name, monkeypatch):
     model = MODELS[name]()

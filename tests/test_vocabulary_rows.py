@@ -39,6 +39,7 @@ def decoded(module, params, method, size):
     return np.asarray(predict(params, tiny_models.batch(8)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "methods"),
     [(t5, list(METHODS)), (gemma, ["greedy"])],

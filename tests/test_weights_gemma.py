@@ -123,6 +123,7 @@ def published_shapes(kind, said):
     return {name: tuple(tensor.shape) for name, tensor in names.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_tensor_of_a_published_size_maps_and_none_is_left(name):
     kind, said, variant, millions = PUBLISHED[name]

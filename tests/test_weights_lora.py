@@ -85,6 +85,7 @@ def read(path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [False, True], ids=["loop", "scan"])
 def test_an_adapter_becomes_parameters_beside_the_kernels(source, tmp_path, scanned):
     path, out = adapter(tmp_path / "adapter"), str(tmp_path / "out")
@@ -257,6 +258,7 @@ def export(folder, out, *options):
     return cli.main(["export", str(folder), *config, "--out", str(out), *options])
 
 
+@pytest.mark.slow
 def test_a_merged_export_computes_what_the_updated_model_does(
     trained, tmp_path, capsys
 ):

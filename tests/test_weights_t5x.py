@@ -43,6 +43,7 @@ def write_orbax(folder, theirs):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, write",
     [

@@ -99,6 +99,7 @@ MILLIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_tensor_of_a_published_size_maps_and_none_is_left(name):
     kind, sizes = PUBLISHED[name]

@@ -7,6 +7,7 @@ import run
 CASES = 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", harness.modules())
 def test_damaged_files_are_read_or_refused_with_their_name(module):
     found = [(module, reader) for reader in harness.readers(module)]

@@ -349,6 +349,7 @@ TABLE: Mapping[str, tuple[Sequence[str], Mapping[str, Meaning]]] = {
                 "input_length",
                 "target_length",
                 "rounds",
+                "json_file",
             ),
             _OF_BENCH,
         ),
