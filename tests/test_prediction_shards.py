@@ -166,11 +166,15 @@ def test_merging_says_what_is_missing_and_does_it_once(tmp_path, capsys):
 TASK = "tiny_shards"
 
 
-@pytest.fixture(scope="module")
-def restored(tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("captioned")
     tiny_captions.write_folder(folder)
     tiny_captions.register(TASK, folder)
+
+
+@pytest.fixture(scope="module")
+def restored(tmp_path_factory):
     path = tiny_captions.write_checkpoint(tmp_path_factory.mktemp("run"))
     sample = functools.partial(decoding.sample, temperature=1.5)
     model = tiny_captions.model(sample)
