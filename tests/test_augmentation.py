@@ -33,6 +33,9 @@ from vit22b_transfer.data.sources import CaptionFiles
 from vit22b_transfer.models.preparation import Preparation
 from vit22b_transfer.training.inputs import EvalData, TrainData
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 RECORDS, BROKEN, SIDE = 22, 7, 8
 HOW = Preparation(filter="bicubic", fit="shorter_side", resized=10, cropped=9, kept=8)
 LENGTHS = image_lengths.prepared({"images": SIDE, "inputs": 12, "targets": 6}, HOW)
@@ -236,7 +239,6 @@ def test_all_images_of_an_example_are_drawn_alike(tmp_path):
 # --- When ---
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["drawn", "keyed", "drawn_mixture", "in_sequence"])
 def test_a_run_that_goes_on_draws_what_it_would_have_drawn(name, straight):
     whole = straight if name == "drawn" else train(name, 7)

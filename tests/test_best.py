@@ -17,6 +17,9 @@ from vit22b_transfer.checkpoints.best import KeepBest
 from vit22b_transfer.training.eval_loss import EvaluationStopped
 from vit22b_transfer.training.train import Periods
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 NOISE = "generated/tiny/noise"
 BEST = KeepBest(NOISE, "max", keep=2)
 # Of 12 steps: measured at 3, 6, 9, 12, the loss at 4, 8, 12 and saved at each step.
@@ -70,7 +73,6 @@ def straight(tmp_path_factory):
     return directory
 
 
-@pytest.mark.slow
 def test_the_best_are_kept_besides_the_newest(straight):
     values = measured(straight)
     assert sorted(values) == [3, 6, 9, 12] and len(set(values.values())) == 4
@@ -99,7 +101,6 @@ def assert_same_end(directory, straight):
     assert logged(directory) == logged(straight)
 
 
-@pytest.mark.slow
 def test_a_killed_run_keeps_the_same_checkpoints(tmp_path, straight):
     for step in (4, 7, 10):
         with pytest.raises(tiny_runs.Killed):
@@ -111,7 +112,6 @@ def test_a_killed_run_keeps_the_same_checkpoints(tmp_path, straight):
 
 
 # The second call is that of step 6, the fourth that of the last, with the loss.
-@pytest.mark.slow
 @pytest.mark.parametrize("call, step", [(2, 6), (4, 12)])
 def test_scores_that_a_signal_stopped_are_done_again(tmp_path, straight, call, step):
     result = scored_run(tmp_path, scores=Scores(stops_at=call))

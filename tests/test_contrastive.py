@@ -31,6 +31,9 @@ from vit22b_transfer.training import optimizers
 from vit22b_transfer.training.inputs import EvalData, TrainData
 from vit22b_transfer.training.train import Periods, fine_tune
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 ONE_DEVICE = Partitioning(data=1, model=1)
 EIGHT = Partitioning(data=4, model=2)
 
@@ -41,7 +44,6 @@ def gradients(model, params, batch, partitioning):
         return tiny_models.jit(function)(params)
 
 
-@pytest.mark.slow
 def test_chunked_and_whole_losses_train_alike_on_one_device_and_on_eight():
     module = tiny_pairs.module(first_bias=None)
     batch = tiny_pairs.batch(8, missing=[3])
@@ -331,7 +333,6 @@ def run(registered, tmp_path_factory):
     return folder, train(byte_model(frozen_tower=True), folder, 40)
 
 
-@pytest.mark.slow
 def test_a_locked_tower_stays_locked_to_the_bit_and_all_else_is_trained(run):
     folder, _ = run
     first, last = saved(folder, 20), saved(folder, 40)
@@ -350,7 +351,6 @@ def test_pairs_are_learned_and_what_is_no_pair_is_counted(run):
     assert result.counters["skipped_images"] > 0
 
 
-@pytest.mark.slow
 def test_zero_shot_classes_and_retrieval_of_a_checkpoint(run, registered, tmp_path):
     folder, _ = run
     results = evaluate.evaluate_checkpoint(
@@ -388,7 +388,6 @@ def test_zero_shot_classes_and_retrieval_of_a_checkpoint(run, registered, tmp_pa
         assert pairs.metrics[f"{name}_recall@5"] == pytest.approx(expected)
 
 
-@pytest.mark.slow
 def test_a_run_of_pairs_is_resumed_to_the_bit(run, tmp_path):
     folder, _ = run
     shutil.copytree(folder / "checkpoint_20", tmp_path / "checkpoint_20")
@@ -438,7 +437,6 @@ def test_an_empty_text_and_a_missing_image_are_no_pair():
     np.testing.assert_array_equal(weights, [1, 0, 0, 0, 0, 0, 0, 0])
 
 
-@pytest.mark.slow
 def test_a_run_of_pairs_is_planned(capsys):
     arguments = ["plan", "--gin_file=gin_configs/recipes/lit.gin", "--gin.BATCH_SIZE=8"]
     assert cli.main([*arguments, "--device=h100", "--devices=8"]) == 0

@@ -24,6 +24,9 @@ from vit22b_transfer.models.token_distances import TokenDistance, cosine
 from vit22b_transfer.training import optimizers
 from vit22b_transfer.training.train import InitialCheckpoint, Periods
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 CLASSES = 7
 SIZE = tiny_models.IMAGE_SIZE
 RULES = (("teacher/(.*)", r"\1"), (".*", None))
@@ -159,7 +162,6 @@ def said(module, params, images):
     return np.asarray(module.apply({"params": params}, jnp.asarray(images)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "temperature, label_weight, smoothing", [(1.0, 0.0, 0.0), (3.0, 0.5, 0.2)]
 )
@@ -193,7 +195,6 @@ def test_the_loss_compares_what_both_say_of_the_same_mixed_pixels(
         np.testing.assert_allclose(told, of_each[real > 0].mean(), rtol=2e-5)
 
 
-@pytest.mark.slow
 def test_the_gradient_is_the_students_alone():
     model, params = student_of(label_weight=1.0), both()
     gradient = jax.grad(lambda p: model.loss_fn(p, batch(), None)[0])(params)
@@ -288,7 +289,6 @@ def student(tmp_path_factory, teacher):
     return folder
 
 
-@pytest.mark.slow
 def test_a_teacher_stays_what_it_was_and_has_no_optimizer_state(teacher, student):
     before, after = tiny_runs.arrays_of(teacher), tiny_runs.arrays_of(student)
     names = {n for n in before if n.startswith("target/")}
@@ -303,7 +303,6 @@ def test_a_teacher_stays_what_it_was_and_has_no_optimizer_state(teacher, student
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_bit_with_mixup(student, teacher, tmp_path):
     with pytest.raises(tiny_runs.Killed):
         taught(tmp_path, teacher, data=tiny_runs.Data(batch=batch, dies_at=4))

@@ -39,6 +39,9 @@ from vit22b_transfer.training import inputs, logs
 from vit22b_transfer.training.inputs import EvalData, TrainData
 from vit22b_transfer.training.train import InitialCheckpoint, Periods, fine_tune
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TASK = "feature_cache_test"
 FROZEN = ("encoder/tower/.*",)
@@ -126,7 +129,6 @@ def written(cache):
     return write(cache, eval_data=eval_data)
 
 
-@pytest.mark.slow
 def test_each_image_is_encoded_once_and_no_example_is_lost(written):
     train, test = written
     assert (train.num_examples, test.num_examples) == (NUM_TRAIN, NUM_IMAGES)
@@ -199,7 +201,6 @@ def mean_loss(dtype):
     return mean_loss
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, storage, tolerance",
     [
@@ -252,7 +253,6 @@ class DyingSource(sources.CaptionFileSource):
         return super().records(split, order.map(checked))
 
 
-@pytest.mark.slow
 def test_a_run_that_dies_goes_on_and_ends_with_the_same_bytes(
     folder, checkpoint, tmp_path, written
 ):
@@ -472,7 +472,6 @@ def test_a_batch_on_several_devices_gives_the_same_shards(
             np.testing.assert_allclose(*tokens, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_two_processes_share_the_shards_out_and_train_on_them(tmp_path):
     scenes.write_scenes(
         tmp_path / "data", seed=3, sizes={"train": 12, "validation": 4, "test": 4}
@@ -531,7 +530,6 @@ def runs(tmp_path_factory, cache, written, checkpoint):
     return found
 
 
-@pytest.mark.slow
 def test_training_gives_the_losses_and_parameters_of_a_frozen_tower(runs):
     (live, live_dir), (cached, cached_dir) = runs
     for ours, theirs in zip(

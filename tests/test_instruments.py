@@ -29,6 +29,9 @@ from vit22b_transfer.training import instrument_picture, optimizers, state, step
 from vit22b_transfer.training import instruments as readings
 from vit22b_transfer.training.train import Periods
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 # --- One attention, against NumPy in double precision ---
 
 
@@ -212,7 +215,6 @@ def assert_same_told(actual, expected, rtol=1e-5):
             np.testing.assert_allclose(ours[name], value, rtol, 1e-6, err_msg=name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, changes",
     [
@@ -281,7 +283,6 @@ def test_text_models_tell_of_their_layers_too():
 # --- The compiled step ---
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [True, False])
 def test_when_nobody_asks_the_program_is_the_same(scanned, monkeypatch):
     """As without a line of the instruments in the modules."""
@@ -352,7 +353,6 @@ def test_gradient_and_update_norms_are_those_of_each_group():
         np.testing.assert_allclose(told, np.sqrt(np.sum(squares)), rtol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, mesh, options",
     [
@@ -404,7 +404,6 @@ def instrumented(tmp_path_factory):
     return directory
 
 
-@pytest.mark.slow
 def test_a_run_logs_what_it_was_told_with_the_losses_of_that_step(instrumented):
     lines = logged(instrumented)
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
@@ -429,7 +428,6 @@ def test_a_run_draws_what_it_was_told(instrumented):
     assert (0, 60, 220) in {color for _, color in colors}
 
 
-@pytest.mark.slow
 def test_instruments_change_nothing_that_is_learned(instrumented, tmp_path):
     """The other step is compiled for itself, so to rounding, not to the bit."""
     periods = Periods(log=2, evaluate=20, checkpoint=5)

@@ -27,6 +27,9 @@ from vit22b_transfer.training.train import InitialCheckpoint, Periods, fine_tune
 from vit22b_transfer.weights import export
 from vit22b_transfer.weights.families import table
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 FROZEN = ("encoder/tower/.*",)
 ONE_DEVICE = tiny_runs.ONE_DEVICE
@@ -70,7 +73,6 @@ def dequantized_params(params):
     return unflatten_dict(flat)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -257,7 +259,6 @@ def run(tmp_path_factory, checkpoint):
     return result.checkpoint
 
 
-@pytest.mark.slow
 def test_a_training_keeps_the_int8_tower_and_moves_the_rest(run, checkpoint):
     first = restored(checkpoint, model())
     arguments = ONE_DEVICE, run, tiny_captions.LENGTHS, 4

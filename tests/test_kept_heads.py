@@ -34,6 +34,9 @@ from vit22b_transfer.experiments import (
 )
 from vit22b_transfer.recipes import shipped
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 PROBE = logistic.LogisticProbe([["pooled"]], (1e-2, 1.0), 0.25, 50)
 SPLITS = ("train", "validation")
 
@@ -91,7 +94,6 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_a_head_is_learned_once_and_judged_as_the_probe_judges(
     source, kept, tmp_path, monkeypatch, capsys
 ):
@@ -249,7 +251,6 @@ def test_a_frame_is_cut_off_before_a_picture_is_resized(tmp_path, monkeypatch):
     assert b"" != second["image_error"] and not len(second["labels"])
 
 
-@pytest.mark.slow
 def test_corruptions_are_made_once_and_each_picture_by_its_own_chance(
     judge, source, monkeypatch, tmp_path
 ):

@@ -31,6 +31,9 @@ from vit22b_transfer.training.state import (
 )
 from vit22b_transfer.training.train import InitialCheckpoint, Periods
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 # --- What is not finite ---
 
 
@@ -43,7 +46,6 @@ def turned(step, value):
     return optax.scale_by_schedule(scale)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "partitioning", [tiny_runs.ONE_DEVICE, Partitioning(data=4, model=2)]
 )
@@ -353,7 +355,6 @@ def test_few_slow_steps_are_to_be_waited_for_when_a_run_is_stopped(
 # --- Full disks ---
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_bytes", [300, 20_000], ids=["the log", "a checkpoint"])
 def test_training_on_a_full_disk_ends_in_a_line_and_goes_on(
     num_bytes, tmp_path, uninterrupted, capfd

@@ -31,6 +31,9 @@ from vit22b_transfer.training.train import InitialCheckpoint
 from vit22b_transfer.weights.adapters import merging
 from vit22b_transfer.weights.files.stored_tensors import StoredTensor
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 QUERY_VALUE = (".*attention/(query|value)/kernel",)
 EVERY_KERNEL = (".*(attention|mlp)/[^/]*/kernel",)
 CONFIG = lora.LoraConfig(rank=3, alpha=1.5, patterns=EVERY_KERNEL)
@@ -89,7 +92,6 @@ def with_zeros(params):
 # The model
 
 
-@pytest.mark.slow
 @some_models
 def test_updates_of_zero_leave_the_outputs_unchanged_to_the_bit(name):
     actual = logits_of(name)(with_zeros(trained(name)[1]))
@@ -163,7 +165,6 @@ def test_scanned_layers_compute_what_unrolled_ones_do():
     assert_within(1e-5, scanned(stacked), logits_of("T5")(params))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", [t5_model, gemma_model], ids=["T5", "Gemma"])
 def test_cached_decoding_scores_as_the_full_forward_over_scanned_layers(make):
     """Decoding unrolls the layers, so the paths are not those of the patterns."""
@@ -233,7 +234,6 @@ def test_every_parameter_has_logical_axes_that_have_rules():
 
 
 @pytest.mark.parametrize("name", ["Gemma, scanned"])
-@pytest.mark.slow
 def test_sharded_updates_train_as_unsharded_ones(name):
     model, params = trained(name)
     updates, base = freezing.split_frozen(params, model.frozen)
@@ -282,7 +282,6 @@ def write_checkpoint(folder, model, params):
     return reading.checkpoint_path(folder, 1)
 
 
-@pytest.mark.slow
 def test_a_run_from_a_plain_checkpoint_trains_the_updates_and_nothing_else(
     base, tmp_path, capsys
 ):
@@ -311,7 +310,6 @@ def test_a_run_from_a_plain_checkpoint_trains_the_updates_and_nothing_else(
     assert sum("lora_" in name for name in moments) == 2 * (len(trained) - len(base))
 
 
-@pytest.mark.slow
 def test_all_but_the_updates_must_be_in_the_checkpoint(base):
     path, params = base
     abstract = tiny_runs.abstract_params(bfloat16_model())

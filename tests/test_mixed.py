@@ -30,6 +30,9 @@ from vit22b_transfer.planning import advice, devices, jobs, planner
 from vit22b_transfer.recipes import t5x_options
 from vit22b_transfer.training import eval_loss, optimizers, state, steps
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 WEIGHTS = {"captioning": 0.5, "contrastive": 2.0}
 # Rows of every kind; four have each objective.
 ROWS = [
@@ -93,7 +96,6 @@ def value(metrics, name="loss"):
     return float(metrics[name].compute())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", NAMES)
 def test_a_batch_of_one_objective_has_the_loss_and_gradients_of_its_model(objective):
     model, params, grad = measured("sigmoid")
@@ -119,7 +121,6 @@ def test_a_batch_of_one_objective_has_the_loss_and_gradients_of_its_model(object
     assert counted == dict.fromkeys(NAMES, 0.0) | {objective: 4.0}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_mixed_batch_is_the_weighted_sum_of_its_sub_batches(name):
     model, params, grad = measured(name)
@@ -256,7 +257,6 @@ def four_steps(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_two_steps_and_two_more_are_four_to_the_bit(four_steps, tmp_path):
     shutil.copytree(four_steps / "checkpoint_2", tmp_path / "run" / "checkpoint_2")
     train(tmp_path / "run", 4)

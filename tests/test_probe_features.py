@@ -34,6 +34,9 @@ from vit22b_transfer.inference import cache_features
 from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.recipes import shipped
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 VECTORS = ("pooled", "mean", "block_0_mean")
 
 
@@ -96,7 +99,6 @@ def files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).rglob("*.array_r*")}
 
 
-@pytest.mark.slow
 def test_features_are_what_the_tower_says_of_each_image(shared, params, pixels):
     found = shared.read("stripes", "train", VECTORS)
     images, labels = pixels
@@ -258,7 +260,6 @@ def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_the_command_writes_each_number_with_its_protocol_and_data(
     folder, params, tmp_path, capsys
 ):

@@ -24,6 +24,9 @@ from vit22b_transfer.training import optimizers, state, steps
 from vit22b_transfer.training.qk_clip import CLIPPED, QKClip
 from vit22b_transfer.training.train import Periods
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 VIEW = grouped_attention.LayerView(
     jnp.ones((2, 1, 5, 5), bool), jnp.zeros((2, 5, 2), jnp.float32)
 )
@@ -38,7 +41,6 @@ def largest_logits(module, params, *inputs):
     return recorded.told[instruments.LARGEST_LOGIT]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, inputs",
     [(OWN_KEYS, (X, X)), (SHARED_KEYS, (X, VIEW))],
@@ -115,7 +117,6 @@ def step_of(threshold, **options):
     return jax.device_get((after.params, metrics))
 
 
-@pytest.mark.slow
 def test_scanned_layers_and_microbatches_are_clipped_alike():
     free, free_metrics = step_of(None, instrumented=True)
     told = readings.readings(readings.split(free_metrics)[1])[0]
@@ -151,7 +152,6 @@ def tiny_model():
     return tiny_models.image_text_model(tower, text, optimizer_def=optimizer)
 
 
-@pytest.mark.slow
 def test_a_run_tells_how_many_heads_it_clips(tmp_path, capsys):
     run(
         tmp_path,

@@ -23,6 +23,9 @@ from vit22b_transfer.training import compiling, optimizers, spike_guard, state, 
 from vit22b_transfer.training.spike_guard import KEY, SpikeGuard
 from vit22b_transfer.training.train import Periods
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 GUARD = SpikeGuard(settle_steps=3, max_skips=3)
 PERIODS = Periods(log=4, evaluate=100, checkpoint=4)
 
@@ -106,7 +109,6 @@ def one_step(scale, partitioning=ONE_DEVICE, guard=GUARD, steps_before=0, places
     return jax.device_get((now, after)), jax.device_get(window)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "scale, mesh, reason",
     [
@@ -214,7 +216,6 @@ def test_the_logged_rate_is_that_of_the_optimizer(straight):
         assert rates[step] == pytest.approx(float(schedule(jnp.int32(step - 1 - lag))))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dies_at", [[7], [10, 13], [21, 23]], ids=str)
 def test_a_guarded_run_that_is_killed_ends_as_if_nothing_happened(
     dies_at, tmp_path, straight
@@ -240,7 +241,6 @@ def test_the_state_that_it_goes_back_to_is_that_checkpoint_to_the_bit(tmp_path):
     tiny_runs.assert_same_bits(first, last)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_to_go_back_to_outlives_newer_ones_within_a_streak(tmp_path):
     """`keep=1`: those of steps 5 and 6 are of a streak, 4 is the last good one."""
     guard = dataclasses.replace(GUARD, max_skips=8)
@@ -289,7 +289,6 @@ def test_a_guard_that_never_acts_changes_nothing(tmp_path):
     ] == logged(tmp_path / "without")
 
 
-@pytest.mark.slow
 def test_a_guard_can_be_taken_on_and_left_out_between_sessions(tmp_path):
     guarded(tmp_path, {}, guard=None, total_steps=4)
     guarded(tmp_path, {5: float("nan")}, total_steps=8)
@@ -315,7 +314,6 @@ def test_frozen_parameters_and_microbatches_are_guarded_alike(tmp_path):
     assert freezing.frozen_mask(saved_params(tmp_path, model), model.frozen)
 
 
-@pytest.mark.slow
 def test_a_run_that_cannot_go_back_says_so(tmp_path):
     with pytest.raises(UserError, match="4 steps in a row .* no good checkpoint"):
         guarded(
@@ -337,7 +335,6 @@ def test_a_run_that_cannot_go_back_says_so(tmp_path):
     assert reading.complete_steps(str(tmp_path / "b")) == [4, 44, 48]
 
 
-@pytest.mark.slow
 def test_the_table_of_injected_spikes(monkeypatch):
     """What `benchmarks/spike_guard_table.py` claims, of all its cases."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
@@ -370,7 +367,6 @@ def test_values_out_of_range_are_refused(options, message):
         SpikeGuard(**options)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "said",
     [7, {"good_step": "4"}, {"good_step": 4, "returns": [[1, 2, 3]]}, {"returns": 1}],
@@ -387,7 +383,6 @@ def test_a_damaged_record_is_an_error_that_names_the_checkpoint(said, tmp_path):
         guarded(tmp_path, {})
 
 
-@pytest.mark.slow
 def test_two_processes_skip_and_go_back_together(tmp_path):
     """Whatever is above the running mean is a spike: about every second step."""
     sizes = {"train": 24, "validation": 8, "test": 11}

@@ -32,6 +32,9 @@ from vit22b_transfer.training import optimizers, run_settings, state, train
 from vit22b_transfer.training.inputs import EvalData, TrainData
 from vit22b_transfer.training.train import InitialCheckpoint, Periods, fine_tune
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 TASK = "teacher_cache_test"
 NUM_EXAMPLES, NUM_PICTURES = 21, 10
 RULES = (("teacher/(.*)", r"\1"), (".*", None))
@@ -137,7 +140,6 @@ def restored(path):
     return params
 
 
-@pytest.mark.slow
 def test_each_picture_is_shown_to_the_teacher_once(cache, written, capfd):
     for found in written:
         assert (found.num_examples, found.num_encoded) == (NUM_EXAMPLES, NUM_PICTURES)
@@ -147,7 +149,6 @@ def test_each_picture_is_shown_to_the_teacher_once(cache, written, capfd):
     assert "the teacher was run on 0 images" in capfd.readouterr().out
 
 
-@pytest.mark.slow
 def test_batches_are_the_live_ones_and_what_the_teacher_says(cache, written, teacher):
     """In any epoch; of an evaluation too, whose last batch is filled up."""
     model, params = student(), restored(teacher)["teacher"]
@@ -171,7 +172,6 @@ def test_batches_are_the_live_ones_and_what_the_teacher_says(cache, written, tea
     np.testing.assert_array_equal(rows[0][0], rows[1][2])
 
 
-@pytest.mark.slow
 def test_the_loss_is_the_live_one_without_the_teachers_parameters(
     cache, written, teacher
 ):
@@ -213,7 +213,6 @@ def run(folder, model, cache, initial=None, steps=3):
     )
 
 
-@pytest.mark.slow
 def test_a_training_is_the_live_one_and_keeps_its_teacher(
     cache, written, teacher, tmp_path
 ):

@@ -23,6 +23,9 @@ from vit22b_transfer.training.eval_loss import EvaluationStopped
 from vit22b_transfer.training.inputs import EvalData, TrainData
 from vit22b_transfer.training.train import Periods, fine_tune
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 TASK, PLAIN_TASK = "tiny_training_scores", "tiny_training_scores_plain"
 FOUR_DEVICES = Partitioning(data=2, model=2)
 
@@ -65,7 +68,6 @@ def never():
     return False
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("partitioning", [ONE_DEVICE, FOUR_DEVICES], ids=["1", "4"])
 def test_scores_are_those_of_an_evaluation(
     partitioning, checkpoint, log, tmp_path, capsys, monkeypatch
@@ -142,7 +144,6 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_training_is_the_same_with_and_without_scores(kind, tmp_path):
     partitioning = FOUR_DEVICES if kind == "plain" else ONE_DEVICE
@@ -181,7 +182,6 @@ def test_a_training_is_the_same_with_and_without_scores(kind, tmp_path):
     assert {n: lines[-1][f"generated/{TASK}/{n}"] for n in expected} == expected
 
 
-@pytest.mark.slow
 def test_two_processes_score_and_keep_what_one_does(tmp_path):
     sizes = {"train": 12, "validation": 11, "test": 2}
     scenes.write_scenes(tmp_path / "data", seed=3, sizes=sizes)

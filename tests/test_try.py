@@ -15,6 +15,9 @@ from vit22b_transfer.inference.prediction_files import read_lines
 from vit22b_transfer.recipes import loading, shipped
 from vit22b_transfer.training import inputs
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 TRY = CONFIGS / "runs/try.gin"
 
 
@@ -58,7 +61,6 @@ SMALL = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_trial_runs_and_says_that_it_is_one(name, tmp_path, monkeypatch, capsys):
     sizes = {"train": 20, "validation": 20, "test": 20}
@@ -111,7 +113,6 @@ NOT_THERE = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", NOT_THERE)
 def test_files_that_are_not_there_name_what_chooses_others(elsewhere, recipe, capsys):
     command, split, *options = NOT_THERE[recipe]
@@ -136,7 +137,6 @@ def test_every_recipe_has_a_macro_for_its_split(path, command):
     assert said.startswith(f"--gin.{name} chooses another split, ")
 
 
-@pytest.mark.slow
 def test_a_missing_split_of_evaluation_is_told_before_the_first_step(
     elsewhere, monkeypatch, capsys
 ):

@@ -23,6 +23,9 @@ from vit22b_transfer.partitioning.rules import Partitioning
 from vit22b_transfer.recipes.reader import RecipeError
 from vit22b_transfer.training import optimizers, state
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 TOWER = ("encoder/tower/.*",)
 EIGHT_DEVICES = Partitioning(data=4, model=2)
 
@@ -95,7 +98,6 @@ def trained(tmp_path_factory):
     return directory
 
 
-@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_average_to_the_bit(trained, tmp_path):
     with pytest.raises(Killed):
         run(tmp_path, model(), data=Data(dies_at=7))
@@ -107,7 +109,6 @@ def test_a_killed_run_ends_with_the_same_average_to_the_bit(trained, tmp_path):
     assert tiny_models.relative_difference(first[0], last) > 1e-3
 
 
-@pytest.mark.slow
 def test_microbatches_and_a_mesh_give_the_same_average(trained, tmp_path):
     made = LinearModel(optimizer(), keep_rate=1.0)
     for name, options in (
@@ -203,7 +204,6 @@ def write(model_dir, params, param_states):
 TASK = "tiny_weight_average"
 
 
-@pytest.mark.slow
 def test_evaluation_takes_the_average_and_writes_beside_the_trained(tmp_path, capsys):
     """The average of a checkpoint in place of its weights, which are all zero."""
     tiny_captions.write_folder(tmp_path)

@@ -24,6 +24,9 @@ from vit22b_transfer.weights import sources
 from vit22b_transfer.weights.families import t5, table
 from vit22b_transfer.weights.files import tensor_files
 
+# Models are trained, or towers run, in most of these.
+pytestmark = pytest.mark.slow
+
 SIZES = dict(d_model=24, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64)
 CONFIG = SIZES | dict(
     model_type="t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False
@@ -85,7 +88,6 @@ def read(path):
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [False, True], ids=["loop", "scan"])
 def test_an_adapter_becomes_parameters_beside_the_kernels(source, tmp_path, scanned):
     path, out = adapter(tmp_path / "adapter"), str(tmp_path / "out")
@@ -258,7 +260,6 @@ def export(folder, out, *options):
     return cli.main(["export", str(folder), *config, "--out", str(out), *options])
 
 
-@pytest.mark.slow
 def test_a_merged_export_computes_what_the_updated_model_does(
     trained, tmp_path, capsys
 ):
