@@ -9,7 +9,8 @@ import pytest
 from prediction_samples import CAPTIONS
 
 from vit22b_transfer import cli
-from vit22b_transfer.reports import html_page
+from vit22b_transfer.experiments.suite_results import Chart, Curve, Line, Number
+from vit22b_transfer.reports import html_page, suite_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
@@ -63,6 +64,28 @@ def test_a_page_is_read_without_a_complaint(pages, name, tmp_path):
     assert dom.count("<img ") == page.read_text().count("<img ") > 10
     assert "document.title" not in dom or "&lt;script&gt;document.title" in dom
     assert "<title>run</title>" not in dom
+
+
+def test_the_suites_page_is_read_without_a_complaint(tmp_path):
+    name = "<script>document.title = 'run'</script>"
+    curve = Curve(name, [[1.0, 40.0], [25.0, 80.0]], [[35.0, 45.0], [75.0, 85.0]])
+    line = Line(
+        8,
+        name,
+        status="done",
+        key="k",
+        tower={"name": name, "fingerprint": "f"},
+        numbers=(Number(name, 50.0, 45.0, 55.0, "%"),),
+        charts=(Chart(name, "shots", "%", [curve], log_x=True),),
+        commands=(name,),
+    )
+    page = tmp_path / "suite.html"
+    results = suite_page.Results(str(tmp_path), {8: line})
+    page.write_text(suite_page.html([results]))
+    dom, said = opened(page, tmp_path)
+    assert not said
+    assert "&lt;script&gt;document.title" in dom and "<title>run</title>" not in dom
+    assert dom.count("<svg") == page.read_text().count("<svg") > 0
 
 
 def test_a_page_that_asks_for_something_is_complained_of(tmp_path):
