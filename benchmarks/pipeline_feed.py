@@ -22,9 +22,10 @@ import seqio
 from PIL import Image, ImageFilter
 
 from vit22b_transfer.data import batches, given_images, image_lengths
-from vit22b_transfer.inference import decoding, infer, restored
+from vit22b_transfer.inference import infer, restored
 from vit22b_transfer.models import encoder_decoder, multimodal, t5, vit
 from vit22b_transfer.partitioning.rules import Partitioning
+from vit22b_transfer.planning import bench
 
 BATCH = 16
 
@@ -77,18 +78,16 @@ def _contenders(work, args):
     tower = vit.vit22b_config(args.vit, image_size=size)
     vocabulary = seqio.ByteVocabulary()
 
-    def decode_fn(init_cache, step_fn, *, eos_id, **options):
-        del eos_id  # every answer has all steps
-        return decoding.greedy(init_cache, step_fn, eos_id=-1, **options)
-
     from vit22b_transfer.data.converters import ImageTextFeatureConverter
 
-    model = multimodal.ImageTextModel(
-        encoder_decoder.ImageTextModule(tower, text),
-        vocabulary,
-        vocabulary,
-        decode_fn=decode_fn,
-        feature_converter_cls=ImageTextFeatureConverter,
+    # Every answer has all steps.
+    model = bench.endless(
+        multimodal.ImageTextModel(
+            encoder_decoder.ImageTextModule(tower, text),
+            vocabulary,
+            vocabulary,
+            feature_converter_cls=ImageTextFeatureConverter,
+        )
     )
     lengths = {"images": size, "inputs": 16, "targets": args.steps}
     task = given_images.task(images=(str(work / "images"),), prompts=("caption en",))

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import workload
 
-from vit22b_transfer.inference import decoding
+from vit22b_transfer.planning import bench
 
 SHORT, LONG = 4, 20
 
@@ -72,17 +72,13 @@ def answers(draw, count):
 
 def _decoder(steps, args):
     """A run of tower, encoder and exactly `steps` steps."""
-
-    def decode_fn(init_cache, step_fn, *, eos_id, **options):
-        del eos_id
-        return decoding.greedy(init_cache, step_fn, eos_id=-1, **options)
-
-    model = workload.build_model(
-        jnp.float32,
-        args.tower_layers,
-        args.layers,
-        decode_fn=decode_fn,
-        max_decode_length=steps,
+    model = bench.endless(
+        workload.build_model(
+            jnp.float32,
+            args.tower_layers,
+            args.layers,
+            max_decode_length=steps,
+        )
     )
     batch = workload.build_batch(args.batch)
     params = workload.initial_params(model, batch)

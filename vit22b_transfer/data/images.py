@@ -72,8 +72,8 @@ def read_image(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The image in a file or in encoded bytes, made into one of (height, width).
 
-    It is `prepare` of `read_whole`, made without an array of the whole image; of JPEGs
-    that `how` has at a scale, a larger or smaller part was never decoded.
+    It is `prepare` of `read_whole`, made without an array of the whole image; but for
+    JPEGs that `how` has decoded at a scale, which differ a little.
 
     Raises:
       UserError: as `read_whole`.
