@@ -11,7 +11,6 @@ on batches that lie there. Inference goes from the task to JSON lines, compiled 
 """
 
 import concurrent.futures
-import dataclasses
 import functools
 import itertools
 import os
@@ -103,15 +102,11 @@ def host_batches(count=4):
         }
 
 
-@dataclasses.dataclass
-class Counters:
-    """What the loop reports at its end of the data it was given."""
-
-
 class OurBatches:
     """The host batches in turn, put on the device ahead of the loop as its data are."""
 
-    counters = Counters()
+    # What the loop reports at its end of the data it was given: nothing.
+    counters = types.SimpleNamespace(counts=dict)
 
     def __init__(self, partitioning):
         place = placement.Placement.on(partitioning, BATCH)
