@@ -90,7 +90,9 @@ def torch_tower(model, normalised, dtype):
 
 def gemm(dtype):
     x = jnp.ones((GEMM, GEMM), dtype)
-    multiply = jax.jit(lambda a, b: a @ b)
+    multiply = jax.jit(
+        functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    )
     return lambda: multiply(x, x).block_until_ready()
 
 

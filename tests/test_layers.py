@@ -14,7 +14,13 @@ from tiny_models import (
     stack_layers,
 )
 
-from vit22b_transfer.models import attention, layers, multi_head_attention, stacking
+from vit22b_transfer.models import (
+    attention,
+    layers,
+    multi_head_attention,
+    products,
+    stacking,
+)
 
 BFLOAT16_EPSILON = 2.0**-8
 
@@ -50,7 +56,7 @@ def test_gradients_of_linear_equal_autodiffs(dtype, out_dtype, batch):
         gradients, y = grad(x, kernel)
         return y, *gradients
 
-    ours = value_and_gradients(lambda x, k: layers.linear(x, k, out_dtype))
+    ours = value_and_gradients(lambda x, k: products.linear(x, k, out_dtype))
     autodiff = value_and_gradients(plain)
     assert [a.dtype for a in ours] == [a.dtype for a in autodiff]
     # In bfloat16 each side rounds once more or less: the incoming gradient, or a sum.
@@ -60,7 +66,7 @@ def test_gradients_of_linear_equal_autodiffs(dtype, out_dtype, batch):
 
 def test_the_weight_gradient_of_linear_is_one_product_without_transposition():
     def loss(x, kernel):
-        return jnp.sum(layers.linear(x, kernel).astype(jnp.float32))
+        return jnp.sum(products.linear(x, kernel).astype(jnp.float32))
 
     x, kernel = normal(4, 5, 16), normal(16, 8)
     text = str(jax.make_jaxpr(jax.grad(loss, argnums=1))(x, kernel))

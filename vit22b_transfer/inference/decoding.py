@@ -84,7 +84,7 @@ def greedy(
 
     def choose(logits, index):
         del index
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return beams.first_largest(logits)
 
     return _decode_one_by_one(
         init_cache,

@@ -24,6 +24,7 @@ from vit22b_transfer.models import (
     multi_head_attention,
     multimodal,
     prefix_lm,
+    products,
     stacking,
 )
 
@@ -100,7 +101,7 @@ def _of_encoder_decoder(
         ) == (_CROSS, "record"):
             query, key = args
             query = query * jnp.asarray(asked.attention_scale, query.dtype)
-            logits = jnp.einsum("BQNH,BKNH->BNQK", query, key)
+            logits = products.einsum("BQNH,BKNH->BNQK", query, key)
             weights = attention.attention_weights(logits, kwargs["mask"])
             found.append(jnp.mean(weights, axis=1))
         return call(*args, **kwargs)
@@ -137,7 +138,7 @@ def _of_prefix_lm(
             query = query.reshape(
                 *query.shape[:2], asked.num_kv_heads, -1, asked.head_dim
             )
-            logits = jnp.einsum("BQKGH,BSKH->BKGQS", query, key)
+            logits = products.einsum("BQKGH,BSKH->BKGQS", query, key)
             mask = jnp.take_along_axis(view.mask, places[:, None, :, None], axis=2)
             weights = attention.attention_weights(logits, mask, softcap=asked.softcap)
             found.append(jnp.mean(weights, axis=(1, 2)))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vit22b_transfer import UserError
+from vit22b_transfer.models import products
 
 MASKED_LOGIT = -1e10
 Form = Literal["auto", "einsum", "cudnn"]
@@ -60,13 +61,13 @@ def attend(
     query = query * jnp.asarray(scale, query.dtype)
     # In these orders of operands XLA's CPU fusion is 2.5 times faster than in others.
     if kv_heads == heads:
-        logits = jnp.einsum("BQNH,BKNH->BNQK", query, key)
+        logits = products.einsum("BQNH,BKNH->BNQK", query, key)
         weights = attention_weights(logits, mask, bias, softcap).astype(value.dtype)
-        return jnp.einsum("BKNH,BNQK->BQNH", value, weights)
+        return products.einsum("BKNH,BNQK->BQNH", value, weights)
     query = query.reshape(batch, queries, kv_heads, heads // kv_heads, -1)
-    logits = jnp.einsum("BQKGH,BSKH->BKGQS", query, key)
+    logits = products.einsum("BQKGH,BSKH->BKGQS", query, key)
     weights = attention_weights(logits, mask, bias, softcap).astype(value.dtype)
-    y = jnp.einsum("BSKH,BKGQS->BQKGH", value, weights)
+    y = products.einsum("BSKH,BKGQS->BQKGH", value, weights)
     return y.reshape(batch, queries, heads, -1)
 
 
@@ -83,10 +84,11 @@ def attend_cached(
 
     In any other layout a decoding loop copies all of them at every step.
     """
-    query = query.swapaxes(1, 2) * jnp.asarray(scale, query.dtype)
-    logits = jnp.einsum("BNQH,BNHK->BNQK", query, key)
+    scaled = query.swapaxes(1, 2) * jnp.asarray(scale, query.dtype)
+    logits = products.einsum("BNQH,BNHK->BNQK", scaled.astype(key.dtype), key)
     weights = attention_weights(logits, mask, bias).astype(value.dtype)
-    return jnp.einsum("BNQK,BNKH->BNQH", weights, value).swapaxes(1, 2)
+    y = products.einsum("BNQK,BNKH->BNQH", weights, value)
+    return y.swapaxes(1, 2).astype(query.dtype)
 
 
 def rotate(

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from vit22b_transfer.models import attention, instruments, layers
+from vit22b_transfer.models import attention, instruments, layers, products
 from vit22b_transfer.models.lora import LoraConfig
 
 
@@ -146,7 +146,10 @@ class GroupedQueryAttention(nn.Module):
             softcap=self.softcap,
             form=self.form,
         )
-        kept = KeyValues(key.transpose(0, 2, 3, 1), value.swapaxes(1, 2))
+        dtype = products.kept_dtype(key.dtype)
+        kept = KeyValues(
+            key.transpose(0, 2, 3, 1).astype(dtype), value.swapaxes(1, 2).astype(dtype)
+        )
         return self._joined(y), kept
 
     def decode_step(
@@ -159,15 +162,18 @@ class GroupedQueryAttention(nn.Module):
         """Attention of one position of the beams to the cache, written at `place`."""
         query, key, value = self.project(x, view)
         write = jax.lax.dynamic_update_slice_in_dim
+        kept = cache.key.dtype
+        key, value = key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
         cache = KeyValues(
-            write(cache.key, key.transpose(0, 2, 3, 1), place, axis=3),
-            write(cache.value, value.swapaxes(1, 2), place, axis=2),
+            write(cache.key, key.astype(kept), place, axis=3),
+            write(cache.value, value.astype(kept), place, axis=2),
         )
-        logits = jnp.einsum("BQKGH,BKHS->BKGQS", self._grouped(query), cache.key)
+        query = self._grouped(query).astype(kept)
+        logits = products.einsum("BQKGH,BKHS->BKGQS", query, cache.key)
         weights = attention.attention_weights(logits, view.mask, softcap=self.softcap)
-        weights = weights.astype(self.dtype)
-        y = jnp.einsum("BKGQS,BKSH->BQKGH", weights, cache.value)
-        return self._joined(y), cache
+        weights = weights.astype(kept)
+        y = products.einsum("BKGQS,BKSH->BQKGH", weights, cache.value)
+        return self._joined(y.astype(self.dtype)), cache
 
     def _grouped(self, query):
         query = query * jnp.asarray(self.scale, query.dtype)

@@ -18,6 +18,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from vit22b_transfer import UserError
+from vit22b_transfer.models import products
 from vit22b_transfer.models.attention import MASKED_LOGIT
 
 COLLECTION = "instruments"
@@ -85,10 +86,10 @@ def record_attention(
     keys, kv_heads = key.shape[1:3]
     query = query * jnp.asarray(scale, query.dtype)
     if kv_heads == heads:
-        logits = jnp.einsum("BQNH,BKNH->BNQK", query, key)
+        logits = products.einsum("BQNH,BKNH->BNQK", query, key)
     else:
         grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, -1)
-        logits = jnp.einsum("BQKGH,BSKH->BKGQS", grouped, key)
+        logits = products.einsum("BQKGH,BSKH->BKGQS", grouped, key)
         logits = logits.reshape(batch, heads, queries, keys)
     logits = logits.astype(jnp.float32)
     if bias is not None:
@@ -108,8 +109,8 @@ def record_attention(
     lower = logits - jnp.max(logits, axis=-1, keepdims=True)
     powers = jnp.exp(lower)
     total = jnp.sum(powers, axis=-1, keepdims=True)
-    products = jnp.sum(powers * lower, axis=-1, keepdims=True)
-    entropies = (jnp.log(total) - products / total) * attends
+    sums = jnp.sum(powers * lower, axis=-1, keepdims=True)
+    entropies = (jnp.log(total) - sums / total) * attends
     even = jnp.log(jnp.maximum(allowed, 1.0))
     average = clu_metrics.Average
     _keep(module, LARGEST_LOGIT, Largest(jnp.max(sizes, axis=(0, 2, 3))))

@@ -17,7 +17,7 @@ from flax.linen import partitioning as flax_partitioning
 from flax.linen.partitioning import param_with_axes
 from jaxtyping import Array, Float, Int
 
-from vit22b_transfer.models import int8
+from vit22b_transfer.models import int8, products
 from vit22b_transfer.models.lora import LoraConfig
 
 Initializer = Callable[..., jax.Array]
@@ -44,43 +44,6 @@ def with_sharding_constraint(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 def _promote(array: jax.Array, rank: int) -> jax.Array:
     """`array` with leading axes of size one, so that no rank is promoted silently."""
     return array.reshape((1,) * (rank - array.ndim) + array.shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(
-    x: Float[Array, "*batch inputs"],
-    kernel: Float[Array, "inputs outputs"],
-    out_dtype: Any = None,
-) -> Float[Array, "*batch outputs"]:
-    """`x @ kernel`, accumulated and returned in `out_dtype` (x's dtype by default).
-
-    Its weight gradient is one dot in the kernel's own layout. Autodiff would emit the
-    transposed product and transpose it back: on a CPU in bfloat16 that leaves the fast
-    matmul and costs several times the forward pass.
-    """
-    return _product(x, kernel, out_dtype)
-
-
-def _product(x, kernel, out_dtype):
-    return jnp.einsum(
-        "...i,io->...o", x, kernel, preferred_element_type=out_dtype or x.dtype
-    )
-
-
-def _linear_forward(x, kernel, out_dtype):
-    # Not `linear`: inside a custom gradient, remat policies would not see the dot.
-    return _product(x, kernel, out_dtype), (x, kernel)
-
-
-def _linear_backward(out_dtype, saved, grad):
-    x, kernel = saved
-    grad, batch = grad.astype(x.dtype), tuple(range(x.ndim - 1))
-    grad_x = jnp.einsum("...o,io->...i", grad, kernel)
-    grad_kernel = jax.lax.dot_general(x, grad, ((batch, batch), ((), ())))
-    return grad_x, grad_kernel
-
-
-linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Dense(nn.Module):
@@ -139,7 +102,7 @@ class Dense(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch inputs"]
     ) -> Float[Array, "*batch outputs"]:
-        y = linear(x.astype(self.dtype), self.weights, self.out_dtype)
+        y = products.linear(x.astype(self.dtype), self.weights, self.out_dtype)
         return self.complete(y, x)
 
     @property
@@ -158,14 +121,34 @@ class Dense(nn.Module):
             return y
         a, b = self.lora_a.astype(self.dtype), self.lora_b.astype(self.dtype)
         scale = jnp.asarray(self.lora.scale, a.dtype)
-        return y + linear(linear(x.astype(self.dtype), a) * scale, b, y.dtype)
+        return y + products.linear(
+            products.linear(x.astype(self.dtype), a) * scale, b, y.dtype
+        )
 
 
+@jax.custom_vjp
 def add_bias(
     y: Float[Array, "*batch outputs"], bias: Float[Array, " outputs"]
 ) -> Float[Array, "*batch outputs"]:
-    """`y + bias` in y's dtype."""
+    """`y + bias` in y's dtype; the bias's gradient is summed in float32.
+
+    Autodiff would sum it in y's dtype: in bfloat16, XLA's slowest sum on a CPU.
+    """
     return y + _promote(bias.astype(y.dtype), y.ndim)
+
+
+def _add_bias_forward(y, bias):
+    # The empty array tells the dtype.
+    return add_bias.fun(y, bias), bias[:0]
+
+
+def _add_bias_backward(like, grad):
+    batch = tuple(range(grad.ndim - 1))
+    total = jnp.sum(grad, axis=batch, dtype=jnp.float32)
+    return grad, total.astype(like.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 class Norm(nn.Module):
@@ -264,7 +247,7 @@ class Embedding(nn.Module):
         self, x: Float[Array, "batch length embed"]
     ) -> Float[Array, "batch length vocab"]:
         """Logits in float32."""
-        return linear(
+        return products.linear(
             self.before_logits(x), self.embedding.astype(self.dtype).T, jnp.float32
         )
 

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import layers
+from vit22b_transfer.models import products
 
 Projecting = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -21,7 +21,7 @@ _projecting = contextvars.ContextVar[Projecting | None]("projecting", default=No
 
 @contextlib.contextmanager
 def projecting_with(function: Projecting | None):
-    """Context in which `projection` calls `function`; with None, `layers.linear`.
+    """Context in which `projection` calls `function`; with None, `products.linear`.
 
     It takes effect where a function is traced, as flax's axis rules do.
     """
@@ -38,7 +38,7 @@ def projection(
     """`x @ kernel` in x's dtype, computed as `projecting_with` says."""
     function = _projecting.get()
     if function is None:
-        return layers.linear(x, kernel)
+        return products.linear(x, kernel)
     return checkpoint_name(function(x, kernel), NAME)
 
 

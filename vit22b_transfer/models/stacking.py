@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 from flax.linen.partitioning import scan_with_axes
 
-from vit22b_transfer.models import instruments, projections
+from vit22b_transfer.models import instruments, products, projections
 
 
 def unstack_layers(params: dict) -> dict:
@@ -64,7 +64,7 @@ def remat_block(
                 saveable.dots_with_no_batch_dims_saveable, _flash_attention
             ),
             # This may be the sum of many products, which are not kept.
-            saveable.save_only_these_names(projections.NAME),
+            saveable.save_only_these_names(projections.NAME, products.NAME),
         ),
         "block": saveable.nothing_saveable,
     }

@@ -21,6 +21,7 @@ from vit22b_transfer.models import (
     instruments,
     layers,
     multi_head_attention,
+    products,
     stacking,
 )
 from vit22b_transfer.models.lora import LoraConfig
@@ -249,7 +250,9 @@ class _DecoderBlock(nn.Module):
     def cross_key_values(self, encoded) -> CrossKeyValues:
         """This layer's keys and values of the encoded input."""
         key, value = self.encoder_decoder_attention.project_key_value(encoded)
-        return CrossKeyValues(key.transpose(0, 2, 3, 1), value.swapaxes(1, 2))
+        key, value = key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
+        dtype = products.kept_dtype(key.dtype)
+        return CrossKeyValues(key.astype(dtype), value.astype(dtype))
 
     def decode_step(self, x, cache: SelfCache, cross, encoded_mask, index, mask, bias):
         """One position of K beams, x [B, K, E]; the beams stand where queries do.
@@ -264,8 +267,8 @@ class _DecoderBlock(nn.Module):
         place = index * x.shape[1]
         write = jax.lax.dynamic_update_slice_in_dim
         cache = SelfCache(
-            write(cache.key, key, place, axis=3),
-            write(cache.value, value, place, axis=2),
+            write(cache.key, key.astype(cache.key.dtype), place, axis=3),
+            write(cache.value, value.astype(cache.value.dtype), place, axis=2),
         )
         x = x + attention.attend_cached(y, cache.key, cache.value, mask=mask, bias=bias)
         y = self.pre_cross_attention_layer_norm(x)
@@ -370,7 +373,7 @@ def empty_cache(
 
     batch: a number; in a program that is exported for any size, a symbol.
     """
-    dtype, heads, kv = jnp.dtype(cfg.dtype), cfg.num_heads, cfg.head_dim
+    heads, kv, dtype = cfg.num_heads, cfg.head_dim, products.kept_dtype(cfg.dtype)
     key = jnp.zeros((batch, heads, kv, time * beams), dtype)
     value = jnp.zeros((batch, heads, time * beams, kv), dtype)
     return tuple(SelfCache(key, value) for _ in range(cfg.num_decoder_layers))

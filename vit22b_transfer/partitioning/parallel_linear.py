@@ -27,7 +27,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import layers
+from vit22b_transfer.models import products
 
 Form = Literal["row", "column"]
 
@@ -256,7 +256,7 @@ def linear(
       UserError: if a dimension does not divide as the form needs it.
     """
     if ring.devices == 1:
-        return layers.linear(x, kernel)
+        return products.linear(x, kernel)
     inputs, outputs = kernel.shape
     form = form or choose(inputs, outputs, x.dtype)
     moves = 0 if form == "row" else 1

@@ -21,6 +21,7 @@ from jax.interpreters import partial_eval
 from jax.sharding import AbstractMesh, AxisType
 
 from vit22b_transfer import UserError
+from vit22b_transfer.models import products
 from vit22b_transfer.partitioning import rules
 
 Axes = tuple[str | None, ...]
@@ -138,7 +139,7 @@ def trace(function: Callable[..., Any], arguments: Sequence[Any], axes: Any) -> 
     `axes` has the logical axes of each array, in the structure of `arguments`; an
     empty tuple names none.
     """
-    with Logical().activate():
+    with Logical().activate(), products.as_on_accelerators():
         closed: Any = jax.make_jaxpr(function)(*arguments)
     # What the compiler drops: gradients of frozen kernels, of pixels.
     used = [True] * len(closed.jaxpr.outvars)
