@@ -62,6 +62,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# A torch built for CUDA brings triton, which crashes where TensorFlow is loaded already.
+sys.modules.setdefault("triton", None)
+
 _T5X = [path for path in os.environ.get("T5X_SRC", "").split(os.pathsep) if path]
 sys.path.extend(path for path in _T5X if path not in sys.path)
 
