@@ -62,7 +62,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# A torch built for CUDA brings triton, which crashes where TensorFlow is loaded already.
+# A torch built for CUDA brings triton, which crashes once TensorFlow is loaded.
 sys.modules.setdefault("triton", None)
 
 _T5X = [path for path in os.environ.get("T5X_SRC", "").split(os.pathsep) if path]
