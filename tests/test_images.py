@@ -463,6 +463,20 @@ def test_a_jpeg_decoded_at_a_scale_is_nearly_the_whole_one_made_smaller(how):
         assert 2 * difference < np.abs(aliased - expected).mean(), name
 
 
+@pytest.mark.parametrize("size", [112, 224])
+def test_a_jpeg_decoded_at_a_scale_is_as_near_as_its_recipe_says(size):
+    rgb = encode(photograph(), "JPEG", quality=90)
+    cmyk = encode(photograph((1000, 990)).convert("CMYK"), "JPEG", quality=90)
+    for source, filter_, rare in ((rgb, "bilinear", 25), (cmyk, "bicubic", 60)):
+        whole, scaled = (
+            images.read_image(source, (size, size), Preparation(**how, filter=filter_))
+            for how in ({}, dict(jpegs="scaled"))
+        )
+        difference = np.abs(whole.astype(int) - scaled)
+        assert difference.mean() < 3 and difference.max() < 100
+        assert np.quantile(difference, 0.999) < rare
+
+
 def test_only_jpegs_much_larger_than_asked_for_are_decoded_at_a_scale():
     scaled = Preparation(jpegs="scaled")
     png, jpeg = encode(photograph(), "PNG"), encode(photograph(), "JPEG")

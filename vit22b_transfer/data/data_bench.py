@@ -1,6 +1,7 @@
 """How fast a task is read, and where the time goes."""
 
 import contextlib
+import functools
 import os
 import time
 from typing import NamedTuple
@@ -62,8 +63,12 @@ def measure(
     task = registered.task_named(task_name)
     lengths: dict[str, object] = {"images": (size, size)}
     if "labels" in task.output_features:
-        converter = ImageLabelFeatureConverter
-        lengths["labels"] = 1
+        labels = [one.labels for one in records_of(task_name, split)]
+        largest = max((label for each in labels for label in each), default=0)
+        lengths["labels"] = max(1, *map(len, labels))
+        converter = functools.partial(
+            ImageLabelFeatureConverter, num_classes=max(2, largest + 1)
+        )
     else:
         converter = ImageTextFeatureConverter
         for name in ("inputs", "targets"):

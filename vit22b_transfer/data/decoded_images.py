@@ -46,7 +46,7 @@ class DecodedImages:
     ) -> np.ndarray:
         """`read_image` of encoded bytes called `name`, or of the file at a path.
 
-        Without a size `read_whole`.
+        Without a size `read_whole`. Not to be written to: it may be what is kept.
         """
         key = (source, size, how)
         pixels = self._images.get(key) if isinstance(source, str) else None
@@ -60,8 +60,7 @@ class DecodedImages:
                 if isinstance(source, str) and fits and key not in self._images:
                     self._images[key] = pixels
                     self._bytes += pixels.nbytes
-        # TensorFlow may take over the memory, and write to it.
-        return pixels.copy()
+        return pixels
 
 
 SMALL_SETS = DecodedImages(max_bytes=256 * 2**20)

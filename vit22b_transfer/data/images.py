@@ -78,7 +78,7 @@ def read_image(
     Raises:
       UserError: as `read_whole`.
     """
-    return read_with_region(source, size, how, name=name)[0]
+    return _read(source, size, how, name)[0]
 
 
 def read_with_region(
@@ -89,6 +89,12 @@ def read_with_region(
     name: str = "an image",
 ) -> tuple[UInt8[np.ndarray, "height width 3"], tuple[float, float, float, float]]:
     """`read_image`, and the `kept_region` of the whole image."""
+    pixels, shape = _read(source, size, how, name)
+    return pixels, kept_region(shape, size, how)
+
+
+def _read(source, size, how, name):
+    """`read_image`, and (height, width) of the whole image."""
 
     def made(data):
         # Of the whole image, whatever part of it is decoded.
@@ -102,7 +108,7 @@ def read_with_region(
         scaled = how.jpegs == "scaled"
         image = _opened(data, MAX_PIXELS, name, least if scaled else None)
         shape = shape or (image.height, image.width)
-        return _resized(image, shape, size, how), kept_region(shape, size, how)
+        return _resized(image, shape, size, how), shape
 
     return _of_source(source, name, made)
 
@@ -287,7 +293,8 @@ def _to_rgb(image):
         return Image.alpha_composite(
             Image.new("RGBA", image.size, _WHITE), image
         ).convert("RGB")
-    return image.convert("RGB")
+    # Of one that is RGB, `convert` makes a copy.
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _grey_to_8_bits(image):

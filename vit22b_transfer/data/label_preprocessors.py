@@ -70,19 +70,22 @@ def keep_labels(
     has_labels = "labels" in feature_specs(dataset)
     limit = (sequence_length or {}).get("labels")
 
-    def check(labels, image_id):
-        if limit is not None and len(labels) > limit:
-            name = printable(image_id.decode(errors="backslashreplace"))[:200]
-            raise UserError(
-                f"image {name!r} has {len(labels)} labels, the feature length is "
-                f"{limit}. Raise the feature length of labels."
-            )
-        return labels
+    def refuse(labels, image_id):
+        name = printable(image_id.decode(errors="backslashreplace"))[:200]
+        raise UserError(
+            f"image {name!r} has {len(labels)} labels, the feature length is "
+            f"{limit}. Raise the feature length of labels."
+        )
 
     def keep(example):
         labels = tf.cast(example.get("labels", tf.zeros([0], tf.int32)), tf.int32)
         image_id = _as_string(example.get("image_id", tf.constant("")))
-        labels = tf.numpy_function(check, [labels, image_id], tf.int32, stateful=False)
+        if limit is not None:
+            labels = tf.cond(
+                tf.size(labels) > limit,
+                lambda: tf.numpy_function(refuse, [labels, image_id], tf.int32),
+                lambda: labels,
+            )
         labels = tf.ensure_shape(labels, [None])
         bad = tf.not_equal(example["image_error"], "")
         kept = {

@@ -15,7 +15,6 @@ empty targets, so that it weighs nothing and keeps its place.
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,16 +25,13 @@ from seqio.utils import Feature
 from seqio.vocabularies import Vocabulary
 
 from vit22b_transfer import UserError
-from vit22b_transfer.data import augmentation, image_lengths
+from vit22b_transfer.data import augmentation, chunks, image_lengths
 from vit22b_transfer.data.converters import feature_specs, map_examples
-from vit22b_transfer.data.decoded_images import SMALL_SETS, WHOLE_IMAGES
-from vit22b_transfer.data.images import RESIZE_METHODS, prepare
+from vit22b_transfer.data.image_reading import FORMS, ImageReader, shown
+from vit22b_transfer.data.images import RESIZE_METHODS
 from vit22b_transfer.data.records import (
-    OWN_TASK,
     Tally,
     check_choice,
-    half_character,
-    quoted,
 )
 from vit22b_transfer.models.preparation import Preparation
 
@@ -201,82 +197,61 @@ def load_images(
             )
         dataset = augmentation.with_keys(dataset)
 
-    def pixels_of(image, name):
-        if isinstance(image, np.ndarray):
-            return image if drawn else prepare(image, (height, width), how)
-        if image == "":  # the text of a class has none
-            return np.zeros((height, width, 3), np.uint8)
-        if isinstance(image, str) and half_character(image):
-            file = os.fsencode(os.path.basename(image))
-            file = file.decode(errors="backslashreplace")
-            raise UserError(f"the file name is no UTF-8 text: {file}; rename the file")
-        if drawn:
-            return WHOLE_IMAGES.read(image, name=name)
-        return SMALL_SETS.read(image, (height, width), how, name=name)
-
-    def read(images, image_id, problem):
-        name = _shown(image_id)
-        if several and len(images) != count:
-            raise UserError(
-                f"example {name} has {len(images)} images, but the feature length "
-                f"'images' asks for {count}; make them equal."
-            )
-        try:
-            if problem:
-                raise UserError(problem.decode())
-            pixels = [pixels_of(image, f"image {name}") for image in images]
-        except ValueError as e:
-            if options.on_bad_image == "error":
-                raise UserError(
-                    f"image {name}: {e}. Remove it, or register the task with "
-                    f"on_bad_image='skip' ({OWN_TASK}) to leave out bad images and "
-                    "count them."
-                ) from None
-            if tally.add("bad image", f"{name}: {e}"):
-                logging.getLogger(__name__).warning(
-                    "skipping image %s: %s (later ones are only counted)", name, e
-                )
-            size = (1, 1) if drawn else (height, width)
-            nothing = [np.zeros((*size, 3), np.uint8) for _ in images]
-            return *nothing, str(e).encode()
-        return *pixels, b""
-
-    def read_one(image, *of):
-        return read([image], *of)
-
-    def read_file(path, *of):
-        return read([os.fsdecode(path)], *of)
-
-    def read_files(paths, *of):
-        return read(list(map(os.fsdecode, paths)), *of)
-
-    readers = {"image": read_one, "image_path": read_file, "image_paths": read_files}
-
-    def load(example):
-        example = dict(example)
-        given = {name: example.pop(name) for name in readers if name in example}
-        if len(given) != 1:
-            raise UserError(
-                "an example needs either 'image_path' ('image_paths' for several) or "
-                "'image' (encoded bytes or uint8 pixels); its features are "
-                f"{sorted([*example, *given])}."
-            )
-        ((name, value),) = given.items()
-        image_id = _as_string(example.get("image_id", tf.constant("")))
-        problem = example.pop("image_problem", tf.constant(""))
-        types = [tf.uint8] * count + [tf.string]
-        *images, error = tf.numpy_function(
-            readers[name], [value, image_id, problem], types, stateful=False
+    specs = feature_specs(dataset)
+    given = [name for name in FORMS if name in specs]
+    if len(given) != 1:
+        raise UserError(
+            "an example needs either 'image_path' ('image_paths' for several) or "
+            "'image' (encoded bytes or uint8 pixels); its features are "
+            f"{sorted(specs)}."
         )
-        error.set_shape([])
+    form = given[0]
+    made = None if drawn else (height, width)
+    reader = ImageReader(form, count, made, how, options.on_bad_image, tally)
+    numbered = [f"image {number}" for number in range(count)]
+
+    def load(examples):
+        examples = dict(examples)
+        values = examples.pop(form)
+        missing = tf.fill(tf.shape(values)[:1], "")
+        image_ids = _as_string(examples.get("image_id", missing))
+        problems = examples.pop("image_problem", missing)
+        types = [tf.uint8] * count + [tf.string] * 2
+        *images, errors, stops = tf.numpy_function(
+            reader.read, [values, image_ids, problems], types, stateful=False
+        )
+        for one in images:
+            one.set_shape((None, *(made or (None, None)), 3))
+        for text in (errors, stops):
+            text.set_shape([None])
+        examples |= dict(zip(numbered, images, strict=True))
+        return {**examples, "image_error": errors, "image_stop": stops}
+
+    def stop(message):
+        raise UserError(message.decode())
+
+    def finish(example):
+        example = dict(example)
+        images = [example.pop(name) for name in numbered]
+        message, read_error = example.pop("image_stop"), example.pop("image_error")
+        # Not before its turn: the examples before it are good.
+        error = tf.cond(
+            tf.equal(message, ""),
+            lambda: read_error,
+            lambda: tf.numpy_function(stop, [message], tf.string, stateful=False),
+        )
+        example["image_error"] = tf.ensure_shape(error, [])
         if drawn:
             key = example[augmentation.EXAMPLE_KEY]
             images = [drawn.draw(image, key, (height, width), how) for image in images]
         images = tf.stack(images) if several else images[0]
-        images.set_shape(shape)
-        return {**example, "images": images, "image_error": error}
+        return {**example, "images": tf.ensure_shape(images, shape)}
 
-    return map_examples(dataset, load)
+    # Images that have their own size cannot be stacked.
+    size = 1
+    if specs[form].shape.rank == 0 and not drawn:
+        size = chunks.size_for(height * width * 3)
+    return chunks.map_in_chunks(dataset, load, finish, size, needs=form)
 
 
 def _number_of_images(sequence_length, several):
@@ -336,8 +311,8 @@ def encode_text(
 
     def note(name, length, limit, image_id, text):
         what = (
-            f"{name.decode()} of image {_shown(image_id)} have {length} tokens with "
-            f"EOS, the feature length is {limit}: {_shown(text)}"
+            f"{name.decode()} of image {shown(image_id)} have {length} tokens with "
+            f"EOS, the feature length is {limit}: {shown(text)}"
         )
         if on_long_text == "error":
             raise UserError(
@@ -379,10 +354,6 @@ def encode_text(
         return {**example, **encoded}
 
     return map_examples(dataset, encode)
-
-
-def _shown(text):
-    return quoted(text.decode(errors="backslashreplace"))
 
 
 def references_and_predictions(
