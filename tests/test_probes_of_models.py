@@ -19,8 +19,8 @@ from vit22b_transfer.data import class_prompts
 from vit22b_transfer.evaluation import zero_shot as metrics
 from vit22b_transfer.experiments import attentive, zero_shot
 from vit22b_transfer.experiments import heads as kept
-from vit22b_transfer.experiments.features import SplitFeatures
 from vit22b_transfer.experiments.labelled import Labelled
+from vit22b_transfer.experiments.split_features import SplitFeatures
 from vit22b_transfer.models import attentive_head
 
 # --- Attention pooling ---

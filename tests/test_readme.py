@@ -333,6 +333,20 @@ def write_measured_data(folder):
 
 
 @pytest.mark.slow
+def test_own_shapes_runs_as_written(tmp_path, capsys):
+    tiny_classifier.draw_folders(tmp_path, train=6, validation=2, size=32)
+    save_public_siglip(tmp_path)
+    use_one_device(tmp_path)
+    first = block("test: probes").splitlines()[0]
+    run_in_process(f"{first}\n{block('test: own_shapes')}", tmp_path)
+    lines = (tmp_path / "probes" / "probes.jsonl").read_text().splitlines()
+    facts = json.loads(lines[0])["features"]
+    assert facts["image_size"] == [256, 256]
+    assert "in their own shapes, in patches of" in facts["preparation"]
+    assert capsys.readouterr().out.count("the tower was run on") == 2
+
+
+@pytest.mark.slow
 def test_measures_runs_as_written(tmp_path):
     tiny_classifier.draw_folders(tmp_path, train=30, validation=8, size=32)
     save_public_siglip(tmp_path)

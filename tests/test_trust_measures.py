@@ -37,6 +37,7 @@ from vit22b_transfer.experiments import (
     perceptual,
     reliability,
     reliability_score,
+    split_features,
     variants,
 )
 
@@ -81,7 +82,7 @@ def source(vectors=None, ids=(), labels=None, classes=2):
         told = (("pooled",), labels, classes, "some images", {})
         names = np.arange(len(vectors)), tuple(ids), tuple(ids)
         object.__setattr__(
-            found, "given", features.SplitFeatures(vectors, *told, *names)
+            found, "given", split_features.SplitFeatures(vectors, *told, *names)
         )
     return found
 

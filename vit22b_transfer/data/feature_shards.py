@@ -81,9 +81,15 @@ def unfinished(path: str) -> str:
     return f"{path}.unfinished"
 
 
-def image_hash(pixels: np.ndarray) -> str:
-    """By which a cache knows a picture: of its pixels (uint8) alone."""
-    return hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest()
+def image_hash(pixels: np.ndarray, *, varied: bool = False) -> str:
+    """By which a cache knows a picture: of its pixels (uint8) alone.
+
+    varied: of its shape too, where pictures may differ in that.
+    """
+    found = hashlib.blake2b(pixels.tobytes(), digest_size=16)
+    if varied:
+        found.update(repr(pixels.shape).encode())
+    return found.hexdigest()
 
 
 def read_layout(path: str) -> dict[str, Any]:

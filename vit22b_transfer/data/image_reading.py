@@ -10,7 +10,7 @@ from vit22b_transfer import UserError
 from vit22b_transfer.data.decoded_images import SMALL_SETS, WHOLE_IMAGES
 from vit22b_transfer.data.images import prepare
 from vit22b_transfer.data.records import OWN_TASK, Tally, half_character, quoted
-from vit22b_transfer.models.preparation import Preparation
+from vit22b_transfer.models.preparation import OWN, Preparation
 
 # Feature of a source -> the images of one example: encoded bytes, pixels or a path.
 FORMS = {
@@ -49,7 +49,7 @@ class ImageReader:
         pixels, errors, stops = [], [], []
         for value, image_id, problem in zip(values, image_ids, problems, strict=True):
             error = stop = ""
-            images = [np.zeros((*(self.size or (1, 1)), 3), np.uint8)] * self.count
+            images = [np.zeros((*self._blank, 3), np.uint8)] * self.count
             name = shown(image_id)
             given = FORMS[self.form](value)
             if len(given) != self.count:
@@ -73,6 +73,13 @@ class ImageReader:
             stops.append(stop.encode(errors="backslashreplace"))
         stacked = map(np.stack, zip(*pixels, strict=True))
         return *stacked, np.array(errors, object), np.array(stops, object)
+
+    @property
+    def _blank(self):
+        """(height, width) of what stands for an image that cannot be read."""
+        if self.size is not None and self.how.fit in OWN:
+            return self.how.patch, self.how.patch
+        return self.size or (1, 1)
 
     def _pixels(self, image, name):
         if isinstance(image, np.ndarray):

@@ -16,9 +16,10 @@ from PIL import Image, UnidentifiedImageError
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data import image_extras, image_warnings
+from vit22b_transfer.data.image_packing import size_within
 from vit22b_transfer.data.records import Tally, printable
 from vit22b_transfer.host import memory_limit
-from vit22b_transfer.models.preparation import FILTERS, Preparation
+from vit22b_transfer.models.preparation import FILTERS, OWN, Preparation
 
 # 256 MiB of RGB pixels, and what Pillow itself begins to warn about.
 MAX_PIXELS = 2**28 // 3
@@ -323,6 +324,7 @@ def prepare(
 
 def _resized(image, shape, size, how):
     """An image at `size` that had `shape` = (height, width) before it was decoded."""
+    size = final_size(shape, size, how)
     if (image.height, image.width) == size and how.resized == how.kept:
         return np.asarray(image)
     columns, rows = image.size
@@ -341,10 +343,25 @@ def _resized(image, shape, size, how):
     return np.asarray(image.resize((size[1], size[0]), filter_, box=part))
 
 
+def final_size(
+    image: tuple[int, ...], size: tuple[int, int], how: Preparation = USUAL
+) -> tuple[int, int]:
+    """(height, width) of what `prepare` makes of an image of that shape.
+
+    It is `size`, unless images keep their shapes: then no more patches than in it.
+    """
+    if how.fit not in OWN:
+        return size
+    budget = (size[0] // how.patch) * (size[1] // how.patch)
+    enlarge = how.fit == "own_shape"
+    return size_within(image[:2], budget, how.patch, enlarge=enlarge)
+
+
 def kept_region(
     image: tuple[int, int], size: tuple[int, int], how: Preparation = USUAL
 ) -> tuple[float, float, float, float]:
     """Left, top, width and height, in [0, 1], of what `prepare` keeps of an image."""
+    size = final_size(image, size, how)
     whole, (top, left) = _resized_size(image, size, how)
     rows, columns = whole
     return left / columns, top / rows, size[1] / columns, size[0] / rows
@@ -354,6 +371,8 @@ def _resized_size(
     image: tuple[int, ...], size: tuple[int, int], how: Preparation
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """(height, width) of the whole image resized; (top, left) of what is kept of it."""
+    if how.fit in OWN:
+        return final_size(image, size, how), (0, 0)
     along = max(size) if how.fit == "shorter_side" else None
     height, width = (how.resized * (along or side) // how.kept for side in size)
     if how.fit == "shorter_side":

@@ -33,7 +33,7 @@ from vit22b_transfer.data.records import (
     Tally,
     check_choice,
 )
-from vit22b_transfer.models.preparation import Preparation
+from vit22b_transfer.models.preparation import OWN, Preparation
 
 BAD_IMAGE_POLICIES = ("error", "skip")
 LONG_TEXT_POLICIES = ("error", "truncate")
@@ -189,6 +189,12 @@ def load_images(
     shape = (*([count] if several else []), height, width, 3)
     how = _preparation(options, sequence_length)
     drawn = image_lengths.augmentation_of((sequence_length or {}).get("images"))
+    varied = how.fit in OWN  # in size
+    if varied and (drawn or several):
+        raise UserError(
+            f"images of their own shapes (fit={how.fit!r}) come one to an example and "
+            "without augmentation (runs/augment.gin); take fit='squash' with those."
+        )
     if drawn:
         if how.jpegs == "scaled":
             raise UserError(
@@ -207,6 +213,7 @@ def load_images(
         )
     form = given[0]
     made = None if drawn else (height, width)
+    fixed = made if made and not varied else (None, None)
     reader = ImageReader(form, count, made, how, options.on_bad_image, tally)
     numbered = [f"image {number}" for number in range(count)]
 
@@ -221,7 +228,7 @@ def load_images(
             reader.read, [values, image_ids, problems], types, stateful=False
         )
         for one in images:
-            one.set_shape((None, *(made or (None, None)), 3))
+            one.set_shape((None, *fixed, 3))
         for text in (errors, stops):
             text.set_shape([None])
         examples |= dict(zip(numbered, images, strict=True))
@@ -245,11 +252,14 @@ def load_images(
             key = example[augmentation.EXAMPLE_KEY]
             images = [drawn.draw(image, key, (height, width), how) for image in images]
         images = tf.stack(images) if several else images[0]
-        return {**example, "images": tf.ensure_shape(images, shape)}
+        return {
+            **example,
+            "images": tf.ensure_shape(images, (None, None, 3) if varied else shape),
+        }
 
     # Images that have their own size cannot be stacked.
     size = 1
-    if specs[form].shape.rank == 0 and not drawn:
+    if specs[form].shape.rank == 0 and not (drawn or varied):
         size = chunks.size_for(height * width * 3)
     return chunks.map_in_chunks(dataset, load, finish, size, needs=form)
 

@@ -20,13 +20,13 @@ from jaxtyping import Float, Int
 from vit22b_transfer import UserError
 from vit22b_transfer.experiments import heads as kept
 from vit22b_transfer.experiments import linear
-from vit22b_transfer.experiments.features import SplitFeatures
 from vit22b_transfer.experiments.labelled import (
     check_labels,
     held_out,
     share_and_loss,
 )
 from vit22b_transfer.experiments.outcomes import Outcome
+from vit22b_transfer.experiments.split_features import SplitFeatures
 from vit22b_transfer.host import progress
 from vit22b_transfer.models import attentive_head
 

@@ -66,6 +66,7 @@ class DenseRun:
           UserError: if something does not fit together, or there are fewer than two
             test images: an interval needs two.
         """
+        self.source.check_one_size("a head of pixels")
         size: Any = tuple(self.source.image_size)
         window = windows.Windows(size, self.protocol.stride)
         head = dense_heads.of_tower(self.protocol.head, self.source.tower)

@@ -11,22 +11,24 @@ rounding.
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import UInt8
 
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import reading, restoring
 from vit22b_transfer.experiments import split_labels
 from vit22b_transfer.experiments import vectors as named
-from vit22b_transfer.experiments.labelled import Labelled
+from vit22b_transfer.experiments.split_features import SplitFeatures, Tokens
 from vit22b_transfer.host import progress
-from vit22b_transfer.inference import cache_features
+from vit22b_transfer.inference import cache_features, image_batches
+from vit22b_transfer.models.packing import PackedImages
+from vit22b_transfer.models.preparation import Preparation
 from vit22b_transfer.partitioning.rules import Partitioning
 
 # Rows that are read between two looks at the progress bar.
@@ -52,6 +54,10 @@ class FeatureSource:
     num_classes: None for the length of the class list of the task.
     batch_size: images that the tower is run on at a time, over all devices.
     examples_per_shard: images of a file; what a killed run loses at most.
+    packing: None shows the tower images of `image_size`. With one they keep their
+      shapes, of at most as many patches as an image of that size has, and `batch_size`
+      counts rows of several images. Features differ by rounding from those of images
+      one by one, as they do between batch sizes.
     """
 
     tower: Any
@@ -62,6 +68,7 @@ class FeatureSource:
     batch_size: int
     num_classes: int | None = None
     examples_per_shard: int = 1024
+    packing: image_batches.Packing | None = None
 
     def read(
         self,
@@ -93,6 +100,8 @@ class FeatureSource:
             raise UserError(
                 f"examples_per_shard={self.examples_per_shard} must be positive."
             )
+        if vectors is None:
+            self.check_one_size("all tokens of each image")
         registered.task_names(task, split)
         num_classes = self.number_of_classes(task) if labelled else _ANY_CLASSES
         data = (task, split, change)
@@ -192,12 +201,19 @@ class FeatureSource:
             "weights": reading.tower_digest(self.checkpoint),
             "tower": self._settings(),
             "image_size": list(self.image_size),
-            "preparation": str(getattr(self.tower, "preparation", None)),
+            "preparation": str(self._preparation()),
         }
 
     def _settings(self) -> dict[str, str]:
-        pooling = {"pooling": str(getattr(self.tower, "pooling", ""))}
-        return {**self.tower.token_settings(), **pooling}
+        settings = {"pooling": str(getattr(self.tower, "pooling", ""))}
+        if self.packing is not None:
+            settings["preparation"] = str(self._preparation())
+        return {**self.tower.token_settings(), **settings}
+
+    def _preparation(self) -> Preparation | None:
+        """How files become what the tower is shown; None if nothing says it."""
+        how = getattr(self.tower, "preparation", None)
+        return how if self.packing is None else self.packing.preparation(self.tower)
 
     def class_names(self, task: str) -> Sequence[str] | None:
         """Those of the task's class list, by id; None if it has none."""
@@ -238,7 +254,7 @@ class FeatureSource:
         if vectors is not None:
             named.check(vectors, self.tower)
             settings = {**self._settings(), "vectors": ", ".join(vectors)}
-        how = getattr(self.tower, "preparation", None)
+        how = self._preparation()
         return feature_cache.CacheKey(
             cache=feature_cache.FeatureCache(self.directory, self.checkpoint),
             task=changed_images.changed(registered.task_named(task), change),
@@ -284,6 +300,9 @@ class FeatureSource:
         config = self.tower if vectors is not None else self.tower.without_pooling()
         shape = tuple(key.fingerprint["feature_lengths"]["images"])
         patches = config.num_tokens(*shape[:2])
+        images: Any = image_batches.Stacked(shape)
+        if self.packing is not None:
+            images = self.packing.rows(patches, config.patch_size)
         params = self.parameters(config, shape)
         tower, asked = config.build(), {}
         if vectors is not None and (blocks := named.blocks_of(vectors)):
@@ -293,12 +312,21 @@ class FeatureSource:
             output: Any = tower.apply({"params": params}, images, **asked)
             if vectors is None:
                 return (output.tokens,)
+            if isinstance(images, PackedImages):
+                return (named.stacked_of_rows(output, images, names=tuple(vectors)),)
             return (named.stacked(output, names=tuple(vectors), patches=patches),)
 
-        mesh = self.partitioning
-        return cache_features.Encoder(
-            encode, config.dtype, mesh, params, shape, self.batch_size
-        )
+        mesh, rows = self.partitioning, self.batch_size
+        return cache_features.Encoder(encode, config.dtype, mesh, params, images, rows)
+
+    def check_one_size(self, what: str) -> None:
+        """Raises UserError, saying that `what` needs it, if images differ in size."""
+        if self.packing is not None:
+            raise UserError(
+                f"{what} cannot be had of images of their own shapes, which have "
+                "various numbers of patches. Leave out "
+                "gin_configs/runs/probe_own_shapes.gin."
+            )
 
     def pictures(
         self, task: str, split: str, count: int
@@ -309,6 +337,7 @@ class FeatureSource:
         """
         from vit22b_transfer.data import tasks as registered
 
+        self.check_one_size("one array of pictures")
         registered.task_names(task, split)
         key = self._key(task, split, None, _ANY_CLASSES)
         found, names = [], []
@@ -322,58 +351,6 @@ class FeatureSource:
                 f"none of the first {count} images of {task} {split} can be read."
             )
         return np.stack(found), names
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """All tokens of a split's images, on disk: `[numbers]` reads those of some images.
-
-    shape: length and width of an image's tokens.
-    """
-
-    source: Any
-    rows: Int[np.ndarray, " images"]
-    shape: tuple[int, int]
-
-    def __getitem__(
-        self, numbers: Int[np.ndarray, " some"]
-    ) -> Float[np.ndarray, "some length width"]:
-        return np.stack([self.source.row(int(row)) for row in self.rows[numbers]])
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitFeatures:
-    """Features and labels of the images of a split that have both.
-
-    vectors: [images, names, width], or all tokens on disk. labels: -1 where nothing is
-    told of them. notes: images that were left out, by reason. rows: numbers of the
-    images among all examples of the split. ids: names of the images, in their order;
-    every_id: of those that were left out as well.
-    """
-
-    vectors: Float[np.ndarray, "images names width"] | Tokens
-    names: tuple[str, ...]
-    labels: Int[np.ndarray, " images"]
-    num_classes: int
-    what: str
-    notes: Mapping[str, Any]
-    rows: Int[np.ndarray, " images"]
-    ids: tuple[str, ...] = ()
-    every_id: tuple[str, ...] = ()
-
-    def joined(self, names: Sequence[str]) -> Labelled:
-        """The vectors of those names, one behind the other, with the labels."""
-        return Labelled(self.flat(names), self.labels, self.num_classes, self.what)
-
-    def flat(self, names: Sequence[str]) -> Float[np.ndarray, "images width"]:
-        """The vectors of those names, one behind the other, in memory once more."""
-        assert not isinstance(self.vectors, Tokens)
-        places = [self.names.index(name) for name in names]
-        if places == list(range(len(self.names))):
-            chosen = self.vectors  # all of them, in order: no copy
-        else:
-            chosen = self.vectors[:, places]
-        return chosen.reshape(len(chosen), -1)
 
 
 def _named(task: str, split: str, change: Any) -> str:

@@ -20,9 +20,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, UInt8
 
 from vit22b_transfer import UserError
-from vit22b_transfer.experiments.features import Tokens
 from vit22b_transfer.experiments.labelled import Labelled, unseen
 from vit22b_transfer.experiments.outcomes import Outcome
+from vit22b_transfer.experiments.split_features import Tokens
 from vit22b_transfer.host import json_files, whole_files
 from vit22b_transfer.host.file_errors import brief
 from vit22b_transfer.models import attentive_head, contrastive_losses

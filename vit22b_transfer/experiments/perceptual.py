@@ -15,7 +15,8 @@ from jaxtyping import Float
 
 from vit22b_transfer import UserError
 from vit22b_transfer.experiments import measured
-from vit22b_transfer.experiments.features import FeatureSource, Split, Tokens
+from vit22b_transfer.experiments.features import FeatureSource, Split
+from vit22b_transfer.experiments.split_features import Tokens
 from vit22b_transfer.host.file_errors import brief, damaged
 
 DISTANCES = ("pooled", "mean", "tokens")

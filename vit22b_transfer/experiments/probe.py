@@ -14,6 +14,7 @@ from vit22b_transfer.experiments import features, heads, judged, outcomes
 from vit22b_transfer.experiments import vectors as named
 from vit22b_transfer.experiments.attentive import AttentiveProbe
 from vit22b_transfer.experiments.labelled import Sets
+from vit22b_transfer.experiments.split_features import SplitFeatures
 from vit22b_transfer.experiments.zero_shot import ZeroShot
 from vit22b_transfer.host import json_files, locks, progress, tables, whole_files
 
@@ -202,7 +203,7 @@ def _vectors(probe: Any, source: features.FeatureSource) -> list[str] | None:
 
 def _results(
     probe: Any, source: features.FeatureSource, parts: Mapping[str, features.Split]
-) -> tuple[list[outcomes.Outcome], dict[str, features.SplitFeatures]]:
+) -> tuple[list[outcomes.Outcome], dict[str, SplitFeatures]]:
     """The outcomes of a probe without a head, and the features of the splits."""
     vectors = _vectors(probe, source)
     splits = {

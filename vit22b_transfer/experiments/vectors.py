@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import towers
+from vit22b_transfer.models.packing import PackedImages
 
 # Names of a tower's vectors, beside those of its blocks:
 #   pooled         what its pooling makes of an image
@@ -62,13 +63,40 @@ def stacked(
             mean = jnp.mean(tokens[:, -patches:].astype(jnp.float32), axis=1)
             found.append(mean.astype(tokens.dtype))
         elif tokens.shape[1] == patches:
-            raise UserError(
-                f"{name} is the class token, but the tower has none: its first token "
-                f"is a patch. Take {name.removesuffix('first')}mean."
-            )
+            raise _no_class_token(name)
         else:
             found.append(tokens[:, 0])
     return jnp.stack(found, axis=1)
+
+
+def stacked_of_rows(
+    output: towers.TowerOutput, packed: PackedImages, *, names: tuple[str, ...]
+) -> Float[jax.Array, "rows images names width"]:
+    """The named vectors of each image of packed rows; 0 where there is no image.
+
+    Means are taken in float32.
+
+    Raises:
+      UserError: for a first token, since there are patches alone.
+    """
+    found = []
+    for name in names:
+        block = _OF_BLOCK.fullmatch(name)
+        if name == "pooled":
+            found.append(output.pooled)
+        elif name.endswith("mean"):
+            tokens = output.intermediates[block[1]] if block else output.tokens
+            found.append(packed.mean(tokens))
+        else:
+            raise _no_class_token(name)
+    return jnp.stack(found, axis=2)
+
+
+def _no_class_token(name: str) -> UserError:
+    return UserError(
+        f"{name} is the class token, but the tower has none: its first token is a "
+        f"patch. Take {name.removesuffix('first')}mean."
+    )
 
 
 def blocks_of(names: Sequence[str]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from vit22b_transfer import UserError
 from vit22b_transfer.checkpoints import identity, reading, restoring
 from vit22b_transfer.host import disk_errors, locks, progress
+from vit22b_transfer.inference import image_batches
 from vit22b_transfer.models import int8
 from vit22b_transfer.models.classifier import ClassificationModel
 from vit22b_transfer.partitioning import processes
@@ -113,27 +114,30 @@ def write_split(key: Any, encoder: "Encoder", examples_per_shard: int) -> Cached
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """What is run on each image, on a mesh, in batches of `batch_size`.
+    """What is run on each image, on a mesh, in batches of `batch_size` rows.
 
     encode: of parameters and images gives the arrays that are stored of each image, the
-      first of them [batch, length, width]; dtype: what they are read back in.
+      first of them [batch, length, width], or of rows with several images to a row
+      [batch, images, length, width]; dtype: what they are read back in. images: how
+      they become a batch.
     """
 
     encode: Callable[[Any, Any], tuple[Any, ...]]
     dtype: Any
     partitioning: Partitioning
     params: Any
-    image_shape: tuple[int, ...]
+    images: image_batches.BatchFormat
     batch_size: int
 
     @functools.cached_property
     def _compiled(self):
-        images = jax.ShapeDtypeStruct(
-            (self.batch_size, *self.image_shape),
-            jnp.uint8,
-            sharding=self.partitioning.batch_sharding(1 + len(self.image_shape)),
-        )
         sharding = self.partitioning.batch_sharding
+        images = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                (self.batch_size, *x.shape[1:]), x.dtype, sharding=sharding(x.ndim)
+            ),
+            self.images.batch(1).arrays,
+        )
         with self.partitioning.activate():
             shapes = jax.eval_shape(self.encode, self.params, images)
             out_shardings = tuple(sharding(leaf.ndim) for leaf in shapes)
@@ -143,10 +147,10 @@ class Encoder:
     @property
     def token_shape(self) -> tuple[int, int]:
         """Length and width of what is stored of an image."""
-        return self._compiled[1][1:]
+        return self._compiled[1][-2:]
 
     def __call__(self, images: Any) -> tuple[jax.Array, ...]:
-        """What is stored of a device batch of images (uint8)."""
+        """What is stored of a device batch, as `images` gives it."""
         return self._compiled[0](self.params, images)
 
 
@@ -181,7 +185,8 @@ def frozen_tower(
         return (output.tokens,)
 
     params = read["encoder"]["tower"]
-    return Encoder(encode, config.dtype, partitioning, params, image_shape, batch_size)
+    images = image_batches.Stacked(image_shape)
+    return Encoder(encode, config.dtype, partitioning, params, images, batch_size)
 
 
 def frozen_teacher(
@@ -197,17 +202,16 @@ def frozen_teacher(
       UserError: unless its checkpoint is of a classifier like the model's teacher.
     """
     teacher = ClassificationModel(model.teacher)
-    images = np.empty((batch_size, *image_shape), np.uint8)
-    abstract = abstract_variables(
-        teacher, partitioning, {"encoder_input_images": images}
-    )
+    batch = {"encoder_input_images": np.empty((batch_size, *image_shape), np.uint8)}
+    abstract = abstract_variables(teacher, partitioning, batch)
     params = restoring.restore_whole(reading.resolve(cache.teacher), abstract)
 
     def encode(params, images):
         logits: Any = teacher.module.apply({"params": params}, images)
         return (logits[:, None],)
 
-    return Encoder(encode, np.float32, partitioning, params, image_shape, batch_size)
+    images = image_batches.Stacked(image_shape)
+    return Encoder(encode, np.float32, partitioning, params, images, batch_size)
 
 
 def _cache_split(key: Any, encoder: Encoder, examples_per_shard: int) -> CachedSplit:
@@ -243,14 +247,14 @@ def _cache_split(key: Any, encoder: Encoder, examples_per_shard: int) -> CachedS
             f"{key.directory}: {num_kept} of {len(paths)} shards are there",
             markup=False,
         )
-    work = _Work(key, layout, paths, mine, known, place)
+    work = _Work(key, layout, paths, mine, known, place, encoder.images)
     label = f"{key.task.name} {key.split}"
     total = sum(len(layout.ranges[number]) for number in mine)
     if missing:
         with progress.Progress(console, label, total=total) as bar:
-            shape = (work.num_rows, *encoder.image_shape)
-            for images in _in_lockstep(work.batches(), shape):
-                work.take(_local_rows(encoder(place({"images": images})["images"])))
+            for images in _in_lockstep(work.batches(), work.no_images):
+                images = image_batches.on_devices(place, images)
+                work.take(_local_rows(encoder(images)))
                 bar.show(work.num_done)
     processes.wait_for_all("features written")
     console.print(
@@ -299,15 +303,19 @@ class _Work:
     Images that some whole shard has, or an earlier one of this call, are not encoded.
     """
 
-    def __init__(self, key, layout, paths, mine, known, place):
+    def __init__(self, key, layout, paths, mine, known, place, form):
         self._key, self._layout, self._paths = key, layout, paths
         self._mine, self._known, self._writes = mine, known, place.reports
-        self.num_rows = len(place.shard.rows(place.batch_size))
+        self._num_rows, self._form = len(place.shard.rows(place.batch_size)), form
         self._writer = None
-        self._pending = []
+        self._pending, self._places = [], []
         self.num_done = self.num_encoded = 0
 
-    def batches(self) -> Iterator[np.ndarray]:
+    def no_images(self) -> Any:
+        """This host's rows of a batch without an image."""
+        return self._form.batch(self._num_rows).arrays
+
+    def batches(self) -> Iterator[Any]:
         """This host's rows of each batch; `take` has to be called between them."""
         from vit22b_transfer.data.feature_shards import ShardWriter, image_hash
 
@@ -315,44 +323,42 @@ class _Work:
         examples = self._key.examples(ranges) if ranges else iter(())
         for number, part in zip(self._mine, ranges, strict=True):
             self._writer = ShardWriter(self._paths[number]) if self._writes else None
-            shown, waiting = [], {}
-            for _ in part:
+            shown, batch = [], self._form.batch(self._num_rows)
+            for example_number in part:
                 example = next(examples)
                 pixels = example["images"]
-                image = image_hash(pixels)
+                image = image_hash(pixels, varied=self._form.varied)
                 if self._key.cache.holds_examples:
                     shown.append((image, example["packed"]))
                 if image not in self._known:
                     self._known.add(image)
-                    waiting[image] = pixels
-                    if len(waiting) == self.num_rows:
-                        yield self._batch(waiting)
-                        waiting = {}
+                    name = f"the image of example {example_number}"
+                    if not batch.add(pixels, name):
+                        yield self._filled(batch)
+                        batch = self._form.batch(self._num_rows)
+                        batch.add(pixels, name)
+                    self._pending.append(image)
                 self.num_done += 1
-            if waiting:
-                yield self._batch(waiting)
+            if batch.places:
+                yield self._filled(batch)
             if self._writer is not None:
                 self._writer.finish(shown)
 
-    def _batch(self, waiting):
-        self._pending = list(waiting)
-        images = np.stack(list(waiting.values()))
-        missing = self.num_rows - len(images)
-        return np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
+    def _filled(self, batch):
+        self._places = batch.places
+        return batch.arrays
 
     def take(self, rows: tuple[np.ndarray, ...]) -> None:
         """Stores the tokens of the last batch."""
-        for place, image in enumerate(self._pending):
+        for place, image in zip(self._places, self._pending, strict=True):
             if self._writer is not None:
                 row = b"".join(np.ascontiguousarray(x[place]).tobytes() for x in rows)
                 self._writer.add_row(image, row)
         self.num_encoded += len(self._pending)
-        self._pending = []
+        self._pending, self._places = [], []
 
 
-def _in_lockstep(
-    batches: Iterator[np.ndarray], shape: tuple[int, ...]
-) -> Iterator[np.ndarray]:
+def _in_lockstep(batches: Iterator[Any], no_images: Callable[[], Any]) -> Iterator[Any]:
     """The batches, and empty ones while other hosts have more: all take each step."""
     while True:
         batch = next(batches, None)
@@ -361,7 +367,7 @@ def _in_lockstep(
             busy = multihost_utils.process_allgather(np.array(busy)).any()
         if not busy:
             return
-        yield np.zeros(shape, np.uint8) if batch is None else batch
+        yield no_images() if batch is None else batch
 
 
 def _local_rows(arrays: Sequence[jax.Array]) -> tuple[np.ndarray, ...]:

@@ -11,6 +11,11 @@ from jaxtyping import Array, Bool, Float
 
 from vit22b_transfer import UserError
 from vit22b_transfer.models import products
+from vit22b_transfer.models.segments import (
+    Segments,
+    attend_in_blocks,
+    runs_in_blocks,
+)
 
 MASKED_LOGIT = -1e10
 Form = Literal["auto", "einsum", "cudnn"]
@@ -24,7 +29,7 @@ def attend(
     key: Float[Array, "batch keys kv_heads kv"],
     value: Float[Array, "batch keys kv_heads kv"],
     *,
-    mask: Bool[Array, "#batch 1 #queries keys"] | None = None,
+    mask: Bool[Array, "#batch 1 #queries keys"] | Segments | None = None,
     bias: Float[Array, "1 heads #queries keys"] | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
@@ -33,6 +38,8 @@ def attend(
     """softmax(scale * query key^T + bias) value; mask True = may attend.
 
     kv_heads divides heads: a group of query heads shares a key head.
+    mask: of `Segments` each token attends to those of its own number, and on a CPU
+      `auto` forms no logits between others.
     softcap: bounds the logits: softcap * tanh(logits / softcap).
     form: `einsum` forms the logits, [B, N, Q, K] in float32, and beats every other form
       that was tried on a CPU. `cudnn` is cuDNN's flash attention, which forms none.
@@ -45,6 +52,11 @@ def attend(
     """
     if form not in FORMS:
         raise UserError(f"attention_form is {form!r}; valid are {', '.join(FORMS)}.")
+    if isinstance(mask, Segments):
+        plain = bias is None and softcap is None and key.shape == query.shape
+        if form == "auto" and plain and runs_in_blocks():
+            return attend_in_blocks(query, key, value, mask, scale=scale)
+        mask = mask.mask
     if form != "einsum":
         why_not = cudnn_refuses(query, key, mask=mask, bias=bias, softcap=softcap)
         if why_not is None:

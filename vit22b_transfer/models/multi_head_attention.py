@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from vit22b_transfer.models import instruments, layers
 from vit22b_transfer.models.attention import Form, attend, attend_cached, rotate
 from vit22b_transfer.models.lora import LoraConfig
+from vit22b_transfer.models.segments import Segments
 
 
 class MultiHeadAttention(nn.Module):
@@ -101,6 +102,7 @@ class MultiHeadAttention(nn.Module):
 
     def record(self, query, key, *, mask=None, bias=None):
         """Tells the instruments of the attention of these queries to these keys."""
+        mask = mask.mask if isinstance(mask, Segments) else mask
         instruments.record_attention(
             self, query, key, mask=mask, bias=bias, scale=self.attention_scale
         )
@@ -148,9 +150,9 @@ class MultiHeadAttention(nn.Module):
         x: Float[Array, "batch queries embed"],
         kv: Float[Array, "batch keys embed"],
         *,
-        mask: Bool[Array, "#batch 1 #queries keys"] | None = None,
+        mask: Bool[Array, "#batch 1 #queries keys"] | Segments | None = None,
         bias: Float[Array, "1 heads queries keys"] | None = None,
-        angles: Float[Array, "queries half"] | None = None,
+        angles: Float[Array, "*#batch queries half"] | None = None,
     ) -> Float[Array, "batch queries embed"]:
         key, value = self.project_key_value(kv, angles)
         return self.attend_projected(x, key, value, mask=mask, bias=bias, angles=angles)

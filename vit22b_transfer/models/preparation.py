@@ -10,7 +10,9 @@ from typing import Any, Literal, get_args
 from vit22b_transfer import UserError
 
 Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-Fit = Literal["squash", "shorter_side"]
+Fit = Literal["squash", "shorter_side", "own_shape", "own_size"]
+# In which images keep their shapes, and so have various sizes.
+OWN: tuple[Fit, ...] = ("own_shape", "own_size")
 Halves = Literal["down", "even"]
 Jpegs = Literal["whole", "scaled"]
 FILTERS = get_args(Filter)
@@ -23,11 +25,15 @@ class Preparation:
     filter: of the resizing, Pillow's, which smooths what becomes smaller.
     fit: `squash` resizes both sides to the tower's, whatever becomes of the shape;
       `shorter_side` resizes that one, keeps the shape, and cuts off what is too long.
+      The others give images of various sizes, in whole patches, each of no more patches
+      than the run's size has: `own_shape` as large as that allows (SigLIP 2 NaFlex),
+      `own_size` made smaller where it has to, and never larger but for the last patch.
     resized, cropped, kept: sides in pixels, from 1: an image is resized to the first,
       of which the second is cut from the centre, of which the third is kept from the
       top left corner. Where `kept` is not the run's longer side, all are in proportion.
     halves: where half a pixel of the centre goes: `down` (Hugging Face), or to the
       nearest `even` number (torchvision, timm).
+    patch: side of the patches of those two, in pixels; 1 with the others.
     jpegs: `whole`, or `scaled`: at 1/2, 1/4 or 1/8 of their size, which the discrete
       cosine transform gives for less, if that is as large as what they are resized to.
 
@@ -42,6 +48,7 @@ class Preparation:
     kept: int = 1
     halves: Halves = "down"
     jpegs: Jpegs = "whole"
+    patch: int = 1
 
     def __post_init__(self):
         for name, valid in (
@@ -60,11 +67,24 @@ class Preparation:
                 f"{self.kept} of that are kept; each must be at least 1 and not more "
                 "than the one before."
             )
+        if self.fit in OWN and (self.patch < 2 or self.resized > 1):
+            raise UserError(
+                f"fit={self.fit!r} takes the side of the tower's patches, from 2, and "
+                f"cuts nothing off; got patch={self.patch}, resized={self.resized}."
+            )
+        if self.fit not in OWN and self.patch != 1:
+            raise UserError(
+                f"patch={self.patch} goes with fit={' or '.join(map(repr, OWN))}, not "
+                f"with {self.fit!r}; leave it out."
+            )
 
     def __str__(self) -> str:
         text = f"{self.filter}, "
         if self.fit == "squash":
             text += "squashed"
+        elif self.fit in OWN:
+            made = "as large as" if self.fit == "own_shape" else "no larger than"
+            text += f"in their own shapes, in patches of {self.patch}, {made} fits"
         else:
             text += "the shorter side resized, what is longer cut off"
         if self.resized > self.cropped:

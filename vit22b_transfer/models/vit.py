@@ -15,18 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import layers, stacking, towers, vit_blocks
-from vit22b_transfer.models.preparation import Preparation
+from vit22b_transfer.models import layers, stacking, towers, vit_blocks, vit_positions
+from vit22b_transfer.models.packing import PackedImages
+from vit22b_transfer.models.preparation import OWN, Preparation
 from vit22b_transfer.models.vit_blocks import MapPooling
-from vit22b_transfer.models.vit_positions import (
-    RESAMPLINGS,
-    Resampling,
-    resample_position_embeddings,
-    rotary_angles,
-)
+from vit22b_transfer.models.vit_positions import RESAMPLINGS, Resampling
 from vit22b_transfer.models.vit_variants import parse_variant
 
 Pooling = Literal["map", "gap", "cls", "none"]
@@ -91,6 +87,12 @@ class ViTConfig(vit_blocks.BlockConfig):
                 "class_position needs a class token and learned positions. Set "
                 "class_token=True, or class_position=False."
             )
+        if self.preparation is not None and self.preparation.fit in OWN:
+            raise UserError(
+                f"the tower's preparation has fit={self.preparation.fit!r}, but what a "
+                "tower is given is of one size. Images of their own shapes are packed: "
+                "gin_configs/runs/probe_own_shapes.gin, with `vit22b probe`."
+            )
         if self.positions == "rotary" and self.head_dim % 4:
             raise UserError(
                 f"rotary positions share each head between rows and columns, in pairs, "
@@ -133,6 +135,15 @@ class ViTConfig(vit_blocks.BlockConfig):
                 settings[field.name] = str(value)
         return settings
 
+    def check_packable(self) -> None:
+        """Raises UserError if the tower cannot take `packing.PackedImages`."""
+        if self.has_class_token or self.num_registers:
+            raise UserError(
+                "the tower has a class token or registers, of which packed images have "
+                "none: a row holds patches alone. Give it images of one size, or take "
+                "a tower that pools its patches (SigLIP, SigLIP 2 NaFlex)."
+            )
+
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image; an uneven division is an error."""
         if height % self.patch_size or width % self.patch_size:
@@ -168,7 +179,7 @@ class VisionTower(nn.Module):
     @nn.compact
     def __call__(
         self,
-        images: UInt8[Array, "batch *images height width 3"],
+        images: UInt8[Array, "batch *images height width 3"] | PackedImages,
         *,
         intermediates: tuple[str, ...] = (),
     ) -> towers.TowerOutput:
@@ -176,8 +187,18 @@ class VisionTower(nn.Module):
 
         Intermediates: `stem` (patches with positions) and `block_0` ... (the residual
         stream after that block, class token and registers first).
+
+        Of `PackedImages` tokens and intermediates are those of the rows, [rows, tokens,
+        E], which say nothing where a row is empty; the pooled vectors are [rows,
+        images_per_row, E], 0 where there is no image. The parameters are the same.
+
+        Raises:
+          UserError: for images that the tower cannot take, packed ones if it has a
+            class token or registers, and for unknown intermediates.
         """
         cfg = self.config
+        if isinstance(images, PackedImages):
+            return self._of_packed(images, intermediates)
         self._check(images, intermediates)
         batch, several = images.shape[0], images.ndim == 5
         images = images.reshape(-1, *images.shape[-3:])
@@ -191,9 +212,10 @@ class VisionTower(nn.Module):
             x = vit_blocks.norm(cfg, name="stem_norm")(x)
         angles = ()
         if cfg.positions == "rotary":
-            angles = (jnp.asarray(rotary_angles(grid, cfg.head_dim, first)),)
-        x, blocks = self._blocks(x, angles, any(n != "stem" for n in intermediates))
-        kept |= {n: blocks[int(n[6:])] for n in intermediates if n != "stem"}
+            angles = (
+                jnp.asarray(vit_positions.rotary_angles(grid, cfg.head_dim, first)),
+            )
+        x = self._blocks(x, angles, intermediates, kept)
         norm = vit_blocks.norm(cfg, name="encoder_norm")
         if cfg.final_norm == "all":
             x = norm(x)
@@ -210,6 +232,50 @@ class VisionTower(nn.Module):
         if several and pooled is not None:
             pooled = pooled.reshape(batch, -1, cfg.width)
         return towers.TowerOutput(x.reshape(batch, -1, cfg.width), pooled, kept)
+
+    def _of_packed(self, packed: PackedImages, intermediates) -> towers.TowerOutput:
+        cfg = self.config
+        cfg.check_packable()
+        self._check(packed.patches, intermediates)
+        patches, grids = jnp.asarray(packed.patches), jnp.asarray(packed.grids)
+        if patches.shape[-1] != 3 * cfg.patch_size**2:
+            raise UserError(
+                f"packed patches have {patches.shape[-1]} values, but the tower's, of "
+                f"{cfg.patch_size}x{cfg.patch_size} pixels, have "
+                f"{3 * cfg.patch_size**2}."
+            )
+        x = self._project(self._normalized(patches.reshape(*patches.shape[:2], -1, 3)))
+        if cfg.positions == "learned":
+            positions = vit_positions.positions_at(
+                self._positions(),
+                cfg.grid_of(*cfg.image_size),
+                packed.places,
+                grids,
+                cfg.position_resampling,
+            )
+            x = x + positions.astype(x.dtype)
+        x = layers.with_sharding_constraint(x, ("batch", "length", "embed"))
+        kept = {"stem": x} if "stem" in intermediates else {}
+        if cfg.stem_norm:
+            x = vit_blocks.norm(cfg, name="stem_norm")(x)
+        angles = None
+        if cfg.positions == "rotary":
+            places = jnp.asarray(packed.places)
+            angles = vit_positions.rotary_angles_at(places, grids, cfg.head_dim)
+        x = self._blocks(x, (angles, packed.same_image), intermediates, kept)
+        norm = vit_blocks.norm(cfg, name="encoder_norm")
+        if cfg.final_norm == "all":
+            x = norm(x)
+        pooled = None
+        if cfg.pooling == "map":
+            pooled = MapPooling(cfg, name="map")(x, packed.members)
+        elif cfg.pooling == "gap":
+            pooled = packed.mean(x)
+        if pooled is not None and cfg.final_norm == "pooled":
+            pooled = norm(pooled)
+        if pooled is not None:
+            pooled = packed.of_images(pooled)
+        return towers.TowerOutput(x, pooled, kept)
 
     def _check(self, images, intermediates):
         if images.dtype != jnp.uint8:
@@ -234,17 +300,36 @@ class VisionTower(nn.Module):
         """Normalised pixels to patch embeddings with positions, [n, k, E]."""
         cfg = self.config
         p, (rows, columns) = cfg.patch_size, grid
-        # (x * scale - mean) / std with one multiplication and one subtraction
+        pixels = self._normalized(images)
+        patches = pixels.reshape(-1, rows, p, columns, p, 3).swapaxes(2, 3)
+        x = self._project(patches.reshape(-1, rows * columns, p * p * 3))
+        if cfg.positions == "learned":
+            table = vit_positions.resample_position_embeddings(
+                self._positions(),
+                cfg.grid_of(*cfg.image_size),
+                grid,
+                cfg.position_resampling,
+            )
+            x = x + table.astype(x.dtype)[None]
+        return layers.with_sharding_constraint(x, ("batch", "length", "embed"))
+
+    def _normalized(self, pixels: UInt8[Array, "*pixels 3"]) -> jax.Array:
+        """(x * scale - mean) / std with one multiplication and one subtraction."""
+        cfg = self.config
         scale = 1.0 / (1 / cfg.pixel_scale * np.asarray(cfg.pixel_std, np.float32))
         shift = np.asarray(cfg.pixel_mean, np.float32) / np.asarray(
             cfg.pixel_std, np.float32
         )
-        pixels = images.astype(jnp.float32) * scale.astype(np.float32)[
-            None, None, None
-        ] - shift.reshape(1, 1, 1, 3)
-        patches = pixels.reshape(-1, rows, p, columns, p, 3).swapaxes(2, 3)
-        x = layers.Dense(
-            p * p * 3,
+        channels = (1,) * (pixels.ndim - 1) + (3,)
+        scale = scale.astype(np.float32).reshape(channels)
+        return pixels.astype(jnp.float32) * scale - shift.reshape(channels)
+
+    def _project(self, patches: Float[Array, "batch length *patch"]) -> jax.Array:
+        """Normalised patches to their embeddings."""
+        cfg = self.config
+        values = 3 * cfg.patch_size**2
+        return layers.Dense(
+            values,
             cfg.width,
             ("patch", "embed"),
             use_bias=cfg.patch_bias,
@@ -253,19 +338,13 @@ class VisionTower(nn.Module):
             kernel_init=nn.initializers.lecun_normal(),
             int8_kernel=cfg.int8_kernels,
             name="patch_embedding",
-        )(patches.reshape(-1, rows * columns, p * p * 3))
-        if cfg.positions == "learned":
-            own = cfg.grid_of(*cfg.image_size)
-            table = self._table(
-                "position_embedding",
-                (own[0] * own[1], cfg.width),
-                ("abspos_buckets", "embed"),
-            )
-            table = resample_position_embeddings(
-                table, own, grid, cfg.position_resampling
-            )
-            x = x + table.astype(x.dtype)[None]
-        return layers.with_sharding_constraint(x, ("batch", "length", "embed"))
+        )(patches.reshape(*patches.shape[:2], values))
+
+    def _positions(self) -> Float[Array, "positions embed"]:
+        """The table of positions, of the tower's own grid."""
+        rows, columns = self.config.grid_of(*self.config.image_size)
+        shape, axes = (rows * columns, self.config.width), ("abspos_buckets", "embed")
+        return self._table("position_embedding", shape, axes)
 
     def _prefix(self, x) -> list[jax.Array]:
         """The class token and the registers for every image, where there are any."""
@@ -285,17 +364,23 @@ class VisionTower(nn.Module):
             for token in tokens
         ]
 
-    def _blocks(self, x, angles: tuple[jax.Array, ...], keep: bool):
-        """All blocks; the second result indexes the kept residual streams by depth."""
+    def _blocks(self, x, broadcast: tuple, intermediates: tuple[str, ...], kept: dict):
+        """All blocks; puts the residual streams that are asked for into `kept`.
+
+        broadcast: what each block gets beside x: the angles, and then the mask.
+        """
         cfg = self.config
+        keep = any(name != "stem" for name in intermediates)
         block = stacking.remat_block(
             vit_blocks.Block, cfg.remat, scanned=cfg.scan_layers
         )
         if cfg.scan_layers:
-            stack = stacking.scan_blocks(block, cfg.depth, num_broadcast=len(angles))
-            return stack(cfg, keep, name="layers")(x, *angles)
-        kept = []
-        for i in range(cfg.depth):
-            x, output = block(cfg, keep, name=f"layers_{i}")(x, *angles)
-            kept.append(output)
-        return x, kept
+            stack = stacking.scan_blocks(block, cfg.depth, len(broadcast))
+            x, blocks = stack(cfg, keep, name="layers")(x, *broadcast)
+        else:
+            blocks = []
+            for i in range(cfg.depth):
+                x, output = block(cfg, keep, name=f"layers_{i}")(x, *broadcast)
+                blocks.append(output)
+        kept |= {n: blocks[int(n[6:])] for n in intermediates if n != "stem"}
+        return x

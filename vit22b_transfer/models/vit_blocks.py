@@ -24,6 +24,7 @@ from vit22b_transfer.models import (
     projections,
 )
 from vit22b_transfer.models.lora import LoraConfig
+from vit22b_transfer.models.segments import Segments
 
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
 
@@ -138,8 +139,8 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch length embed"],
-        angles: Float[Array, "length half"] | None = None,
-        mask: Bool[Array, "#batch 1 length length"] | None = None,
+        angles: Float[Array, "*#batch length half"] | None = None,
+        mask: Bool[Array, "#batch 1 length length"] | Segments | None = None,
     ):
         scaled = self.config.layer_scale
         if not self.config.fused_projections:
@@ -256,14 +257,18 @@ class MapPooling(nn.Module):
     """Multi-head attention pooling: a learned probe attends all tokens, then an MLP.
 
     As in Zhai et al. 2022, without QK-norm; biases and norm follow the tower.
+    members: of rows that hold several images the tokens of each; it is then one vector
+    for each image.
     """
 
     config: BlockConfig
 
     @nn.compact
     def __call__(
-        self, tokens: Float[Array, "batch length embed"]
-    ) -> Float[Array, "batch embed"]:
+        self,
+        tokens: Float[Array, "batch length embed"],
+        members: Bool[Array, "batch images length"] | None = None,
+    ) -> Float[Array, "batch *images embed"]:
         cfg = self.config
         probe = layers.LearnedTable(
             (1, 1, cfg.width),
@@ -272,9 +277,12 @@ class MapPooling(nn.Module):
             cfg.param_dtype,
             name="probe",
         )()
-        probe = jnp.broadcast_to(probe, (tokens.shape[0], 1, cfg.width))
+        images = 1 if members is None else members.shape[1]
+        probe = jnp.broadcast_to(probe, (tokens.shape[0], images, cfg.width))
         x = _attention(cfg, qk_norm=False, name="attention")(
-            probe.astype(tokens.dtype), tokens
+            probe.astype(tokens.dtype),
+            tokens,
+            mask=None if members is None else members[:, None],
         )
         x = x + _mlp(cfg, name="mlp")(norm(cfg, name="norm")(x))
-        return x[:, 0]
+        return x[:, 0] if members is None else x

@@ -314,8 +314,9 @@ def read_naflex(config: Config, tensors: Config) -> Model:
         images=images.size,
         facts=(
             "its images keep their shape, in multiples of the patch size within a "
-            "number of patches; here all images of a run have one size, any that "
-            "patches tile, and are squashed to it",
+            "number of patches; here probes take them so, with "
+            "gin_configs/runs/probe_own_shapes.gin; else all images of a run have one "
+            "size, any that patches tile, and are squashed to it",
             *images.facts,
         ),
     )
