@@ -23,7 +23,12 @@ from tiny_models import (
 )
 from torch_peers import import_peer, torch, without_gradients
 
-from vit22b_transfer.models import multi_head_attention, vit, vit_blocks, vit_positions
+from vit22b_transfer.models import (
+    multi_head_attention,
+    vit,
+    vit_pooling,
+    vit_positions,
+)
 
 timm_vit = import_peer("timm.models.vision_transformer")
 timm_layers = import_peer("timm.layers")
@@ -192,7 +197,7 @@ def test_map_pooling_equals_hugging_face_siglips_head(classic):
     pooling = classic[0]["map"]
     head.load_state_dict(siglip_pooling("", pooling), strict=True)
     tokens = np.random.default_rng(1).standard_normal((3, 7, 32)).astype(np.float32)
-    ours = vit_blocks.MapPooling(classic_tower_config())
+    ours = vit_pooling.MapPooling(classic_tower_config())
     pooled = jit(ours.apply)({"params": pooling}, jnp.asarray(tokens))
     assert_within(BLOCK, pooled, head(tensor(tokens)), "MAP vs SigLIP")
 

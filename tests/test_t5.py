@@ -21,7 +21,7 @@ from tiny_models import (
     without_type_checks,
 )
 
-from vit22b_transfer.models import encoder_decoder, products, stacking, t5
+from vit22b_transfer.models import encoder_decoder, products, stacking, t5_caches
 
 BATCH = jax.tree.map(jnp.asarray, batch(3))
 PROMPTS, SHIFTED = BATCH["encoder_input_tokens"], BATCH["decoder_input_tokens"]
@@ -168,7 +168,7 @@ def test_cached_decoding_of_beams_equals_the_full_forward(tied_logits):
         )
 
     encoded, cross = encode(variables)
-    cache = t5.empty_cache(module.text, size, beams, time)
+    cache = t5_caches.empty_cache(module.text, size, beams, time)
     rows, own = np.arange(size)[:, None], np.eye(beams, dtype=bool)[None, :, :, None]
     ancestry = np.broadcast_to(own, (size, beams, beams, time))
     history = np.zeros((size, beams, time), np.int32)
@@ -234,7 +234,7 @@ def test_logits_are_float32_in_a_bfloat16_model():
     assert dtypes == {jnp.dtype(jnp.bfloat16)}
     # A CPU keeps it in float32: test_products.
     with products.as_on_accelerators():
-        cache = jax.eval_shape(lambda: t5.empty_cache(module.text, 2, 3, 4))
+        cache = jax.eval_shape(lambda: t5_caches.empty_cache(module.text, 2, 3, 4))
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == dtypes
 
 

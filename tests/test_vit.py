@@ -31,7 +31,7 @@ from vit22b_transfer.models import (
     layers,
     stacking,
     vit,
-    vit_blocks,
+    vit_pooling,
     vit_positions,
     vit_variants,
 )
@@ -300,7 +300,7 @@ def test_each_pooling_gives_what_its_name_says(tower):
 def test_map_pooling_does_not_depend_on_the_order_of_tokens(tower):
     params, _ = tower
     tokens = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 32)), "f4")
-    pool = jit(vit_blocks.MapPooling(tower_config()).apply)
+    pool = jit(vit_pooling.MapPooling(tower_config()).apply)
     pooled = pool({"params": params["map"]}, tokens)
     reversed_ = pool({"params": params["map"]}, tokens[:, ::-1])
     assert_within(1e-6, reversed_, pooled)

@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit22b_transfer.models import layers, vit_positions
+from vit22b_transfer.models import layers, products, vit_positions
 
 # The collection in which training tells what batches are normalised by.
 BATCH_STATISTICS = "batch_statistics"
@@ -53,7 +53,7 @@ class Conv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         bias = self.dense.bias
-        return y if bias is None else layers.add_bias(y, bias)
+        return y if bias is None else products.add_bias(y, bias)
 
 
 class Enlarging(nn.Module):
@@ -82,7 +82,7 @@ class Enlarging(nn.Module):
         y = dense(x).reshape(batch, height, width, factor, factor, channels)
         y = y.swapaxes(2, 3).reshape(batch, height * factor, width * factor, channels)
         bias = _table("bias", channels, nn.initializers.zeros_init())
-        return layers.add_bias(y, bias)
+        return products.add_bias(y, bias)
 
 
 class BatchNorm(nn.Module):

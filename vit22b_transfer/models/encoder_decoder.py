@@ -15,6 +15,7 @@ from vit22b_transfer.models import (
     towers,
     vocabulary_pieces,
 )
+from vit22b_transfer.models.t5_caches import CrossKeyValues, SelfCache, empty_cache
 
 
 @flax.struct.dataclass
@@ -111,8 +112,8 @@ class ImageTextModule(nn.Module):
     def decode_step(
         self,
         tokens: Int[Array, "batch beams"],
-        cache: tuple[t5.SelfCache, ...],
-        cross: tuple[t5.CrossKeyValues, ...],
+        cache: tuple[SelfCache, ...],
+        cross: tuple[CrossKeyValues, ...],
         encoded_mask: Bool[Array, "batch 1 1 length"],
         index: Int[Array, ""],
         ancestry: Bool[Array, "batch beams beams time"],
@@ -147,7 +148,7 @@ class ImageTextModule(nn.Module):
 
         def init_cache(num_beams: int):
             batch = encoded.mask.shape[0]
-            return t5.empty_cache(text, batch, num_beams, max_decode_length)
+            return empty_cache(text, batch, num_beams, max_decode_length)
 
         def step_fn(tokens, cache, index, ancestry):
             arguments = tokens, cache, cross, encoded.mask, index, ancestry

@@ -11,13 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 from flax.linen.partitioning import param_with_axes
 from jaxtyping import Array, Float, Int
 
-from vit22b_transfer.models import int8, products
+from vit22b_transfer.models import int8, products, relative_buckets
 from vit22b_transfer.models.lora import LoraConfig
 
 Initializer = Callable[..., jax.Array]
@@ -39,11 +38,6 @@ def with_sharding_constraint(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         return x
     spec = flax_partitioning.logical_to_mesh_axes(axes, rules)
     return jax.lax.with_sharding_constraint(x, spec)
-
-
-def _promote(array: jax.Array, rank: int) -> jax.Array:
-    """`array` with leading axes of size one, so that no rank is promoted silently."""
-    return array.reshape((1,) * (rank - array.ndim) + array.shape)
 
 
 class Dense(nn.Module):
@@ -116,7 +110,7 @@ class Dense(nn.Module):
         self, y: Float[Array, "*batch outputs"], x: Float[Array, "*batch inputs"]
     ) -> Float[Array, "*batch outputs"]:
         """`y` = x @ kernel with all that is added to it: bias and low-rank update."""
-        y = y if self.bias is None else add_bias(y, self.bias)
+        y = y if self.bias is None else products.add_bias(y, self.bias)
         if self.lora is None or self.lora_a is None or self.lora_b is None:
             return y
         a, b = self.lora_a.astype(self.dtype), self.lora_b.astype(self.dtype)
@@ -124,31 +118,6 @@ class Dense(nn.Module):
         return y + products.linear(
             products.linear(x.astype(self.dtype), a) * scale, b, y.dtype
         )
-
-
-@jax.custom_vjp
-def add_bias(
-    y: Float[Array, "*batch outputs"], bias: Float[Array, " outputs"]
-) -> Float[Array, "*batch outputs"]:
-    """`y + bias` in y's dtype; the bias's gradient is summed in float32.
-
-    Autodiff would sum it in y's dtype: in bfloat16, XLA's slowest sum on a CPU.
-    """
-    return y + _promote(bias.astype(y.dtype), y.ndim)
-
-
-def _add_bias_forward(y, bias):
-    # The empty array tells the dtype.
-    return add_bias.fun(y, bias), bias[:0]
-
-
-def _add_bias_backward(like, grad):
-    batch = tuple(range(grad.ndim - 1))
-    total = jnp.sum(grad, axis=batch, dtype=jnp.float32)
-    return grad, total.astype(like.dtype)
-
-
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 class Norm(nn.Module):
@@ -185,10 +154,10 @@ class Norm(nn.Module):
         shape, dtype = (self.features,), jnp.dtype(self.param_dtype)
         first = nn.initializers.zeros if self.scale_from_one else nn.initializers.ones
         scale = create("scale", first, shape, dtype).astype(jnp.float32)
-        y = y * _promote(scale + 1.0 if self.scale_from_one else scale, y.ndim)
+        y = y * products.promoted(scale + 1.0 if self.scale_from_one else scale, y.ndim)
         if self.use_bias:
             bias = create("bias", nn.initializers.zeros_init(), shape, dtype)
-            y = add_bias(y, bias)
+            y = products.add_bias(y, bias)
         return y.astype(self.dtype)
 
 
@@ -209,7 +178,7 @@ class LayerScale(nn.Module):
             jnp.dtype(self.param_dtype),
             axes=("embed",),
         )
-        return x * _promote(scale.astype(x.dtype), x.ndim)
+        return x * products.promoted(scale.astype(x.dtype), x.ndim)
 
 
 class Embedding(nn.Module):
@@ -317,29 +286,14 @@ class RelativePositionBias(nn.Module):
             jnp.dtype(self.param_dtype),
             axes=("heads", "relpos_buckets"),
         )
-        buckets = self._buckets(query_length, key_length)
+        buckets = relative_buckets.buckets(
+            query_length,
+            key_length,
+            count=self.num_buckets,
+            max_distance=self.max_distance,
+            bidirectional=self.bidirectional,
+        )
         return jnp.take(table.astype(self.dtype), buckets, axis=1)[None]
-
-    def _buckets(self, query_length: int, key_length: int) -> np.ndarray:
-        """Bucket of each (query, key) pair: exact when near, logarithmic when far."""
-        distance = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
-        buckets, num_buckets = np.zeros_like(distance), self.num_buckets
-        if self.bidirectional:
-            num_buckets //= 2
-            buckets += (distance > 0) * num_buckets
-            distance = np.abs(distance)
-        else:
-            distance = np.maximum(-distance, 0)
-        exact = num_buckets // 2
-        # float32 as in T5: float64 puts some far distances into the next bucket
-        ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
-        far = exact + (
-            np.log(ratio)
-            / np.log(np.float32(self.max_distance / exact))
-            * np.float32(num_buckets - exact)
-        ).astype(np.int64)
-        far = np.minimum(far, num_buckets - 1)
-        return buckets + np.where(distance < exact, distance, far)
 
 
 class Mlp(nn.Module):

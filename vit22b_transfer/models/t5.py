@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from typing import Any, Literal
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -25,6 +24,7 @@ from vit22b_transfer.models import (
     stacking,
 )
 from vit22b_transfer.models.lora import LoraConfig
+from vit22b_transfer.models.t5_caches import CrossKeyValues, SelfCache
 from vit22b_transfer.models.t5_variants import sizes_of
 
 ACTIVATIONS = {
@@ -77,30 +77,6 @@ class T5Config:
 def t5_config(variant: str, **overrides: Any) -> T5Config:
     """A T5 v1.1, or PaLI-X's, of that size; overrides are T5Config fields."""
     return T5Config(**(sizes_of(variant) | overrides))
-
-
-@flax.struct.dataclass
-class CrossKeyValues:
-    """Keys [B, N, H, L] and values [B, N, L, H] of the encoded input for one layer.
-
-    So that the matmuls of every decoding step read them as they lie.
-    """
-
-    # Any: under jax.eval_shape and in tree operations the leaves are no arrays.
-    key: Any
-    value: Any
-
-
-@flax.struct.dataclass
-class SelfCache:
-    """Keys [B, N, H, T*K] and values [B, N, T*K, H] decoded so far for one layer.
-
-    Place t*K + k is position t of beam k: a step writes one block, in place.
-    """
-
-    # Any: under jax.eval_shape and in tree operations the leaves are no arrays.
-    key: Any
-    value: Any
 
 
 def _norm(cfg: T5Config) -> layers.Norm:
@@ -364,16 +340,3 @@ class TextDecoder(nn.Module):
                 "(stacking.unstack_layers) and set scan_layers=False."
             )
         return list(self.layers)
-
-
-def empty_cache(
-    cfg: T5Config, batch: Any, beams: int, time: int
-) -> tuple[SelfCache, ...]:
-    """Zeroed self-attention caches for `time` positions of `beams` beams.
-
-    batch: a number; in a program that is exported for any size, a symbol.
-    """
-    heads, kv, dtype = cfg.num_heads, cfg.head_dim, products.kept_dtype(cfg.dtype)
-    key = jnp.zeros((batch, heads, kv, time * beams), dtype)
-    value = jnp.zeros((batch, heads, time * beams, kv), dtype)
-    return tuple(SelfCache(key, value) for _ in range(cfg.num_decoder_layers))

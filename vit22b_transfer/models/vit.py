@@ -18,10 +18,17 @@ from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 from vit22b_transfer import UserError
-from vit22b_transfer.models import layers, stacking, towers, vit_blocks, vit_positions
+from vit22b_transfer.models import (
+    layers,
+    packed_tower,
+    stacking,
+    towers,
+    vit_blocks,
+    vit_positions,
+)
 from vit22b_transfer.models.packing import PackedImages
 from vit22b_transfer.models.preparation import OWN, Preparation
-from vit22b_transfer.models.vit_blocks import MapPooling
+from vit22b_transfer.models.vit_pooling import MapPooling
 from vit22b_transfer.models.vit_positions import RESAMPLINGS, Resampling
 from vit22b_transfer.models.vit_variants import parse_variant
 
@@ -198,8 +205,8 @@ class VisionTower(nn.Module):
         """
         cfg = self.config
         if isinstance(images, PackedImages):
-            return self._of_packed(images, intermediates)
-        self._check(images, intermediates)
+            return packed_tower.output(self, images, intermediates)
+        self.check(images, intermediates)
         batch, several = images.shape[0], images.ndim == 5
         images = images.reshape(-1, *images.shape[-3:])
         grid = cfg.grid_of(*images.shape[1:3])
@@ -215,7 +222,7 @@ class VisionTower(nn.Module):
             angles = (
                 jnp.asarray(vit_positions.rotary_angles(grid, cfg.head_dim, first)),
             )
-        x = self._blocks(x, angles, intermediates, kept)
+        x = self.blocks(x, angles, intermediates, kept)
         norm = vit_blocks.norm(cfg, name="encoder_norm")
         if cfg.final_norm == "all":
             x = norm(x)
@@ -233,51 +240,8 @@ class VisionTower(nn.Module):
             pooled = pooled.reshape(batch, -1, cfg.width)
         return towers.TowerOutput(x.reshape(batch, -1, cfg.width), pooled, kept)
 
-    def _of_packed(self, packed: PackedImages, intermediates) -> towers.TowerOutput:
-        cfg = self.config
-        cfg.check_packable()
-        self._check(packed.patches, intermediates)
-        patches, grids = jnp.asarray(packed.patches), jnp.asarray(packed.grids)
-        if patches.shape[-1] != 3 * cfg.patch_size**2:
-            raise UserError(
-                f"packed patches have {patches.shape[-1]} values, but the tower's, of "
-                f"{cfg.patch_size}x{cfg.patch_size} pixels, have "
-                f"{3 * cfg.patch_size**2}."
-            )
-        x = self._project(self._normalized(patches.reshape(*patches.shape[:2], -1, 3)))
-        if cfg.positions == "learned":
-            positions = vit_positions.positions_at(
-                self._positions(),
-                cfg.grid_of(*cfg.image_size),
-                packed.places,
-                grids,
-                cfg.position_resampling,
-            )
-            x = x + positions.astype(x.dtype)
-        x = layers.with_sharding_constraint(x, ("batch", "length", "embed"))
-        kept = {"stem": x} if "stem" in intermediates else {}
-        if cfg.stem_norm:
-            x = vit_blocks.norm(cfg, name="stem_norm")(x)
-        angles = None
-        if cfg.positions == "rotary":
-            places = jnp.asarray(packed.places)
-            angles = vit_positions.rotary_angles_at(places, grids, cfg.head_dim)
-        x = self._blocks(x, (angles, packed.same_image), intermediates, kept)
-        norm = vit_blocks.norm(cfg, name="encoder_norm")
-        if cfg.final_norm == "all":
-            x = norm(x)
-        pooled = None
-        if cfg.pooling == "map":
-            pooled = MapPooling(cfg, name="map")(x, packed.members)
-        elif cfg.pooling == "gap":
-            pooled = packed.mean(x)
-        if pooled is not None and cfg.final_norm == "pooled":
-            pooled = norm(pooled)
-        if pooled is not None:
-            pooled = packed.of_images(pooled)
-        return towers.TowerOutput(x, pooled, kept)
-
-    def _check(self, images, intermediates):
+    def check(self, images: Any, intermediates: tuple[str, ...]) -> None:
+        """Raises UserError for images that are no uint8, and unknown intermediates."""
         if images.dtype != jnp.uint8:
             raise UserError(
                 f"images have dtype {images.dtype}; the tower takes uint8 pixels "
@@ -300,12 +264,12 @@ class VisionTower(nn.Module):
         """Normalised pixels to patch embeddings with positions, [n, k, E]."""
         cfg = self.config
         p, (rows, columns) = cfg.patch_size, grid
-        pixels = self._normalized(images)
+        pixels = self.normalized(images)
         patches = pixels.reshape(-1, rows, p, columns, p, 3).swapaxes(2, 3)
-        x = self._project(patches.reshape(-1, rows * columns, p * p * 3))
+        x = self.project(patches.reshape(-1, rows * columns, p * p * 3))
         if cfg.positions == "learned":
             table = vit_positions.resample_position_embeddings(
-                self._positions(),
+                self.position_table(),
                 cfg.grid_of(*cfg.image_size),
                 grid,
                 cfg.position_resampling,
@@ -313,7 +277,7 @@ class VisionTower(nn.Module):
             x = x + table.astype(x.dtype)[None]
         return layers.with_sharding_constraint(x, ("batch", "length", "embed"))
 
-    def _normalized(self, pixels: UInt8[Array, "*pixels 3"]) -> jax.Array:
+    def normalized(self, pixels: UInt8[Array, "*pixels 3"]) -> jax.Array:
         """(x * scale - mean) / std with one multiplication and one subtraction."""
         cfg = self.config
         scale = 1.0 / (1 / cfg.pixel_scale * np.asarray(cfg.pixel_std, np.float32))
@@ -324,7 +288,7 @@ class VisionTower(nn.Module):
         scale = scale.astype(np.float32).reshape(channels)
         return pixels.astype(jnp.float32) * scale - shift.reshape(channels)
 
-    def _project(self, patches: Float[Array, "batch length *patch"]) -> jax.Array:
+    def project(self, patches: Float[Array, "batch length *patch"]) -> jax.Array:
         """Normalised patches to their embeddings."""
         cfg = self.config
         values = 3 * cfg.patch_size**2
@@ -340,7 +304,7 @@ class VisionTower(nn.Module):
             name="patch_embedding",
         )(patches.reshape(*patches.shape[:2], values))
 
-    def _positions(self) -> Float[Array, "positions embed"]:
+    def position_table(self) -> Float[Array, "positions embed"]:
         """The table of positions, of the tower's own grid."""
         rows, columns = self.config.grid_of(*self.config.image_size)
         shape, axes = (rows * columns, self.config.width), ("abspos_buckets", "embed")
@@ -364,7 +328,9 @@ class VisionTower(nn.Module):
             for token in tokens
         ]
 
-    def _blocks(self, x, broadcast: tuple, intermediates: tuple[str, ...], kept: dict):
+    def blocks(
+        self, x: Any, broadcast: tuple, intermediates: tuple[str, ...], kept: dict
+    ) -> Any:
         """All blocks; puts the residual streams that are asked for into `kept`.
 
         broadcast: what each block gets beside x: the angles, and then the mask.

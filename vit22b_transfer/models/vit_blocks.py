@@ -5,11 +5,8 @@ The default block is ViT-22B's (Dehghani et al. 2023, section 2); every other fi
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -23,10 +20,9 @@ from vit22b_transfer.models import (
     multi_head_attention,
     projections,
 )
+from vit22b_transfer.models.activations import ACTIVATIONS, Activation
 from vit22b_transfer.models.lora import LoraConfig
 from vit22b_transfer.models.segments import Segments
-
-Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,19 +97,6 @@ def check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
         raise UserError(f"{name} is {value!r}; valid are {', '.join(valid)}.")
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """GELU as OpenAI's CLIP approximates it: x * sigmoid(1.702 x)."""
-    return x * nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-    "gelu_erf": functools.partial(nn.gelu, approximate=False),
-    "quick_gelu": quick_gelu,
-    "silu": nn.silu,
-}
-
-
 class Block(nn.Module):
     """One transformer block in either form; returns (x, x if `keep` else None).
 
@@ -127,8 +110,8 @@ class Block(nn.Module):
     def setup(self):
         cfg = self.config
         self.norm = norm(cfg)
-        self.attention = _attention(cfg, qk_norm=cfg.qk_norm)
-        self.mlp = _mlp(cfg)
+        self.attention = block_attention(cfg, qk_norm=cfg.qk_norm)
+        self.mlp = block_mlp(cfg)
         if not cfg.parallel:
             self.mlp_norm = norm(cfg)
         if cfg.layer_scale:
@@ -216,9 +199,10 @@ def norm(cfg: BlockConfig, name: str | None = None) -> layers.Norm:
     )
 
 
-def _attention(
+def block_attention(
     cfg: BlockConfig, *, qk_norm: bool, name: str | None = None
 ) -> multi_head_attention.MultiHeadAttention:
+    """The attention of a tower's blocks, or of its pooling."""
     return multi_head_attention.MultiHeadAttention(
         cfg.width,
         cfg.num_heads,
@@ -239,7 +223,8 @@ def _attention(
     )
 
 
-def _mlp(cfg: BlockConfig, name: str | None = None) -> layers.Mlp:
+def block_mlp(cfg: BlockConfig, name: str | None = None) -> layers.Mlp:
+    """The MLP of a tower's blocks, or of its pooling."""
     return layers.Mlp(
         cfg.width,
         cfg.mlp_dim,
@@ -251,38 +236,3 @@ def _mlp(cfg: BlockConfig, name: str | None = None) -> layers.Mlp:
         int8_kernels=cfg.int8_kernels,
         name=name,
     )
-
-
-class MapPooling(nn.Module):
-    """Multi-head attention pooling: a learned probe attends all tokens, then an MLP.
-
-    As in Zhai et al. 2022, without QK-norm; biases and norm follow the tower.
-    members: of rows that hold several images the tokens of each; it is then one vector
-    for each image.
-    """
-
-    config: BlockConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Float[Array, "batch length embed"],
-        members: Bool[Array, "batch images length"] | None = None,
-    ) -> Float[Array, "batch *images embed"]:
-        cfg = self.config
-        probe = layers.LearnedTable(
-            (1, 1, cfg.width),
-            (None, None, "embed"),
-            layers.xavier_uniform,
-            cfg.param_dtype,
-            name="probe",
-        )()
-        images = 1 if members is None else members.shape[1]
-        probe = jnp.broadcast_to(probe, (tokens.shape[0], images, cfg.width))
-        x = _attention(cfg, qk_norm=False, name="attention")(
-            probe.astype(tokens.dtype),
-            tokens,
-            mask=None if members is None else members[:, None],
-        )
-        x = x + _mlp(cfg, name="mlp")(norm(cfg, name="norm")(x))
-        return x[:, 0] if members is None else x
