@@ -12,7 +12,13 @@ from PIL import Image
 
 from tasks.classification import register_classification
 from vit22b_transfer import UserError
-from vit22b_transfer.data import chunks, data_bench, decoded_images, streams
+from vit22b_transfer.data import (
+    chunks,
+    data_bench,
+    decoded_images,
+    preprocessors,
+    streams,
+)
 from vit22b_transfer.data.host_batches import (
     Request,
     host_eval_batches,
@@ -23,6 +29,7 @@ from vit22b_transfer.data.label_converters import ImageLabelFeatureConverter
 from vit22b_transfer.data.labelled_sources import ClassFolderSource
 from vit22b_transfer.data.order import HostShard
 from vit22b_transfer.data.preprocessors import ReadingOptions
+from vit22b_transfer.data.records import Tally
 
 PICTURES, SIDE, BATCH = 40, 6, 8
 
@@ -54,7 +61,7 @@ def test_every_example_comes_once_in_order_with_all_its_features(size, count):
         return {**examples, "number": doubled}
 
     data = lines(range(count))
-    made = chunks.map_in_chunks(data, function, dict, size, needs="number")
+    made = chunks.map_in_chunks(data, function, dict, size, needs=("number",))
     assert made.cardinality() == count
     found = list(made.as_numpy_iterator())
     assert [x["number"] for x in found] == [2 * n for n in range(count)]
@@ -62,8 +69,53 @@ def test_every_example_comes_once_in_order_with_all_its_features(size, count):
         assert x["words"].tolist() == [str(n).encode()] * (n % 3)
         assert x["none"].shape == (0,) and x["none"].dtype == np.int32
     assert sum(calls) == count and len(calls) == -(-count // size)
-    endless = chunks.map_in_chunks(data.repeat(), dict, dict, size, needs="number")
+    endless = chunks.map_in_chunks(data.repeat(), dict, dict, size, needs=("number",))
     assert not count or endless.cardinality() == tf.data.INFINITE_CARDINALITY
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_features_of_any_kind_come_back_and_none_hides_another(size):
+    def kinds(n):
+        odd = {"number": n, "nested": {"none": tf.zeros([0])}} if size == 1 else {}
+        rows = tf.RaggedTensor.from_row_lengths(tf.zeros([0]), tf.zeros([n], tf.int64))
+        odd |= {"rows": rows} if size == 1 else {}
+        return {"number": n, "a": tf.fill([n], n), "a/hidden": n, **odd}
+
+    data = tf.data.Dataset.range(5).map(kinds)
+    made = chunks.map_in_chunks(data, dict, dict, size, needs=("number",))
+    assert made.element_spec == data.element_spec
+    for n, x in enumerate(made):
+        assert x["a"].numpy().tolist() == [n] * n and x["a/hidden"] == n
+        assert size > 1 or x["nested"]["none"].shape == (0,)
+        assert size > 1 or x["rows"].to_list() == [[]] * n
+    assert n == 4
+
+
+def test_a_name_and_a_problem_of_no_stated_shape_are_still_told(folder):
+    def examples():
+        for number in range(3):
+            problem = "it was lost" if number == 2 else ""
+            path = str(folder / "all" / f"{number:02}.png")
+            yield {"image": path, "image_id": f"n{number}", "image_problem": problem}
+
+    types = dict.fromkeys(("image", "image_id", "image_problem"), tf.string)
+    data = tf.data.Dataset.from_generator(examples, output_types=types)
+    data = data.map(
+        lambda x: {
+            "image": tf.ensure_shape(tf.io.read_file(x["image"]), []),
+            "image_id": x["image_id"],
+            "image_problem": x["image_problem"],
+        }
+    )
+    made = preprocessors.load_images(
+        data, {"images": SIDE}, options=ReadingOptions(), tally=Tally()
+    )
+    found = []
+    with pytest.raises(tf.errors.OpError, match="image '?n2'?: it was lost"):
+        for example in made:
+            found.append(int(example["images"][0, 0, 0]))
+            assert "image_problem" not in example
+    assert found == [0, 1]
 
 
 def test_large_examples_are_read_one_by_one():

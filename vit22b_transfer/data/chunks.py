@@ -4,7 +4,7 @@ A call out of TensorFlow takes some 50 us of a processor, and each takes the
 interpreter's lock anew: as much as the decoding of a small picture.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import tensorflow as tf
 
@@ -25,50 +25,57 @@ def map_in_chunks(
     then: Callable[[Example], Example],
     size: int,
     *,
-    needs: str,
+    needs: Collection[str],
 ) -> tf.data.Dataset:
     """The dataset with `function` and `then` applied, order and number unchanged.
 
     function: plain TensorFlow on up to `size` examples at a time, stacked: each feature
       has one axis more, in front. Vectors and what else has no fixed shape are hidden
-      from it, but for the feature that it `needs`; one without a fixed shape needs
-      size 1, and so, here, does what is no plain tensor.
+      from it, but for the features that it `needs`: of several examples these have one
+      shape. So is what is no plain tensor.
     then: plain TensorFlow on each example, with all of its features again.
     """
     specs = feature_specs(dataset)
-    plain = {n: spec for n, spec in specs.items() if type(spec) is tf.TensorSpec}
-    if len(plain) < len(specs):
-        size = 1
-    # TensorFlow 2.21 dies where it takes an empty tensor out of a batch.
-    hidden = {
-        name: spec
-        for name, spec in plain.items()
-        if name != needs and (spec.shape.num_elements() or 0) < 1
+    shown = {
+        name
+        for name, spec in specs.items()
+        if type(spec) is tf.TensorSpec
+        and (name in needs or (spec.shape.num_elements() or 0) > 0)
     }
+    hidden = specs.keys() - shown
+    if any(type(specs[name]) is not tf.TensorSpec for name in hidden):
+        size = 1
 
-    def hide(example):
-        kept = {name: x for name, x in example.items() if name not in hidden}
-        return kept | {
-            f"{name}/hidden": tf.io.serialize_tensor(example[name]) for name in hidden
-        }
+    if size == 1:
 
-    def call(examples):
-        names = [f"{name}/hidden" for name in hidden]
-        shown = {name: x for name, x in examples.items() if name not in names}
-        return function(shown) | {name: examples[name] for name in names}
+        def alone(example):
+            made = function({name: example[name][None] for name in shown})
+            made = {name: x[0] for name, x in made.items()}
+            return then(made | {name: example[name] for name in hidden})
 
-    def finish(example):
-        example = dict(example)
-        for name, spec in hidden.items():
-            content = example.pop(f"{name}/hidden")
+        return map_examples(dataset, alone)
+
+    # Apart, so that no name can be of both. TensorFlow 2.21 dies where it takes an
+    # empty tensor out of a batch, so these are strings.
+    def split(example):
+        texts = {name: tf.io.serialize_tensor(example[name]) for name in hidden}
+        return {name: example[name] for name in shown}, texts
+
+    def finish(made, texts):
+        found = {}
+        for name, content in texts.items():
+            spec = specs[name]
             value = tf.io.parse_tensor(content, spec.dtype)
-            example[name] = tf.ensure_shape(value, spec.shape)
-        return then(example)
+            found[name] = tf.ensure_shape(value, spec.shape)
+        return then(made | found)
 
+    plain = tf.autograph.experimental.do_not_convert
     number = dataset.cardinality()
-    if hidden:
-        dataset = dataset.map(tf.autograph.experimental.do_not_convert(hide))
-    called = map_examples(dataset.batch(size), call).unbatch()
+    parts = dataset.map(plain(split)).batch(size)
+    called = parts.map(
+        plain(lambda examples, texts: (function(examples), texts)),
+        num_parallel_calls=tf.data.AUTOTUNE,
+    ).unbatch()
     if number != tf.data.UNKNOWN_CARDINALITY:
         called = called.apply(tf.data.experimental.assert_cardinality(number))
-    return map_examples(called, finish)
+    return called.map(plain(finish), num_parallel_calls=tf.data.AUTOTUNE)

@@ -261,7 +261,8 @@ def load_images(
     size = 1
     if specs[form].shape.rank == 0 and not (drawn or varied):
         size = chunks.size_for(height * width * 3)
-    return chunks.map_in_chunks(dataset, load, finish, size, needs=form)
+    needs = (form, "image_id", "image_problem")
+    return chunks.map_in_chunks(dataset, load, finish, size, needs=needs)
 
 
 def _number_of_images(sequence_length, several):
