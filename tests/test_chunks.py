@@ -3,6 +3,7 @@
 import functools
 import itertools
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,8 +99,9 @@ def test_a_name_and_a_problem_of_no_stated_shape_are_still_told(folder):
             path = str(folder / "all" / f"{number:02}.png")
             yield {"image": path, "image_id": f"n{number}", "image_problem": problem}
 
-    types = dict.fromkeys(("image", "image_id", "image_problem"), tf.string)
-    data = tf.data.Dataset.from_generator(examples, output_types=types)
+    spec: Any = tf.TensorSpec(None, tf.string)
+    specs = {"image": spec, "image_id": spec, "image_problem": spec}
+    data = tf.data.Dataset.from_generator(examples, output_signature=specs)
     data = data.map(
         lambda x: {
             "image": tf.ensure_shape(tf.io.read_file(x["image"]), []),
