@@ -260,3 +260,19 @@ def test_a_mean_error_is_over_all_fifteen(change, message):
     del errors["snow"]
     with pytest.raises(UserError, match="missing: snow"):
         corruption_errors.mean_corruption_error(errors, 0.1)
+
+
+def test_a_picture_too_small_to_be_corrupted_is_named():
+    import tensorflow as tf
+
+    from vit22b_transfer.data import changed_images
+    from vit22b_transfer.experiments import corrupted
+
+    strip = {"images": np.zeros((1, 16, 64, 3), np.uint8), "image_id": ["strip"]}
+    found = changed_images._map_pictures(
+        tf.data.Dataset.from_tensor_slices(strip),
+        change=corrupted.change("contrast", 3),
+    )
+    message = "image '?strip'?, contrast 3: .*16 x 64 pixels is too small"
+    with pytest.raises(tf.errors.OpError, match=message):
+        next(iter(found))

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from vit22b_transfer import UserError
 from vit22b_transfer.data.converters import map_examples
+from vit22b_transfer.data.image_reading import shown
 
 # What a change and its errors go by; a task may lack both.
 _TOLD = ("image_id", "image_error")
@@ -45,7 +46,10 @@ def _map_pictures(dataset: tf.data.Dataset, *, change: Change) -> tf.data.Datase
     def new(pixels, image_id, error):
         if error:
             return pixels
-        found = change.function(pixels, image_id.decode(errors="backslashreplace"))
+        try:
+            found = change.function(pixels, image_id.decode(errors="backslashreplace"))
+        except UserError as e:
+            raise UserError(f"image {shown(image_id)}, {change.name}: {e}") from None
         if found.shape != pixels.shape or found.dtype != pixels.dtype:
             raise UserError(
                 f"{change.name} makes {found.dtype} pixels of shape {found.shape} of "
