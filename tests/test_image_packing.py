@@ -198,6 +198,11 @@ def test_rows_shorter_than_the_largest_image_are_refused_before_any_work():
     assert (form.tokens, form.images, form.patch) == (1024, 32, 16)
 
 
+@pytest.mark.parametrize("largest, most", [(1, 24), (3, 24), (8, 24), (16, 12)])
+def test_a_row_has_room_for_many_small_images_and_no_more_than_tokens(largest, most):
+    assert image_batches.Packing(24).rows(largest, 8).images == most
+
+
 def test_a_stacked_batch_stretches_no_image_of_another_size():
     batch = image_batches.Stacked((4, 4, 3)).batch(2)
     with pytest.raises(ValueError, match="one.png"):

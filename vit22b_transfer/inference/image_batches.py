@@ -123,8 +123,9 @@ class Packing:
                 f"row_tokens is {self.row_tokens}, but an image of the run's size has "
                 f"{largest} patches; give rows at least that, or make images smaller."
             )
-        # Room for images of an eighth of the largest, on average.
-        return RowFormat(self.row_tokens, -(-8 * self.row_tokens // largest), patch)
+        # Room for images of an eighth of the largest, on average, each of a token.
+        images = min(self.row_tokens, -(-8 * self.row_tokens // largest))
+        return RowFormat(self.row_tokens, images, patch)
 
 
 def on_devices(place: Any, arrays: Any) -> Any:
