@@ -442,4 +442,4 @@ def test_an_import_killed_anywhere_leaves_nothing_or_all(
         for name, array in expected.items():
             np.testing.assert_array_equal(again[name], array)
     # Orbax makes some operations more or fewer, so that the last moments may not come.
-    assert len(ended) <= 2 and not any(ended)
+    assert len(ended) <= max(2, len(moments) // 8) and not any(ended)

@@ -1,7 +1,8 @@
 """Several examples in one call of a Python function, between steps that take one each.
 
 A call out of TensorFlow takes some 50 us of a processor, and each takes the
-interpreter's lock anew: as much as the decoding of a small picture.
+interpreter's lock anew: as much as the decoding of a small picture. Where a source
+itself fails, the examples before it that would have been in its call do not come out.
 """
 
 from collections.abc import Callable, Collection
