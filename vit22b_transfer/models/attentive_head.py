@@ -3,7 +3,7 @@
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vit22b_transfer.models import layers, vit_blocks
+from vit22b_transfer.models import layers, vit_blocks, vit_pooling
 
 # Width of the MLP, times that of the tokens; and of one attention head.
 _MLP, _HEAD_DIM = 4, 64
@@ -32,7 +32,7 @@ class AttentiveHead(nn.Module):
             norm_bias=True,
             attention_form="einsum",
         )
-        self.pooling = vit_blocks.MapPooling(config)
+        self.pooling = vit_pooling.MapPooling(config)
         self.head = layers.Dense(width, self.num_classes, ("embed", "classes"))
 
     def __call__(
