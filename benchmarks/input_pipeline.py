@@ -83,6 +83,7 @@ def write_pictures(folder, count, sizes):
 
 def ours(root, side):
     """Name -> request of the pictures below root/train."""
+    sys.path.append(str(pathlib.Path(__file__).parents[1]))
     from tasks.classification import register_classification
     from vit22b_transfer.data.host_batches import Request
     from vit22b_transfer.data.image_lengths import PreparedImages
