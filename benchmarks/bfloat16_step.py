@@ -2,8 +2,8 @@
 
 Claim: the bfloat16 step takes at most 0.67x the float32 step (0.62x in processor time)
 on a CPU whose bfloat16 matrix multiplication is at least twice as fast as its float32
-one. Where it is not, no
-step can be; so the table gives the ratio of the matmul rates of the same run as well.
+one. Where it is not, no step can be; so the table gives the ratio of the matmul rates
+of the same run as well.
 
 Peer: the same step with products that are rounded as they are written, the form of
 GPUs and TPUs (`models/products.py`). Full fine-tuning of a tower of B/16 width on 256

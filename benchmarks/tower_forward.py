@@ -2,8 +2,8 @@
 
 Claim: at least 1.3x the torch towers in float32 and level with them in bfloat16, at
 least level with big_vision's ViT in both, at least 85 % of the matrix multiplication
-rate of the same run in float32 and 60 % in bfloat16 (with sums in float32, the fast form
-of a CPU).
+rate of the same run in float32 and 60 % in bfloat16 (with sums in float32, a CPU's
+fast form).
 
 Peers: Hugging Face SigLIP (sdpa), timm's ViT with QK-norm, timm's ParallelScalingBlock
 (the ViT-22B block); big_vision's ViT if its repository is on PYTHONPATH.
