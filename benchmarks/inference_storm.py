@@ -261,7 +261,9 @@ class Storm:
 
     def _content(self):
         """The bytes of the file and its lines, checked: all there, once, in order."""
-        left = sorted(path.name for path in self.out.parent.iterdir())
+        # One killed after its last line, but before it was done, leaves its lock file.
+        lock = f"{self.out.name}.lock"
+        left = sorted(p.name for p in self.out.parent.iterdir() if p.name != lock)
         assert left == [self.out.name, f"{self.out.name}.run.json"], left
         content = self.out.read_bytes()
         lines = [json.loads(line) for line in content.splitlines()]
