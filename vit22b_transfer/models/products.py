@@ -68,13 +68,17 @@ def linear(
 
 def _linear(x, kernel, out_dtype):
     if rounds_apart(x.dtype, kernel.dtype, out_dtype or x.dtype):
-        batch = _LETTERS[: x.ndim - 1]
-        y = rounded_einsum(f"{batch}i,io->{batch}o", x, kernel)
+        y = rounded_einsum(_equation(x), x, kernel)
         # Named, so that rematerialisation keeps this one and not the sums.
         return checkpoint_name(y, NAME)
     return jnp.einsum(
         "...i,io->...o", x, kernel, preferred_element_type=out_dtype or x.dtype
     )
+
+
+def _equation(x):
+    batch = _LETTERS[: x.ndim - 1]
+    return f"{batch}i,io->{batch}o"
 
 
 def _linear_forward(x, kernel, out_dtype):
@@ -86,11 +90,7 @@ def _linear_backward(out_dtype, saved, grad):
     x, kernel = saved
     grad = grad.astype(x.dtype)
     if rounds_apart(x.dtype, kernel.dtype):
-        batch = _LETTERS[: x.ndim - 1]
-        return (
-            rounded_einsum(f"{batch}o,io->{batch}i", grad, kernel),
-            rounded_einsum(f"{batch}i,{batch}o->io", x, grad),
-        )
+        return _backward(_equation(x), saved, grad)
     batch = tuple(range(x.ndim - 1))
     grad_x = jnp.einsum("...o,io->...i", grad, kernel)
     grad_kernel = jax.lax.dot_general(x, grad, ((batch, batch), ((), ())))

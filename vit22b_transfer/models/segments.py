@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from vit22b_transfer.models import products
+
 # Tokens of a block, of queries and of keys: of 64 to 512 the fastest, or close to it,
 # at rows of 256 to 4096 tokens.
 BLOCK = 128
@@ -84,7 +86,7 @@ def attend_in_blocks(
 
         def add(state, other):
             best, total, sums = state
-            logits = jnp.einsum("QNH,KNH->NQK", own_query, key[row, other])
+            logits = products.einsum("QNH,KNH->NQK", own_query, key[row, other])
             same = own_numbers[:, None] == numbers[row, other][None]
             masked = jnp.float32(_MASKED)
             logits = jnp.where(same[None], logits.astype(jnp.float32), masked)
