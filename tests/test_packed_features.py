@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import tiny_classifier
 import tiny_models
 from frozen_towers import GIN, SIZE, TOWER, write_tower
 from shell_commands import no_tasks, use_one_device
@@ -17,8 +18,6 @@ from tiny_runs import ONE_DEVICE
 
 from vit22b_transfer import UserError, cli
 from vit22b_transfer.data.images import read_image
-from vit22b_transfer.data.labelled_sources import ClassFolderSource
-from vit22b_transfer.data.preprocessors import ReadingOptions
 from vit22b_transfer.experiments import features
 from vit22b_transfer.inference.image_batches import Packing
 from vit22b_transfer.models.preparation import Preparation
@@ -66,14 +65,7 @@ def params(folder):
 def tasks(folder):
     with no_tasks():
         shipped.offer_tasks()
-        from tasks.classification import register_classification
-
-        splits = {name: folder / name for name in ("train", "validation")}
-        register_classification(
-            "shades",
-            ClassFolderSource(splits, classes=folder / "classes.txt"),
-            options=ReadingOptions(on_bad_image="skip"),
-        )
+        tiny_classifier.register_folders("shades", folder)
         yield
 
 

@@ -17,11 +17,9 @@ from tiny_runs import ONE_DEVICE
 
 from vit22b_transfer import UserError, cli
 from vit22b_transfer.data.labelled_sources import (
-    ClassFolderSource,
     LabelFiles,
     LabelFileSource,
 )
-from vit22b_transfer.data.preprocessors import ReadingOptions
 from vit22b_transfer.experiments import (
     attentive,
     features,
@@ -59,15 +57,7 @@ def params(folder):
 def tasks(folder):
     with no_tasks():
         shipped.offer_tasks()
-        from tasks.classification import register_classification
-
-        splits = {name: folder / name for name in ("train", "validation")}
-        register_classification(
-            "stripes",
-            ClassFolderSource(splits, classes=folder / "classes.txt"),
-            options=ReadingOptions(on_bad_image="skip"),
-        )
-        yield register_classification
+        yield tiny_classifier.register_folders("stripes", folder)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from array_tasks import ArraySource
 
 from vit22b_transfer.data import label_converters
 from vit22b_transfer.data.label_preprocessors import label_features
+from vit22b_transfer.data.labelled_sources import ClassFolderSource
+from vit22b_transfer.data.preprocessors import ReadingOptions
 from vit22b_transfer.models.classifier import ClassificationModel, ClassifierModule
 
 SIZE = tiny_models.IMAGE_SIZE[0]
@@ -34,6 +36,24 @@ def classifier(tower=None, optimizer_def=None, *, num_classes=NUM_CLASSES, **arg
         label_converters.ImageLabelFeatureConverter,
         **arguments,
     )
+
+
+def register_folders(name, root):
+    """Registers a task of folders of classes, which skips bad images.
+
+    They are root/train and root/validation, the class list is root/classes.txt. Returns
+    the function that registers.
+    """
+    # Of the tasks that were offered, which each test file does for itself.
+    from tasks.classification import register_classification
+
+    splits = {split: root / split for split in ("train", "validation")}
+    register_classification(
+        name,
+        ClassFolderSource(splits, classes=root / "classes.txt"),
+        options=ReadingOptions(on_bad_image="skip"),
+    )
+    return register_classification
 
 
 # Classes of drawn stripes: no colour and no single pixel tells them, their angle does.
